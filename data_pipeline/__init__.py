@@ -1,0 +1,1 @@
+"""Raw data -> webdataset shards -> index -> plan -> packed batches."""

@@ -1,0 +1,1 @@
+"""The fused token-adaptive projector: public op and reference."""

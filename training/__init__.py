@@ -1,0 +1,1 @@
+"""Config, model, training loop, checkpoints, metrics and evaluation."""
