@@ -1,0 +1,49 @@
+# make pretrain | test | lint | setup        (CONFIG=..., NPROC=..., ARGS="key=value ...")
+SHELL := /bin/bash
+PYTHON ?= python3
+CONFIG ?= training/configs/digits.yaml
+ARGS ?=
+VENV := .venv
+PY := $(VENV)/bin/python
+GPUS := $(shell nvidia-smi -L 2>/dev/null | wc -l)
+# One rank per GPU, two on a machine without; the demos' packs_per_step allows 1 and 2.
+NPROC ?= $(if $(filter 1,$(GPUS)),1,2)
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: help setup pretrain test lint clean
+
+help:
+	@echo "make pretrain   set up, then train and evaluate the demo (CONFIG=training/configs/grid.yaml"
+	@echo "                for the colours; NPROC=2; ARGS=\"train.steps=200\"); again: continues"
+	@echo "make test       set up, then run all tests"
+	@echo "make lint       ruff and mypy"
+	@echo "make setup      only the virtual environment"
+
+setup: $(VENV)/installed
+
+$(VENV)/installed: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' || { \
+	  echo "error: Python 3.11 or 3.12 is needed, found $$($(PYTHON) --version 2>&1); give another with PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    apt-get update -qq && apt-get install -y -qq python3-venv; \
+	  else echo "error: Python's venv module is missing; run: sudo apt-get install python3-venv"; exit 1; fi; }
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+pretrain: setup
+	$(PY) -m torch.distributed.run --standalone --nproc-per-node $(NPROC) -m training.train $(CONFIG) $(ARGS)
+
+test: setup
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then bash tests/slurm/install.sh; fi
+	$(PY) -m pytest $(ARGS)
+
+lint: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+clean:
+	rm -rf $(VENV) data runs logs

@@ -1,0 +1,210 @@
+"""From a pack's plan to its tensors: read, check, decode, tile, tokenise."""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import torch
+
+from data_pipeline.chat import ChatSettings, expand_images, parse_sample, tokenize_chat
+from data_pipeline.draw import tiles_per_image
+from data_pipeline.errors import InputError
+from data_pipeline.images import decode_rgb
+from data_pipeline.index import BadSample, Index
+from data_pipeline.plan import PackPlan
+from data_pipeline.tiling import TilingSettings, cut_tiles
+from data_pipeline.tokenizer import Tokenizer
+
+IGNORE = -100
+"""Label of a token that is not supervised."""
+
+LossWeighting = Literal["token", "sample", "sqrt"]
+"""Weight of a supervised token: 1, 1/n or 1/sqrt(n), n = supervised tokens of its sample."""
+
+
+@dataclass
+class PackedBatch:
+    """One pack as the model takes it: L tokens of S samples, T tiles.
+
+    input_ids: int64 [L].
+    position_ids: int64 [L], from 0 in each sample.
+    cu_seqlens: int32 [S+1]; sample s has the tokens cu_seqlens[s] .. cu_seqlens[s+1].
+    labels: int64 [L], not shifted; IGNORE where nothing is supervised, as is every first token.
+    loss_weights: float32 [L], 0 where the label is IGNORE.
+    tiles: uint8 [T, 3, H, W], in the order of their tokens.
+    tile_sides: n of each tile (n^2 tokens), on the host.
+    sample_ids: ids in the index.
+    sample_sides: n of each sample if its images share one, 0 for text only, -1 for several.
+    max_seqlen: tokens of the longest sample.
+    planned_tokens: tokens of the plan; 0 for an empty pack, else L.
+    bad: the samples that could not be used. Each keeps its planned length, as pad tokens without
+        labels, weights or tiles, so that no other sample moves.
+
+    A pack without samples is one pad token: cu_seqlens [0, 1], nothing supervised.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    cu_seqlens: torch.Tensor
+    labels: torch.Tensor
+    loss_weights: torch.Tensor
+    tiles: torch.Tensor
+    tile_sides: list[int]
+    sample_ids: list[int]
+    sample_sides: list[int]
+    max_seqlen: int
+    planned_tokens: int
+    bad: list[BadSample]
+
+    def to(self, device: torch.device | str) -> "PackedBatch":
+        """A copy with the tensors on a device, without waiting for pinned ones to arrive."""
+        moved = {name: t.to(device, non_blocking=True) for name, t in self._tensors().items()}
+        return replace(self, **moved)  # type: ignore[arg-type]
+
+    def pin_memory(self) -> "PackedBatch":
+        """A copy in page-locked memory, from which `to` does not block; needs CUDA."""
+        pinned = {name: t.pin_memory() for name, t in self._tensors().items()}
+        return replace(self, **pinned)  # type: ignore[arg-type]
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        return {name: v for name, v in vars(self).items() if isinstance(v, torch.Tensor)}
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """The content of one good sample: K tokens, for each image uint8 [tiles, 3, H, W]."""
+
+    input_ids: np.ndarray
+    supervised: np.ndarray
+    tiles: list[np.ndarray]
+    tile_sides: list[int]
+
+
+class PackBuilder:
+    """Builds packs; `build` may run in several threads at once.
+
+    Args:
+        index: what the plan was made from.
+        tokenizer, chat: those the index was made with.
+        tiling: the planner's.
+        loss_weighting: see `LossWeighting`.
+    """
+
+    def __init__(
+        self,
+        index: Index,
+        tokenizer: Tokenizer,
+        chat: ChatSettings,
+        tiling: TilingSettings,
+        loss_weighting: LossWeighting = "sqrt",
+    ) -> None:
+        self.index = index
+        self._tokenizer, self._chat, self._tiling = tokenizer, chat, tiling
+        self._loss_weighting = loss_weighting
+        self._image_context = tokenizer.special_id("<IMG_CONTEXT>")
+        self._tiles_per_image = tiles_per_image(index, tiling)
+
+    def build(self, pack: PackPlan) -> PackedBatch:
+        """Build one pack; see `PackedBatch` for what becomes of samples that cannot be used."""
+        sample_ids = pack.sample_ids.tolist()
+        cu_seqlens = self._cu_seqlens(pack)
+        lengths = np.diff(cu_seqlens)
+        input_ids = np.full(cu_seqlens[-1], self._tokenizer.pad_id, dtype=np.int64)
+        labels = np.full(cu_seqlens[-1], IGNORE, dtype=np.int64)
+        loss_weights = np.zeros(cu_seqlens[-1], dtype=np.float32)
+        tiles = [np.empty((0, 3, self._tiling.tile_size, self._tiling.tile_size), np.uint8)]
+        tile_sides: list[int] = []
+        bad: list[BadSample] = []
+        for i, (sample, sides) in enumerate(zip(sample_ids, pack.sides, strict=True)):
+            try:
+                content = self._read(sample, sides)
+            except MemoryError:
+                raise
+            except Exception as error:  # decoders meet anything; one sample must not end the run
+                bad.append(self._bad_sample(sample, error))
+                continue
+            own = slice(cu_seqlens[i], cu_seqlens[i + 1])
+            input_ids[own] = content.input_ids
+            labels[own] = np.where(content.supervised, content.input_ids, IGNORE)
+            loss_weights[own] = self._weight(content.supervised) * content.supervised
+            tiles += content.tiles
+            tile_sides += content.tile_sides
+        features = sum(side * side for side in tile_sides)
+        places = np.count_nonzero(input_ids == self._image_context)
+        assert places == features, f"{places} <IMG_CONTEXT> tokens for {features} image features"
+        return PackedBatch(
+            input_ids=torch.from_numpy(input_ids),
+            position_ids=torch.from_numpy(
+                np.arange(len(input_ids)) - np.repeat(cu_seqlens[:-1], lengths)
+            ),
+            cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)),
+            labels=torch.from_numpy(labels),
+            loss_weights=torch.from_numpy(loss_weights),
+            tiles=torch.from_numpy(np.concatenate(tiles)),
+            tile_sides=tile_sides,
+            sample_ids=sample_ids,
+            sample_sides=[_common_side(sides) for sides in pack.sides],
+            max_seqlen=int(lengths.max()),
+            planned_tokens=pack.tokens,
+            bad=bad,
+        )
+
+    def _planned_tiles(self, sample: int) -> np.ndarray:
+        """Tiles of each image of a sample, int64 [images]."""
+        return self._tiles_per_image[slice(*self.index.image_start[sample : sample + 2])]
+
+    def _cu_seqlens(self, pack: PackPlan) -> np.ndarray:
+        """int64 [S+1] from the plan; one token where the pack is empty."""
+        if not len(pack.sample_ids):
+            return np.array([0, 1])
+        lengths = [
+            int(self.index.text_tokens[sample] + sides**2 @ self._planned_tiles(sample))
+            for sample, sides in zip(pack.sample_ids, pack.sides, strict=True)
+        ]
+        assert sum(lengths) == pack.tokens, "the pack was planned with another index or tiling"
+        return np.concatenate([[0], np.cumsum(lengths)])
+
+    def _read(self, sample: int, sides: np.ndarray) -> _Sample:
+        """Read and decode one sample; InputError if it is not what the index says."""
+        planned = self._planned_tiles(sample)
+        messages = parse_sample(self.index.read_json(sample))["messages"]
+        chat = tokenize_chat(messages, self._tokenizer, self._chat)
+        _check("tokens", len(chat.input_ids), self.index.text_tokens[sample])
+        _check("supervised tokens", sum(chat.supervised), self.index.supervised_tokens[sample])
+        _check("images", len(chat.image_positions), len(planned))
+        images = [decode_rgb(data) for data in self.index.read_images(sample)]
+        tiles = [cut_tiles(image, self._tiling) for image in images]
+        _check("tiles", [len(t) for t in tiles], planned.tolist())
+        image_tokens = (sides**2 * planned).tolist()
+        input_ids, supervised = expand_images(chat, image_tokens, self._image_context)
+        supervised[0] = False  # nothing comes before it that could predict it
+        return _Sample(
+            input_ids=np.array(input_ids),
+            supervised=np.array(supervised),
+            tiles=tiles,
+            tile_sides=np.repeat(sides, planned).tolist(),
+        )
+
+    def _weight(self, supervised: np.ndarray) -> float:
+        """Weight of each supervised token of a sample."""
+        n = max(1, int(supervised.sum()))
+        return {"token": 1.0, "sample": 1 / n, "sqrt": n**-0.5}[self._loss_weighting]
+
+    def _bad_sample(self, sample: int, error: Exception) -> BadSample:
+        reason = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
+        shard = self.index.shards[self.index.shard[sample]].name
+        return BadSample(shard, str(self.index.keys[sample]), reason)
+
+
+def _check(what: str, found: object, expected: object) -> None:
+    if found != expected:
+        raise InputError(
+            f"{found} {what} where the index has {expected}: the index does not match the shard; "
+            "run python -m data_pipeline.index again"
+        )
+
+
+def _common_side(sides: np.ndarray) -> int:
+    """See `PackedBatch.sample_sides`."""
+    unique = set(sides.tolist())
+    return unique.pop() if len(unique) == 1 else -1 if unique else 0

@@ -1,0 +1,237 @@
+"""Chat messages -> token ids and a mask of what is supervised, in the ChatML template.
+
+    <|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n...<|im_end|>\n
+    <|im_start|>assistant\n{answer}<|im_end|>\n
+
+The markers are placed by id and every stretch of text between them is tokenised by itself. A
+prompt therefore has the ids it had in training, and text cannot forge a marker. An image leaves
+only its <img> and </img> here: how many <IMG_CONTEXT> tokens go between them is drawn later.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from data_pipeline.errors import InputError
+from data_pipeline.tokenizer import SPECIAL_TOKENS, Tokenizer
+
+# Part of every fingerprint: raise it when the same messages would get other ids or labels.
+_TEMPLATE_VERSION = 1
+
+Messages = Sequence[Mapping[str, Any]]
+
+
+class ChatSettings(BaseModel):
+    """How messages become a prompt."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    template: Literal["chatml"] = "chatml"
+    system: str = "You are a helpful assistant."
+    """Used where a sample has no system turn of its own; empty: no system turn."""
+
+
+@dataclass
+class TokenizedChat:
+    """A sample before its images are given their tokens.
+
+    input_ids: each image contributes only <img> and </img>.
+    supervised: one flag per id; True on assistant content and its <|im_end|>.
+    image_positions: per image, in reading order, the index in `input_ids` where its <IMG_CONTEXT>
+        run is inserted, i.e. the index of its </img>.
+    """
+
+    input_ids: list[int]
+    supervised: list[bool]
+    image_positions: list[int]
+
+
+def tokenize_chat(
+    messages: Messages, tokenizer: Tokenizer, settings: ChatSettings
+) -> TokenizedChat:
+    """Tokenise a whole sample, its last turn being the assistant's.
+
+    InputError if the messages are not of the expected form (see `check_messages`).
+    """
+    check_messages(messages)
+    if messages[-1]["role"] != "assistant":
+        raise InputError("the last turn is not the assistant's: there is no answer to learn from")
+    return _render(messages, tokenizer, settings)
+
+
+def tokenize_prompt(
+    messages: Messages, tokenizer: Tokenizer, settings: ChatSettings
+) -> TokenizedChat:
+    """Tokenise messages that end with the user's turn, up to and with "<|im_start|>assistant\\n".
+
+    The ids are exactly those with which the same messages begin in `tokenize_chat` when an answer
+    follows. Nothing is supervised but earlier answers. InputError as in `tokenize_chat`.
+    """
+    check_messages(messages)
+    if messages[-1]["role"] != "user":
+        raise InputError("a prompt ends with the user's turn; leave out the answer")
+    chat = _render(messages, tokenizer, settings)
+    opening = [tokenizer.special_id("<|im_start|>"), *_fixed_ids(tokenizer, "assistant\n")]
+    chat.input_ids += opening
+    chat.supervised += [False] * len(opening)
+    return chat
+
+
+def expand_images(
+    chat: TokenizedChat, image_tokens: Sequence[int], image_context_id: int
+) -> tuple[list[int], list[bool]]:
+    """Insert `image_tokens[i]` context tokens for image i; returns (input_ids, supervised).
+
+    Both have length len(chat.input_ids) + sum(image_tokens). InputError unless there is one
+    non-negative count per image.
+    """
+    if len(image_tokens) != len(chat.image_positions) or min(image_tokens, default=0) < 0:
+        raise InputError(
+            f"{len(chat.image_positions)} images in the sample need as many token counts >= 0, "
+            f"got {list(image_tokens)}"
+        )
+    ids: list[int] = []
+    supervised: list[bool] = []
+    start = 0
+    for position, count in zip(chat.image_positions, image_tokens, strict=True):
+        ids += chat.input_ids[start:position]
+        supervised += chat.supervised[start:position]
+        ids += [image_context_id] * count
+        supervised += [False] * count
+        start = position
+    return ids + chat.input_ids[start:], supervised + chat.supervised[start:]
+
+
+def template_fingerprint(settings: ChatSettings) -> str:
+    """Hex digest of everything besides the tokenizer that decides ids and labels."""
+    definition = {"version": _TEMPLATE_VERSION, "specials": SPECIAL_TOKENS, **settings.model_dump()}
+    return hashlib.sha256(json.dumps(definition, sort_keys=True).encode()).hexdigest()
+
+
+def image_names(messages: Messages) -> list[str]:
+    """Image names of checked messages, in reading order; "0.png" is the member "{key}.0.png"."""
+    return [
+        part["image"] for turn in messages for part in turn["content"] if part["type"] == "image"
+    ]
+
+
+def parse_sample(data: bytes) -> dict[str, Any]:
+    """The JSON member of a sample: {"messages": [...], "metadata": {...}}, messages checked.
+
+    InputError saying what is wrong with it, for any bytes whatever.
+    """
+    try:
+        sample = json.loads(data.decode())
+    except UnicodeDecodeError as error:
+        raise InputError(f"the JSON is not UTF-8 ({error.reason} at byte {error.start})") from None
+    except RecursionError:
+        raise InputError("the JSON is nested too deeply") from None
+    except ValueError as error:  # malformed, or a number of thousands of digits
+        raise InputError(f"the JSON does not parse: {error}") from None
+    if not isinstance(sample, dict) or "messages" not in sample:
+        raise InputError('the JSON is not an object with the key "messages"')
+    if not isinstance(sample.get("metadata", {}), dict):
+        raise InputError(f'"metadata" is {_kind(sample["metadata"])}, not an object')
+    check_messages(sample["messages"])
+    return sample
+
+
+def check_messages(messages: Any) -> None:
+    """InputError unless messages are turns {"role", "content": [parts]} in a legal order.
+
+    An optional system turn, then user and assistant in alternation, the user first. Parts are
+    {"type": "text", "text": str} and {"type": "image", "image": str}; no images in assistant turns.
+    """
+    if not isinstance(messages, list | tuple) or not messages:
+        raise InputError(f"messages is {_kind(messages)}, not a list of at least one turn")
+    for number, turn in enumerate(messages):
+        where = f"turn {number}"
+        if not isinstance(turn, dict) or not isinstance(turn.get("content"), list | tuple):
+            raise InputError(f'{where} is not an object with "role" and a list "content" of parts')
+        _check_role(turn.get("role"), messages, number)
+        for part in turn["content"]:
+            _check_part(part, turn["role"], where)
+    if messages[-1]["role"] == "system":
+        raise InputError("there is a system turn and nothing after it")
+
+
+def _check_role(role: Any, messages: Messages, number: int) -> None:
+    if role not in ("system", "user", "assistant"):
+        raise InputError(
+            f"turn {number} has the role {_short(role)}, not system, user or assistant"
+        )
+    before = messages[number - 1]["role"] if number else None
+    expected = {None: ("system", "user"), "user": ("assistant",)}.get(before, ("user",))
+    if role not in expected:
+        raise InputError(
+            f"turn {number} has the role {role!r} where {' or '.join(expected)} is expected: after "
+            "an optional system turn, user and assistant alternate, the user first; merge turns"
+        )
+
+
+def _check_part(part: Any, role: str, where: str) -> None:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind not in ("text", "image") or not isinstance(part.get(kind), str):
+        raise InputError(
+            f'{where} has a part that is neither {{"type": "text", "text": "..."}} nor '
+            f'{{"type": "image", "image": "..."}}; its type is {_short(kind)}'
+        )
+    if kind == "image" and role == "assistant":
+        raise InputError(f"{where} is the assistant's and has an image; only text can be learned")
+
+
+def _kind(value: Any) -> str:
+    return "an empty list" if value in ([], ()) else f"of type {type(value).__name__}"
+
+
+def _short(value: Any) -> str:
+    """A value as a message shows it; the repr of nested data could be endless, or recurse."""
+    return repr(value[:40]) if isinstance(value, str) else _kind(value)
+
+
+def _render(messages: Messages, tokenizer: Tokenizer, settings: ChatSettings) -> TokenizedChat:
+    if settings.system and messages[0]["role"] != "system":
+        system = {"role": "system", "content": [{"type": "text", "text": settings.system}]}
+        messages = [system, *messages]
+    start, end = tokenizer.special_id("<|im_start|>"), tokenizer.end_of_turn_id
+    image = [tokenizer.special_id("<img>"), tokenizer.special_id("</img>")]
+    chat = TokenizedChat([], [], [])
+    for turn in messages:
+        answer = turn["role"] == "assistant"
+        chat.input_ids += [start, *_fixed_ids(tokenizer, turn["role"] + "\n")]
+        chat.supervised += [False] * (len(chat.input_ids) - len(chat.supervised))
+        for text in _segments(turn["content"]):
+            if text is None:
+                chat.image_positions.append(len(chat.input_ids) + 1)
+            chat.input_ids += image if text is None else tokenizer.encode(text)
+        chat.input_ids.append(end)
+        chat.supervised += [answer] * (len(chat.input_ids) - len(chat.supervised))
+        chat.input_ids += _fixed_ids(tokenizer, "\n")
+        chat.supervised += [False] * (len(chat.input_ids) - len(chat.supervised))
+    return chat
+
+
+def _segments(parts: Sequence[Mapping[str, str]]) -> Iterator[str | None]:
+    """The content in order: a text (neighbouring text parts joined), or None for an image."""
+    texts: list[str] = []
+    for part in parts:
+        if part["type"] == "text":
+            texts.append(part["text"])
+            continue
+        if texts:
+            yield "".join(texts)
+        texts = []
+        yield None
+    if texts:
+        yield "".join(texts)
+
+
+@lru_cache(maxsize=256)
+def _fixed_ids(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
+    """Ids of the few texts that every sample has; tokenised once per tokenizer."""
+    return tuple(tokenizer.encode(text))

@@ -1,0 +1,179 @@
+"""A rank's share of the planned steps, built ahead of time in a few threads."""
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from typing import TypeVar
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from data_pipeline.batch import IGNORE, LossWeighting, PackBuilder, PackedBatch
+from data_pipeline.errors import InputError
+from data_pipeline.index import BadSample
+from data_pipeline.plan import PackPlan, Planner, PlanState, StepPlan
+
+__all__ = [
+    "IGNORE",
+    "LoaderSettings",
+    "LossWeighting",
+    "PackBuilder",
+    "PackedBatch",
+    "StepBatch",
+    "StepLoader",
+]
+
+_Item = TypeVar("_Item")
+
+# Early on, a few bad samples say little about their rate: it is taken over this many at least.
+_RATE_SAMPLES = 1000
+_NAMED_BAD_SAMPLES = 5
+
+
+class LoaderSettings(BaseModel):
+    """How data is read while training runs."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    threads: int = Field(2, gt=0)
+    """Threads of each rank that plan, read, decode and tokenise."""
+    prefetch_steps: int = Field(2, gt=0)
+    """Steps that are being built or wait ready while one is trained."""
+    max_bad_fraction: float = Field(0.01, ge=0, le=1)
+    """The run stops when more than this part of a rank's samples cannot be used."""
+
+
+@dataclass
+class StepBatch:
+    """This rank's packs of one optimizer step.
+
+    packs: in the order of the plan.
+    state: the place in the plan after this step.
+    epoch: of the step's samples.
+    wait_s: seconds that the consumer waited for the step.
+    """
+
+    packs: list[PackedBatch]
+    state: PlanState
+    epoch: int
+    wait_s: float
+
+
+class StepLoader:
+    """Iterates over the steps of a plan, building this rank's packs: `packs[rank::world_size]`.
+
+    Raises:
+        InputError: the world size does not divide packs_per_step.
+    """
+
+    def __init__(
+        self,
+        planner: Planner,
+        builder: PackBuilder,
+        settings: LoaderSettings,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if planner.packs_per_step % world_size:
+            raise InputError(
+                f"data.pack.packs_per_step is {planner.packs_per_step}, which {world_size} ranks "
+                "do not divide; start another number of ranks or change packs_per_step"
+            )
+        self._planner, self._builder, self._settings = planner, builder, settings
+        self._rank, self._world_size = rank, world_size
+
+    def steps(self, state: PlanState | None = None) -> Iterator[StepBatch]:
+        """Steps from `state` on, without end; closing the iterator ends its threads.
+
+        Whatever goes wrong in a thread is raised here.
+
+        Raises:
+            InputError: too many samples could not be used, or the state is not one of this plan.
+        """
+        device = torch.cuda.current_device() if torch.cuda.is_available() else None
+        bad_rate = _BadRate(self._settings.max_bad_fraction)
+        workers = ThreadPoolExecutor(self._settings.threads, thread_name_prefix="data-loader")
+        # A thread of its own, so that the next window does not queue behind this one's images.
+        planning = ThreadPoolExecutor(1, thread_name_prefix="data-planner")
+        try:
+            begun = (
+                self._begin(step, after, workers, device)
+                for step, after in _one_ahead(planning, self._planner.steps(state))
+            )
+            pending = deque(islice(begun, self._settings.prefetch_steps))
+            while True:
+                start = time.perf_counter()
+                batch = pending.popleft().result()
+                pending.append(next(begun))
+                batch.wait_s = time.perf_counter() - start
+                bad_rate.count(batch.packs)
+                yield batch
+        finally:
+            for pool in (planning, workers):
+                pool.shutdown(wait=False, cancel_futures=True)
+            for pool in (planning, workers):
+                pool.shutdown(wait=True)
+
+    def _begin(
+        self, step: StepPlan, after: PlanState, workers: ThreadPoolExecutor, device: int | None
+    ) -> "_PendingStep":
+        share = step.packs[self._rank :: self._world_size]
+        packs = [workers.submit(self._build, pack, device) for pack in share]
+        return _PendingStep(packs, after, step.epoch)
+
+    def _build(self, pack: PackPlan, device: int | None) -> PackedBatch:
+        batch = self._builder.build(pack)
+        if device is None:
+            return batch
+        torch.cuda.set_device(device)  # per thread; pinning would else open a context on GPU 0
+        return batch.pin_memory()
+
+
+@dataclass
+class _PendingStep:
+    """A step whose packs are being built."""
+
+    packs: list[Future[PackedBatch]]
+    state: PlanState
+    epoch: int
+
+    def result(self) -> StepBatch:
+        return StepBatch([pack.result() for pack in self.packs], self.state, self.epoch, 0.0)
+
+
+class _BadRate:
+    """Counts the samples of this rank, and stops the run when too many could not be used."""
+
+    def __init__(self, max_fraction: float) -> None:
+        self.max_fraction = max_fraction
+        self.samples = 0
+        self.bad = 0
+        self.first: dict[BadSample, None] = {}  # an ordered set: epochs repeat samples
+
+    def count(self, packs: list[PackedBatch]) -> None:
+        for pack in packs:
+            self.samples += len(pack.sample_ids)
+            self.bad += len(pack.bad)
+            for bad in pack.bad:
+                if len(self.first) < _NAMED_BAD_SAMPLES:
+                    self.first[bad] = None
+        if self.bad <= self.max_fraction * max(self.samples, _RATE_SAMPLES):
+            return
+        names = "\n".join(f"  {bad.shard}:{bad.key}: {bad.reason}" for bad in self.first)
+        raise InputError(
+            f"{self.bad} of {self.samples} samples could not be used, more than "
+            f"data.loader.max_bad_fraction ({self.max_fraction}) allows; repair them or raise it. "
+            f"The first:\n{names}"
+        )
+
+
+def _one_ahead(pool: ThreadPoolExecutor, items: Iterator[_Item]) -> Iterator[_Item]:
+    """The items of an endless iterator, each computed in the pool while the one before is used."""
+    following = pool.submit(next, items)
+    while True:
+        item = following.result()
+        following = pool.submit(next, items)
+        yield item

@@ -1,0 +1,171 @@
+"""Writing samples as webdataset shards, so that only a finished run leaves a folder behind."""
+
+import json
+import re
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from webdataset import ShardWriter
+
+from data_pipeline.errors import InputError
+
+REPORT_NAME = "prepare.json"
+# The tar header holds 100 characters of name; the rest is for a number, "." and the suffix.
+MAX_KEY_LENGTH = 64
+
+
+@dataclass(frozen=True)
+class ShardLimits:
+    """When a new shard is begun: after `samples` samples or `num_bytes` bytes of content."""
+
+    samples: int = 2_000
+    num_bytes: int = 1_000_000_000
+
+    def __post_init__(self) -> None:
+        for option, value in (("samples-per-shard", self.samples), ("shard-bytes", self.num_bytes)):
+            if value < 1:
+                raise InputError(f"--{option} is {value}; it must be at least 1.")
+
+
+class SampleWriter:
+    """Writes samples to `folder`/000000.tar, 000001.tar, ... and gives each a key of its own.
+
+    The bytes written depend on the samples only: tar headers carry no time and no user.
+    """
+
+    def __init__(self, folder: Path, limits: ShardLimits) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        pattern = str(folder.resolve()).replace("%", "%%") + "/%06d.tar"
+        self._shards = ShardWriter(
+            pattern,
+            maxcount=limits.samples,
+            maxsize=limits.num_bytes,
+            verbose=0,
+            encoder=False,
+            mtime=0.0,
+            user="",
+            group="",
+        )
+        self._times_used: dict[str, int] = {}
+        self.num_samples = 0
+        self.num_images = 0
+
+    def __enter__(self) -> "SampleWriter":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._shards.close()
+
+    def write(
+        self,
+        name: str,
+        messages: Sequence[Mapping[str, Any]],
+        images: Mapping[str, bytes],
+        metadata: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Append one sample and return its key.
+
+        Args:
+            name: any text the key is made from.
+            messages: the turns; image parts name a suffix, such as "0.png".
+            images: the file's bytes for each of these suffixes, written as they are.
+            metadata: free-form facts kept with the sample.
+
+        Raises:
+            InputError: a text that cannot be written as UTF-8.
+        """
+        record: dict[str, Any] = {"messages": messages}
+        if metadata is not None:
+            record["metadata"] = metadata
+        try:
+            text = json.dumps(record, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"a text is not valid Unicode: {error.reason}") from error
+        key = self._unique_key(name)
+        self._shards.write({"__key__": key, **images, "json": text})
+        self.num_samples += 1
+        self.num_images += len(images)
+        return key
+
+    def _unique_key(self, name: str) -> str:
+        """`name` with only letters, digits, "-" and "_" of ASCII, and a number if it is taken."""
+        # A leading "_" would make some readers take the member for metadata.
+        base = re.sub(r"[^A-Za-z0-9_-]+", "_", name)[:MAX_KEY_LENGTH].lstrip("_") or "sample"
+        key = base
+        while key in self._times_used:
+            key = f"{base}-{self._times_used[base]}"
+            self._times_used[base] += 1
+        self._times_used[key] = 1
+        return key
+
+
+@contextmanager
+def staged_output(
+    out: Path, *, overwrite: bool = False, sources: Sequence[Path] = ()
+) -> Iterator[Path]:
+    """Yield an empty folder beside `out` that becomes `out` when the block ends without error.
+
+    On an error the folder is removed; a killed process can leave only the hidden folder
+    ".NAME.partial-..." behind, never something under the name of `out`.
+
+    Args:
+        out: the folder to create; parents are created as needed.
+        overwrite: replace `out` if an earlier run of this tool wrote it.
+        sources: inputs that must not lie inside a folder that is going to be replaced.
+
+    Raises:
+        InputError: `out` is a file, or holds something that may not be replaced.
+    """
+    out = out.resolve()
+    _check_replaceable(out, overwrite, sources)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    unique = secrets.token_hex(4)
+    staged = out.parent / f".{out.name}.partial-{unique}"
+    staged.mkdir()
+    try:
+        yield staged
+        # Once more: another run may have finished meanwhile.
+        _check_replaceable(out, overwrite, sources)
+        replaced = out.parent / f".{out.name}.replaced-{unique}"
+        if out.exists():
+            out.rename(replaced)
+        staged.rename(out)
+        shutil.rmtree(replaced, ignore_errors=True)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def write_report(folder: Path, report: Mapping[str, Any]) -> None:
+    """Write prepare.json: what was made, from what, and what was left out and why."""
+    # ASCII: names from damaged input may hold what UTF-8 cannot.
+    (folder / REPORT_NAME).write_text(json.dumps(report, indent=1) + "\n")
+
+
+def _check_replaceable(out: Path, overwrite: bool, sources: Sequence[Path]) -> None:
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise InputError(f"{out} is a file, and a folder is to be written there: choose another.")
+    if not any(out.iterdir()):
+        return
+    if not overwrite:
+        raise InputError(
+            f"{out} exists and is not empty. Choose another folder, or pass --overwrite "
+            "to replace what an earlier run wrote there."
+        )
+    if not (out / REPORT_NAME).is_file():
+        raise InputError(
+            f"{out} has no {REPORT_NAME}, so it was not written by this tool and --overwrite does "
+            "not touch it. Choose another folder, or remove it yourself."
+        )
+    for source in sources:
+        if source.resolve().is_relative_to(out):
+            raise InputError(
+                f"{source} lies inside {out}, which --overwrite would delete. "
+                "Choose another output folder."
+            )

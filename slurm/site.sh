@@ -1,0 +1,38 @@
+# shellcheck shell=bash
+# Settings of your cluster: remove the "#" from a line to set it. slurm/pretrain.sh sources this file
+# inside the job. sbatch reads its own settings earlier, so for those marked (submit) also run
+# `source slurm/site.sh` in the shell that you call sbatch from; an option given to sbatch wins.
+# To keep your settings outside the repository, copy this file and set SITE to the copy.
+
+# (submit) Partition (queue) with the nodes to train on; `sinfo` lists them.
+#export SBATCH_PARTITION=gpu
+
+# (submit) Account (project) that is charged.
+#export SBATCH_ACCOUNT=my-project
+
+# (submit) Quality of service, where your site uses it.
+#export SBATCH_QOS=normal
+
+# (submit) Time limit. A longer one waits longer in the queue; training resumes from its last
+# checkpoint, so a short limit and several jobs with the same output_dir work too.
+#export SBATCH_TIMELIMIT=24:00:00
+
+# Network interface between the nodes (`ip -brief address` lists them; "ib" also matches ib0, ib1).
+# NCCL carries the GPUs' traffic and gloo the CPUs'; both guess, and a wrong guess hangs at the start.
+#export NCCL_SOCKET_IFNAME=ib
+#export GLOO_SOCKET_IFNAME=ib0
+
+# InfiniBand adapters that NCCL may use, where a node has others too (`ibv_devices` lists them).
+#export NCCL_IB_HCA=mlx5
+
+# What NCCL prints: INFO shows which network it chose.
+#export NCCL_DEBUG=WARN
+
+# Where Hugging Face models and tokenizers are cached: a folder that every node sees.
+#export HF_HOME=/shared/huggingface
+
+# Compute nodes without internet: fail at once for a model that is not in that cache.
+#export HF_HUB_OFFLINE=1
+
+# Software modules, where the system's compiler or CUDA is too old.
+#module load gcc cuda

@@ -1,0 +1,42 @@
+"""Fixtures shared by all tests."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.ranks import RankPool
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session")
+def one_rank() -> Iterator[RankPool]:
+    pool = RankPool(1)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def two_ranks() -> Iterator[RankPool]:
+    pool = RankPool(2)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def digits_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small digits corpus with its index: train/, eval/, tokenizer.model."""
+    from data_pipeline.chat import ChatSettings
+    from data_pipeline.index import build_index
+    from data_pipeline.prepare import prepare_demo
+    from data_pipeline.tokenizer import load_tokenizer
+
+    out = tmp_path_factory.mktemp("corpus") / "digits"
+    prepare_demo("digits", out, train_samples=240, eval_samples=24, seed=0)
+    tokenizer = load_tokenizer(out / "tokenizer.model")
+    for part in ("train", "eval"):
+        build_index(str(out / part), tokenizer, ChatSettings(system=""))
+    return out

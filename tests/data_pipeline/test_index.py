@@ -1,0 +1,598 @@
+"""Index of real webdataset shards: columns, bad samples, restarts, and every mismatch."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import webdataset
+from PIL import Image
+
+import data_pipeline.index.build as build_module
+from data_pipeline.chat import ChatSettings, image_names, parse_sample, tokenize_chat
+from data_pipeline.errors import InputError
+from data_pipeline.index import BadSample, Index, build_index, expand_shards, load_index
+from data_pipeline.index.__main__ import main
+from data_pipeline.index.shard import COLUMNS
+from data_pipeline.tokenizer import Tokenizer, load_tokenizer
+from tests.data_pipeline.small_tokenizers import save_sentencepiece
+
+CHAT = ChatSettings()
+Sample = dict[str, Any]
+
+
+def picture(width: int, height: int, kind: str = "PNG") -> bytes:
+    buffer = BytesIO()
+    Image.new("RGB", (width, height), (width % 256, height % 256, 0)).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def make_sample(key: str, images: dict[str, bytes], answer: str = "A cell.") -> Sample:
+    parts = [{"type": "image", "image": name} for name in images]
+    messages = [
+        {"role": "user", "content": [*parts, {"type": "text", "text": f"What is {key}?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+    ]
+    return {"__key__": key, "json": json.dumps({"messages": messages}).encode(), **images}
+
+
+def ordinary(number: int) -> Sample:
+    """A sample with number % 3 images of sizes that no other has."""
+    images = {f"{j}.png": picture(10 + number, 20 + j) for j in range(number % 3)}
+    return make_sample(f"{number:04d}", images, "é " * (number % 5))
+
+
+def write_shard(path: Path, samples: list[Sample]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with webdataset.TarWriter(str(path), encoder=False) as writer:
+        for sample in samples:
+            writer.write(sample)
+    return path
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return load_tokenizer(save_sentencepiece(tmp_path_factory.mktemp("tokenizer")))
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    """A folder of three shards with four samples each, written by webdataset's ShardWriter."""
+    pattern = str(tmp_path / "train" / "shard-%06d.tar")
+    (tmp_path / "train").mkdir()
+    with webdataset.ShardWriter(pattern, maxcount=4, verbose=0, encoder=False) as writer:
+        for number in range(12):
+            writer.write(ordinary(number))
+    return tmp_path / "train"
+
+
+@pytest.fixture
+def indexed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Names of the shards that are read, as it happens."""
+    seen: list[str] = []
+    original = build_module.index_shard
+
+    def counting(shard: Path, *rest: Any) -> Any:
+        seen.append(shard.name)
+        return original(shard, *rest)
+
+    monkeypatch.setattr(build_module, "index_shard", counting)
+    yield seen
+
+
+def build_and_load(folder: Path, tokenizer: Tokenizer, chat: ChatSettings = CHAT) -> Index:
+    build_index(str(folder), tokenizer, chat)
+    return load_index(str(folder), tokenizer, chat)
+
+
+def assert_same_index(a: Index, b: Index) -> None:
+    assert (a.shards, a.fingerprint, a.bad) == (b.shards, b.fingerprint, b.bad)
+    for name in [*COLUMNS, "shard"]:
+        np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
+
+
+def test_columns_describe_what_webdataset_reads(shards: Path, tokenizer: Tokenizer) -> None:
+    index = build_and_load(shards, tokenizer)
+    pipeline = webdataset.WebDataset([str(p) for p in index.shards], shardshuffle=False)
+    expected = list(pipeline)
+    assert len(index) == len(expected) == 12
+    assert [p.name for p in index.shards] == [f"shard-{k:06d}.tar" for k in range(3)]
+    for i, sample in enumerate(expected):
+        assert index.keys[i] == sample["__key__"]
+        assert index.name(i) == f"{Path(sample['__url__']).name}:{sample['__key__']}"
+        assert index.read_json(i) == sample["json"]
+        messages = parse_sample(sample["json"])["messages"]
+        assert index.read_images(i) == [sample[name] for name in image_names(messages)]
+        images = slice(index.image_start[i], index.image_start[i + 1])
+        sizes = list(zip(index.image_width[images], index.image_height[images], strict=True))
+        assert sizes == [(10 + i, 20 + j) for j in range(i % 3)]
+        chat = tokenize_chat(messages, tokenizer, CHAT)
+        assert index.text_tokens[i] == len(chat.input_ids)
+        assert index.supervised_tokens[i] == sum(chat.supervised)
+    for name, dtype in COLUMNS.items():
+        assert np.issubdtype(getattr(index, name).dtype, dtype), name
+    assert index.shard.dtype == np.int32
+    assert index.image_start.shape == (13,) and index.image_start[-1] == len(index.image_offset)
+    assert index.bad == []
+
+
+def test_shards_without_any_image(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    write_shard(tmp_path / "a.tar", [make_sample("a", {}), make_sample("b", {})])
+    index = build_and_load(tmp_path, tokenizer)
+    assert len(index) == 2 and index.image_start.tolist() == [0, 0, 0]
+    assert len(index.image_offset) == len(index.image_crc) == 0
+    assert index.read_images(1) == []
+
+
+def test_an_image_may_be_used_twice_and_exif_turns_it(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    buffer = BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    Image.new("RGB", (30, 20)).save(buffer, "JPEG", exif=exif)
+    sample = make_sample("a", {"0.jpg": buffer.getvalue()})
+    content = json.loads(sample["json"])
+    content["messages"][0]["content"] *= 2
+    sample["json"] = json.dumps(content).encode()
+    write_shard(tmp_path / "a.tar", [sample])
+    index = build_and_load(tmp_path, tokenizer)
+    assert index.image_width.tolist() == [20, 20] and index.image_height.tolist() == [30, 30]
+    assert index.read_images(0) == [sample["0.jpg"]] * 2
+
+
+def test_bad_samples_are_left_out_and_listed(
+    tmp_path: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    missing = make_sample("missing", {"0.png": picture(3, 3)})
+    missing["1.png"] = missing.pop("0.png")
+    last_turn = make_sample("order", {})
+    last_turn["json"] = last_turn["json"].replace(b'"assistant"', b'"user"')
+    write_shard(
+        tmp_path / "a.tar",
+        [
+            make_sample("good1", {"0.png": picture(5, 6)}),
+            {"__key__": "syntax", "json": b'{"messages": ['},
+            {"__key__": "deep", "json": b"[" * 200_000},
+            {"__key__": "utf16", "json": "{}".encode("utf-16")},
+            {"__key__": "schema", "json": b'{"conversations": []}'},
+            {**make_sample("surrogate", {}), "json": make_sample("\ud800", {})["json"]},
+            last_turn,
+            make_sample("header", {"0.png": b"no picture"}),
+            missing,
+            {"__key__": "lonely", "0.png": picture(3, 3)},
+            make_sample("twice", {}),
+            make_sample("good2", {"0.png": picture(7, 8)}),
+            make_sample("twice", {}),
+        ],
+    )
+    index = build_and_load(tmp_path, tokenizer)
+    assert index.keys.tolist() == ["good1", "good2"]
+    assert index.image_width.tolist() == [5, 7]
+    reasons = {
+        "syntax": "does not parse",
+        "deep": "nested too deeply",
+        "utf16": "not UTF-8",
+        "schema": "messages",
+        "surrogate": "lone surrogate",
+        "order": "turn 1 has the role 'user'",
+        "header": "image '0.png'",
+        "missing": "no member missing.'0.png'",
+        "lonely": "no member lonely.json beside 0.png",
+        "twice": "two members are named 'twice.json'",
+    }
+    assert {bad.key for bad in index.bad} == reasons.keys()
+    printed = capsys.readouterr().out
+    manifest = json.loads((tmp_path / "index" / "manifest.json").read_text())
+    assert manifest["totals"]["bad"] == len(reasons)
+    for bad in index.bad:
+        assert bad == BadSample("a.tar", bad.key, bad.reason) and reasons[bad.key] in bad.reason
+        assert f"left out a.tar:{bad.key}: {bad.reason}" in printed
+        assert {"key": bad.key, "reason": bad.reason} in manifest["shards"]["a.tar"]["bad"]
+
+
+def test_many_bad_samples_are_counted_not_all_printed(
+    tmp_path: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = [{"__key__": f"{k}", "json": b""} for k in range(15)]
+    write_shard(tmp_path / "a.tar", [*bad, make_sample("good", {})])
+    build_index(str(tmp_path), tokenizer, CHAT)
+    printed = capsys.readouterr().out
+    assert printed.count("does not parse") == 10 and "5 more samples of a.tar" in printed
+
+
+def test_huge_json_is_a_bad_sample(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data_pipeline.index.shard._MAX_JSON_BYTES", 1000)
+    write_shard(tmp_path / "a.tar", [make_sample("a", {}), make_sample("b", {}, "x" * 1000)])
+    index = build_and_load(tmp_path, tokenizer)
+    assert index.keys.tolist() == ["a"] and "more than 1000" in index.bad[0].reason
+
+
+def test_unchanged_shards_are_not_read_again(
+    shards: Path, tokenizer: Tokenizer, indexed: list[str]
+) -> None:
+    first = build_and_load(shards, tokenizer)
+    names = [path.name for path in first.shards]
+    assert indexed == names
+    assert_same_index(build_and_load(shards, tokenizer), first)
+    assert indexed == names
+    # A shard that changed is the only one to be read again, even if its size is the same.
+    one = first.shards[1]
+    os.utime(one, ns=(0, one.stat().st_mtime_ns + 1))
+    assert build_and_load(shards, tokenizer).fingerprint == first.fingerprint  # same content
+    assert indexed == [*names, one.name]
+    write_shard(one, [ordinary(40), ordinary(41)])
+    second = build_and_load(shards, tokenizer)
+    assert indexed == [*names, one.name, one.name]
+    assert second.fingerprint != first.fingerprint and len(second) == 10
+    # Another tokenizer or template: all of them.
+    build_and_load(shards, tokenizer, ChatSettings(system="Other."))
+    assert indexed == [*names, one.name, one.name, *names]
+
+
+def test_killed_half_way_leaves_the_earlier_index_and_goes_on(
+    shards: Path, tokenizer: Tokenizer, indexed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = build_module.save_shard_index
+    saved = 0
+
+    def failing(*arguments: Any) -> None:
+        nonlocal saved
+        saved += 1
+        if saved == 3:
+            raise KeyboardInterrupt
+        save(*arguments)
+
+    # The first index: absent until it is complete.
+    monkeypatch.setattr(build_module, "save_shard_index", failing)
+    with pytest.raises(KeyboardInterrupt):
+        build_index(str(shards), tokenizer, CHAT)
+    with pytest.raises(InputError, match="not indexed"):
+        load_index(str(shards), tokenizer, CHAT)
+    first = build_and_load(shards, tokenizer)
+    assert indexed == [
+        *(p.name for p in first.shards),
+        first.shards[2].name,
+    ]  # only the third again
+    assert not (shards / "index" / "partial").exists()
+    # A later one, for another template: the earlier stays usable.
+    saved, other = 0, ChatSettings(system="Other.")
+    with pytest.raises(KeyboardInterrupt):
+        build_index(str(shards), tokenizer, other)
+    assert_same_index(load_index(str(shards), tokenizer, CHAT), first)
+    build_and_load(shards, tokenizer, other)
+
+
+def test_killed_while_publishing_is_noticed(
+    shards: Path, tokenizer: Tokenizer, indexed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build_index(str(shards), tokenizer, CHAT)
+    other = ChatSettings(system="Other.")
+    with monkeypatch.context() as patch:
+        patch.setattr(build_module, "write_manifest", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            build_index(str(shards), tokenizer, other)
+    with pytest.raises(InputError, match="an indexing run was cut short; run: python -m"):
+        load_index(str(shards), tokenizer, CHAT)
+    indexed.clear()
+    build_and_load(shards, tokenizer, other)
+    assert indexed == []
+
+
+def test_a_subset_leaves_the_other_shards_indexed(shards: Path, tokenizer: Tokenizer) -> None:
+    whole = build_and_load(shards, tokenizer)
+    build_index(str(whole.shards[0]), tokenizer, ChatSettings(system="Other."))
+    rest = load_index([str(p) for p in whole.shards[1:]], tokenizer, CHAT)
+    assert len(rest) == 8
+    whole.shards[2].unlink()
+    build_index(str(whole.shards[0]), tokenizer, CHAT)
+    manifest = json.loads((shards / "index" / "manifest.json").read_text())
+    assert sorted(manifest["shards"]) == ["shard-000000.tar", "shard-000001.tar"]
+
+
+def test_several_folders_are_joined_in_sorted_order(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    write_shard(tmp_path / "b" / "x.tar", [ordinary(4), ordinary(5)])
+    write_shard(tmp_path / "a" / "y.tar", [ordinary(1), ordinary(2)])
+    write_shard(tmp_path / "a" / "x.tar", [ordinary(3)])
+    patterns = [str(tmp_path / "b"), str(tmp_path / "a")]
+    build_index(patterns, tokenizer, CHAT)
+    assert (tmp_path / "a" / "index" / "manifest.json").exists()
+    assert (tmp_path / "b" / "index" / "x.npz").exists()
+    index = load_index(patterns, tokenizer, CHAT)
+    assert index.keys.tolist() == ["0003", "0001", "0002", "0004", "0005"]
+    assert index.shard.tolist() == [0, 1, 1, 2, 2]
+    assert index.image_start.tolist() == [0, 0, 1, 3, 4, 6]
+    assert [len(index.read_images(i)) for i in range(5)] == [0, 1, 2, 1, 2]
+
+
+def test_workers_give_the_same_index(shards: Path, tokenizer: Tokenizer) -> None:
+    one = build_and_load(shards, tokenizer)
+    shutil.rmtree(shards / "index")
+    (shards / "broken.tar").write_bytes(b"")
+    with pytest.raises(InputError, match=r"broken\.tar is empty"):
+        build_index(str(shards), tokenizer, CHAT, workers=2)
+    (shards / "broken.tar").unlink()
+    build_index(str(shards), tokenizer, CHAT, workers=2)
+    assert_same_index(load_index(str(shards), tokenizer, CHAT), one)
+
+
+def test_a_copied_data_set_keeps_working(
+    shards: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    first = build_and_load(shards, tokenizer)
+    copy = tmp_path / "elsewhere"
+    shutil.copytree(shards, copy, copy_function=shutil.copyfile)  # new modification times
+    second = load_index(str(copy), tokenizer, CHAT)
+    assert second.fingerprint == first.fingerprint
+    assert second.read_images(2) == first.read_images(2)
+
+
+def test_a_reader_notices_bytes_that_changed(shards: Path, tokenizer: Tokenizer) -> None:
+    index = build_and_load(shards, tokenizer)
+    for offset, read in [
+        (index.json_offset[2], index.read_json),
+        (index.image_offset[index.image_start[2]], index.read_images),
+    ]:
+        with index.shards[0].open("r+b") as file:
+            file.seek(int(offset) + 3)
+            file.write(b"\x00\xff")
+        with pytest.raises(InputError, match=r"shard-000000\.tar are not those that were indexed"):
+            read(2)
+
+
+def test_a_replaced_shard_is_opened_anew(
+    shards: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    shard = shards / "shard-000000.tar"
+    index = build_and_load(shards, tokenizer)
+    index.read_json(0)  # it stays open
+    write_shard(tmp_path / "new.tar", [ordinary(50), ordinary(51)]).replace(shard)
+    index = build_and_load(shards, tokenizer)
+    assert index.read_json(1) == ordinary(51)["json"]
+    # The same, indexed by another process.
+    write_shard(tmp_path / "other" / shard.name, [ordinary(62), ordinary(61)])
+    build_index(str(tmp_path / "other"), tokenizer, CHAT)
+    index.read_json(1)
+    (tmp_path / "other" / shard.name).replace(shard)
+    shutil.rmtree(shards / "index")
+    (tmp_path / "other" / "index").replace(shards / "index")
+    assert load_index(str(shard), tokenizer, CHAT).read_json(1) == ordinary(61)["json"]
+
+
+def cut(shards: Path) -> None:
+    shard = shards / "shard-000001.tar"
+    os.truncate(shard, shard.stat().st_size - 11_000)
+
+
+def empty(shards: Path) -> None:
+    (shards / "shard-000001.tar").write_bytes(b"")
+
+
+def no_sample(shards: Path) -> None:
+    write_shard(shards / "shard-000001.tar", [])
+
+
+def only_bad_samples(shards: Path) -> None:
+    write_shard(shards / "shard-000001.tar", [{"__key__": "k", "json": b""}])
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (cut, "is truncated"),
+        (empty, "is empty"),
+        (no_sample, "has no usable sample (samples are members"),
+        (only_bad_samples, "has no usable sample (1 bad ones, the first: k: the JSON does not"),
+    ],
+)
+def test_shards_that_cannot_be_indexed(
+    shards: Path, tokenizer: Tokenizer, damage: Callable[[Path], None], reason: str
+) -> None:
+    first = build_and_load(shards, tokenizer)
+    damage(shards)
+    (shards / "shard-000000.tar").write_bytes(b"also broken" * 100)
+    with pytest.raises(InputError) as caught:
+        build_index(str(shards), tokenizer, CHAT)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 2 and "shard-000000.tar is not an uncompressed tar" in lines[0]
+    assert "shard-000001.tar " + reason in lines[1]
+    # Untouched shards are still there, as they were.
+    assert len(load_index(str(first.shards[2]), tokenizer, CHAT)) == 4
+
+
+def test_a_shard_that_is_still_being_written(
+    shards: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shard = shards / "shard-000000.tar"
+
+    def touching(*arguments: Any) -> Any:
+        os.utime(shard, ns=(0, 7))
+        return tokenize_chat(*arguments)
+
+    monkeypatch.setattr("data_pipeline.index.shard.tokenize_chat", touching)
+    with pytest.raises(InputError, match=r"shard-000000\.tar changed while indexed"):
+        build_index(str(shard), tokenizer, CHAT)
+
+
+def grow(shards: Path) -> None:
+    with (shards / "shard-000001.tar").open("ab") as file:
+        file.write(bytes(512))
+
+
+def add_shard(shards: Path) -> None:
+    write_shard(shards / "more.tar", [ordinary(1)])
+
+
+def remove_index(shards: Path) -> None:
+    shutil.rmtree(shards / "index")
+
+
+def remove_npz(shards: Path) -> None:
+    (shards / "index" / "shard-000001.npz").unlink()
+
+
+def cut_npz(shards: Path) -> None:
+    path = shards / "index" / "shard-000001.npz"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def swap_npz(shards: Path) -> None:
+    shutil.copy(shards / "index" / "shard-000002.npz", shards / "index" / "shard-000001.npz")
+
+
+def spoil_npz(shards: Path) -> None:
+    """One wrong byte in the contents of a column."""
+    path = shards / "index" / "shard-000001.npz"
+    data = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as file:
+        column = file.getinfo("json_crc.npy")
+    extra = int.from_bytes(data[column.header_offset + 28 : column.header_offset + 30], "little")
+    start = column.header_offset + 30 + len(column.filename) + extra
+    data[start + column.compress_size - 3] ^= 255
+    path.write_bytes(data)
+
+
+def spoil_manifest(shards: Path) -> None:
+    (shards / "index" / "manifest.json").write_text("[]")
+
+
+def older_schema(shards: Path) -> None:
+    path = shards / "index" / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "schema": 0}))
+
+
+@pytest.mark.parametrize(
+    ("change", "reasons"),
+    [
+        (grow, ["shard-000001.tar has ", " bytes, but its index was made for "]),
+        (add_shard, ["more.tar is not in the index ", "manifest.json"]),
+        (remove_index, ["manifest.json does not exist"]),
+        (remove_npz, ["shard-000001.npz is missing"]),
+        (cut_npz, ["shard-000001.npz cannot be read"]),
+        (spoil_npz, ["shard-000001.npz cannot be read"]),
+        (swap_npz, ["shard-000001.npz does not belong to ", "cut short"]),
+        (spoil_manifest, ["manifest.json cannot be read"]),
+        (older_schema, ["manifest.json has the schema 0, this version reads 1"]),
+    ],
+)
+def test_an_index_that_does_not_fit_is_refused_then_repaired(
+    shards: Path, tokenizer: Tokenizer, change: Callable[[Path], None], reasons: list[str]
+) -> None:
+    first = build_and_load(shards, tokenizer)
+    change(shards)
+    with pytest.raises(InputError) as caught:
+        load_index(str(shards), tokenizer, CHAT)
+    message = str(caught.value)
+    for reason in reasons:
+        assert reason in message
+    assert (
+        f"; run: python -m data_pipeline.index {shards} --tokenizer {tokenizer.source}" in message
+    )
+    # The command it names mends it.
+    index = build_and_load(shards, tokenizer)
+    if change is not add_shard:
+        np.testing.assert_array_equal(index.json_offset, first.json_offset)
+
+
+def test_another_tokenizer_or_template_is_refused(
+    shards: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    from data_pipeline.tokenizer import train_sentencepiece
+
+    build_index(str(shards), tokenizer, CHAT)
+    train_sentencepiece(["other text"] * 9, tmp_path / "other.model", 290)
+    other = load_tokenizer(tmp_path / "other.model")
+    with pytest.raises(InputError) as caught:
+        load_index(str(shards), other, CHAT)
+    message = str(caught.value)
+    for part in (tokenizer.source, other.source, tokenizer.fingerprint[:12], "manifest.json"):
+        assert part in message
+    assert message.endswith(
+        f"run: python -m data_pipeline.index {shards} --tokenizer {other.source}"
+    )
+    assert len(build_and_load(shards, other)) == 12
+    build_index(str(shards), tokenizer, CHAT)
+    with pytest.raises(InputError) as caught:
+        load_index(str(shards), tokenizer, ChatSettings(system="It's another."))
+    message = str(caught.value)
+    for part in ("You are a helpful assistant.", "It's another.", "manifest.json"):
+        assert part in message
+    assert """--system 'It'"'"'s another.'""" in message
+
+
+def test_a_folder_that_cannot_be_written(
+    shards: Path, tokenizer: Tokenizer, indexed: list[str]
+) -> None:
+    (shards / "index").write_text("in the way")  # also stops root, whom permissions do not
+    with pytest.raises(InputError, match="cannot write an index beside the shards in"):
+        build_index(str(shards), tokenizer, CHAT)
+    assert indexed == []
+
+
+def test_expand_shards(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b, c = (shards / f"shard-{k:06d}.tar" for k in range(3))
+    (shards / "notes.txt").write_text("")
+    patterns: list[str | list[str]] = [
+        str(shards),
+        f"{shards}/*",
+        f"{shards}/shard-{{000000..000002}}.tar",
+        [str(c), str(a), f"{shards}/shard-{{000001,000000}}.tar"],
+    ]
+    for pattern in patterns:
+        assert expand_shards(pattern) == [a, b, c]
+    monkeypatch.chdir(shards)
+    assert expand_shards("shard-00000[01].tar") == [Path(a.name), Path(b.name)]
+    assert len(expand_shards([".", str(shards)])) == 3
+    (shards.parent / "link").symlink_to(shards)
+    assert len(expand_shards([str(shards), str(shards.parent / "link")])) == 3
+    (shards / "empty").mkdir()
+    refused: list[tuple[str | list[str], str]] = [
+        (f"{shards}/shard-{{000001..000003}}.tar", "shard-000003.tar does not exist"),
+        (f"{shards}/none*.tar", "no .tar file matches"),
+        (f"{shards}/notes*", "no .tar file matches"),
+        (f"{shards}/notes.txt", "notes.txt is not named"),
+        (f"{shards}/empty", "no .tar files in the folder"),
+        (f"{shards}/{{000", "unbalanced braces"),
+        ([], "no shards are given"),
+    ]
+    for pattern, reason in refused:
+        with pytest.raises(InputError) as caught:
+            expand_shards(pattern)
+        assert reason in str(caught.value)
+
+
+def test_command_line(
+    shards: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(InputError, match=r"no tokenizer\.model in .*--tokenizer"):
+        main([str(shards)])
+    shutil.copy(tokenizer.source, shards.parent / "tokenizer.model")  # one folder up is found
+    main([str(shards), "--workers", "1", "--system", ""])
+    printed = capsys.readouterr().out
+    index = load_index(str(shards), tokenizer, ChatSettings(system=""))
+    total = int(index.text_tokens.sum())
+    assert f"3 shards, 12 samples, 12 images, {total:,} text tokens" in printed
+    assert "0 bad samples" in printed and f"index: {shards}/index/manifest.json" in printed
+
+
+def test_command_line_as_a_module(shards: Path, tokenizer: Tokenizer) -> None:
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "data_pipeline.index", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+
+    done = run(str(shards), "--tokenizer", tokenizer.source)
+    assert done.returncode == 0, done.stderr
+    assert "12 samples" in done.stdout and "index: " in done.stdout
+    failed = run(str(shards / "none"), "--tokenizer", tokenizer.source)
+    assert failed.returncode == 2
+    assert failed.stderr.startswith("error: ") and "Traceback" not in failed.stderr
+    shown = run("--help")
+    assert shown.returncode == 0 and "{key}.json" in shown.stdout and "--tokenizer" in shown.stdout

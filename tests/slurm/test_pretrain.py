@@ -1,0 +1,262 @@
+"""slurm/pretrain.sh on a real cluster: tasks and their environment, how jobs end and go on."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.cluster import NODES, ROOT, Cluster
+
+pytestmark = pytest.mark.slurm
+PRETRAIN = "slurm/pretrain.sh"
+DIGITS = "training/configs/digits.yaml"
+
+# Stands in for Python where a test is about the launcher: prints what a task gets.
+PRINT_TASK = """\
+#!/bin/bash
+echo "task $SLURM_PROCID/$SLURM_NTASKS local $SLURM_LOCALID on $SLURMD_NODENAME\
+ gpus ${CUDA_VISIBLE_DEVICES:-none} threads $OMP_NUM_THREADS of $SLURM_CPUS_PER_TASK"
+printf '<%s>' "$@"; echo
+"""
+ALL_REDUCE = f"""\
+#!{sys.executable}
+import os, torch, torch.distributed as dist
+rank, world = int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_NTASKS"])
+assert "RANK" not in os.environ
+dist.init_process_group("gloo", rank=rank, world_size=world)  # at MASTER_ADDR:MASTER_PORT
+total = torch.tensor(10.0 ** rank)
+dist.all_reduce(total)
+print("sum", int(total), flush=True)
+dist.destroy_process_group()
+"""
+
+
+def program(folder: Path, text: str) -> dict[str, str]:
+    """The environment in which pretrain.sh runs this program instead of Python."""
+    path = folder / "program"
+    path.write_text(text)
+    path.chmod(0o755)
+    return {"PYTHON": str(path)}
+
+
+def lines_of_rank(log: str, rank: int) -> list[str]:
+    return [line.split(": ", 1)[1] for line in log.splitlines() if line.startswith(f"{rank}: ")]
+
+
+@pytest.mark.parametrize("script", ["slurm/pretrain.sh", "slurm/site.sh", "tests/slurm/install.sh"])
+def test_the_shell_scripts_are_clean(script: str) -> None:
+    subprocess.run(["bash", "-n", script], cwd=ROOT, check=True)
+    if not shutil.which("shellcheck"):
+        pytest.skip("shellcheck is not installed")
+    subprocess.run(["shellcheck", "--external-sources", script], cwd=ROOT, check=True)
+
+
+def test_outside_a_job_it_says_how_to_submit() -> None:
+    env = {key: value for key, value in os.environ.items() if not key.startswith("SLURM")}
+    run = subprocess.run([ROOT / PRETRAIN], env=env, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 2
+    assert "sbatch" in run.stderr and "error: not in a Slurm job" in run.stderr
+    asked = subprocess.run([ROOT / PRETRAIN, "--help"], env=env, capture_output=True, text=True)
+    assert asked.returncode == 0
+    assert "key=value" in asked.stdout and not asked.stderr
+
+
+def test_a_fresh_clone_runs_with_the_bare_command(cluster: Cluster, tmp_path: Path) -> None:
+    """`sbatch slurm/pretrain.sh`: the default config, the clone's .venv, the log beside it."""
+    shutil.copytree(ROOT / "slurm", tmp_path / "slurm")
+    shutil.copytree(ROOT / "training/configs", tmp_path / "training/configs")
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    python = program(tmp_path, PRINT_TASK)["PYTHON"]
+    (tmp_path / ".venv/bin/python").symlink_to(python)
+    job = int(cluster.run("sbatch", "--parsable", PRETRAIN, cwd=tmp_path))
+    log = cluster.wait(job).log
+    assert log == (tmp_path / f"pretrain-{job}.out").read_text()
+    assert f"task 0/1 local 0 on {NODES[0]} gpus none threads 1 of 1" in log
+    assert f"<-m><training.train><{DIGITS}>" in log
+    assert re.search(rf"rendezvous {NODES[0]}:2\d{{4}}\n", log)
+
+
+@pytest.mark.parametrize(
+    ("options", "env", "tasks_per_node", "gpus"),
+    [
+        (["--gpus-per-node=2", "--cpus-per-gpu=1"], {}, 2, "0,1"),
+        (["--gres=gpu:2", "--exclusive"], {}, 2, "0,1"),
+        (["--ntasks-per-node=2", "--gpus-per-task=1"], {}, 2, "0,1"),
+        (["--gpus=4", "--ntasks-per-gpu=1"], {}, 2, "0,1"),
+        (["--gres=gpu:1"], {"TASKS_PER_NODE": "2"}, 1, "0"),
+        (["--cpus-per-task=2"], {"TASKS_PER_NODE": "2"}, 2, "none"),
+        (["--cpus-per-task=2"], {}, 1, "none"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_one_task_per_gpu(
+    cluster: Cluster,
+    tmp_path: Path,
+    options: list[str],
+    env: dict[str, str],
+    tasks_per_node: int,
+    gpus: str,
+) -> None:
+    """However the GPUs were asked for; all tasks of a node see all of its GPUs."""
+    env = {**env, **program(tmp_path, PRINT_TASK)}
+    log = cluster.wait(cluster.submit(PRETRAIN, options=options, env=env)).log
+    cpus = 1 if gpus == "0" else 2 // tasks_per_node
+    for rank in range(2 * tasks_per_node):
+        node, local = divmod(rank, tasks_per_node)
+        assert lines_of_rank(log, rank)[0] == (
+            f"task {rank}/{2 * tasks_per_node} local {local} on {NODES[node]} gpus {gpus}"
+            f" threads {cpus} of {cpus}"
+        )
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        ([], "from_env.yaml"),
+        (["train.steps=2"], "from_env.yaml><train.steps=2"),
+        (["other.yaml", "key=Two words, $HOME"], "other.yaml><key=Two words, $HOME"),
+        (["lr=1/config.yaml", "a=b"], "lr=1/config.yaml><a=b"),
+    ],
+)
+def test_config_and_overrides_reach_the_trainer(
+    cluster: Cluster, tmp_path: Path, args: list[str], expected: str
+) -> None:
+    shutil.copytree(ROOT / "slurm", tmp_path / "slurm")
+    (tmp_path / "training").mkdir()
+    for name in ("from_env.yaml", "other.yaml", "lr=1/config.yaml"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    env = {"CONFIG": "from_env.yaml", **program(tmp_path, PRINT_TASK)}
+    job = cluster.submit(PRETRAIN, *args, nodes=1, env=env, cwd=tmp_path)
+    assert lines_of_rank(cluster.wait(job).log, 0)[1] == f"<-m><training.train><{expected}>"
+
+
+def test_the_environment_of_the_tasks(cluster: Cluster, tmp_path: Path) -> None:
+    """Site settings arrive, even with --export=NONE; what another launcher left behind does not."""
+    site = tmp_path / "site.sh"
+    site.write_text('export NCCL_SOCKET_IFNAME=ib7\n[[ -z "$NEVER_SET" ]]\n')
+    names = "NCCL_SOCKET_IFNAME MASTER_ADDR MASTER_PORT RANK WORLD_SIZE LOCAL_RANK"
+    printing = f"#!/bin/bash\nfor name in {names}; do echo $name=${{!name-unset}}; done\n"
+    stale = {"RANK": "5", "WORLD_SIZE": "9", "LOCAL_RANK": "5", "MASTER_ADDR": "gone"}
+    env = {"SITE": str(site), "MASTER_PORT": "1", **stale, **program(tmp_path, printing)}
+    exported = f"--export=SITE,PYTHON,{','.join(stale)},MASTER_PORT"
+    job = cluster.submit(PRETRAIN, env=env, options=[exported])
+    log = cluster.wait(job).log
+    expected = [
+        "NCCL_SOCKET_IFNAME=ib7",
+        f"MASTER_ADDR={NODES[0]}",
+        f"MASTER_PORT={20000 + job % 10000}",
+    ]
+    expected += ["RANK=unset", "WORLD_SIZE=unset", "LOCAL_RANK=unset"]
+    assert lines_of_rank(log, 0) == lines_of_rank(log, 1) == expected
+
+
+@pytest.mark.parametrize(
+    ("args", "options", "env", "message"),
+    [
+        (["no.yaml"], [], {}, "no configuration at no.yaml"),
+        ([], ["--gres=gpu:2"], {}, "1 CPU for 2 tasks on each node"),
+        ([], [], {"PYTHON": "no-python"}, "no Python at no-python"),
+        ([], [], {"SITE": "no-site.sh"}, "no site settings at no-site.sh"),
+    ],
+)
+def test_what_is_missing_is_named_before_the_start(
+    cluster: Cluster, args: list[str], options: list[str], env: dict[str, str], message: str
+) -> None:
+    job = cluster.wait(
+        cluster.submit(PRETRAIN, *args, options=options, env=env), timeout=20, state="FAILED"
+    )
+    assert f"error: {message}" in job.log
+    assert job.exit_code == 2
+
+
+def test_submitting_from_elsewhere_is_refused(cluster: Cluster, tmp_path: Path) -> None:
+    job = int(cluster.run("sbatch", "--parsable", ROOT / PRETRAIN, cwd=tmp_path))
+    assert cluster.wait(job, state="FAILED").exit_code == 2
+    log = (tmp_path / f"pretrain-{job}.out").read_text()
+    assert f"{tmp_path} is not the root of the repository" in log
+
+
+def test_ranks_meet_at_the_rendezvous(cluster: Cluster, tmp_path: Path) -> None:
+    job = cluster.submit(PRETRAIN, env=program(tmp_path, ALL_REDUCE))
+    log = cluster.wait(job, timeout=60).log
+    assert lines_of_rank(log, 0) == lines_of_rank(log, 1) == ["sum 11"]
+
+
+def test_a_dead_rank_ends_the_job(cluster: Cluster, tmp_path: Path) -> None:
+    dying = "#!/bin/bash\n((SLURM_PROCID)) || exec sleep 600\nsleep 1; echo I am gone; exit 7\n"
+    started = time.monotonic()
+    job = cluster.submit(PRETRAIN, env=program(tmp_path, dying))
+    ended = cluster.wait(job, timeout=30, state="FAILED")
+    assert time.monotonic() - started < 15
+    assert ended.exit_code != 0
+    assert "1: I am gone" in ended.log
+
+
+def test_a_requeued_job_runs_again_and_keeps_its_log(cluster: Cluster, tmp_path: Path) -> None:
+    waiting = "#!/bin/bash\necho waiting; ((${SLURM_RESTART_COUNT:-0})) || exec sleep 600\n"
+    job = cluster.submit(PRETRAIN, env=program(tmp_path, waiting))
+    cluster.wait_for(job, "1: waiting")
+    cluster.run("scontrol", "requeue", str(job))
+    log = cluster.wait(job, timeout=60).log
+    assert "(restart 0)" in log and "(restart 1)" in log
+    assert len(lines_of_rank(log, 0)) >= 2
+
+
+def metrics(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_two_nodes_train_and_a_second_job_goes_on(
+    cluster: Cluster, tmp_path: Path, digits_corpus: Path
+) -> None:
+    def train(steps: int) -> str:
+        job = cluster.submit(
+            PRETRAIN,
+            DIGITS,
+            f"output_dir={tmp_path}/run",
+            f"train.steps={steps}",
+            "checkpoint.every_steps=3",
+            "data.prepare=null",
+            f"data.shards=[{digits_corpus}/train]",
+            f"data.eval_shards=[{digits_corpus}/eval]",
+            f"data.tokenizer={digits_corpus}/tokenizer.model",
+            "deepspeed.param_persistence_threshold=0",
+            env={"PYTHON": sys.executable},
+        )
+        return cluster.wait(job, timeout=120).log
+
+    log = train(6)
+    assert any("world size 2" in line for line in lines_of_rank(log, 0))
+    assert not any("world size" in line for line in lines_of_rank(log, 1))
+    first = metrics(tmp_path / "run")
+    assert [row["step"] for row in first] == [1, 2, 3, 4, 5, 6]
+
+    log = train(9)
+    assert "step-00000006 at step 6" in log
+    both = metrics(tmp_path / "run")
+    assert both[:6] == first  # with their times: not trained again
+    assert [row["step"] for row in both[6:]] == [7, 8, 9]
+    assert len(list((tmp_path / "run/checkpoints").glob("step-*/meta.json"))) == 2
+
+
+def test_a_wrong_setting_fails_the_job_at_once(cluster: Cluster, tmp_path: Path) -> None:
+    started = time.monotonic()
+    job = cluster.submit(
+        PRETRAIN,
+        DIGITS,
+        f"output_dir={tmp_path}/run",
+        "train.stepz=6",
+        env={"PYTHON": sys.executable},
+    )
+    ended = cluster.wait(job, timeout=60, state="FAILED")
+    assert time.monotonic() - started < 45
+    # 2 is the trainer's; 143 is that of a rank which Slurm ended since another one had failed.
+    assert ended.exit_code in (2, 143)
+    assert "train.stepz: unknown key; did you mean steps?" in ended.log

@@ -1,0 +1,125 @@
+"""What the multi-rank tests run on every rank: small real engines on a small real corpus."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
+
+from data_pipeline.index import Index
+from data_pipeline.loader import StepBatch
+from data_pipeline.plan import PackPlan, PlanState
+from training.config import RunConfig, load_config
+from training.distributed import Ranks
+from training.engine import build_engine
+from training.metrics import StepMeter
+from training.run import Run
+from training.train import train_step
+
+DIGITS = "training/configs/digits.yaml"
+
+
+def tiny_overrides(corpus: Path) -> list[str]:
+    """The digits preset on a small corpus, with every parameter partitioned."""
+    return [
+        "data.prepare=null",
+        f"data.shards=[{corpus / 'train'}]",
+        f"data.eval_shards=[{corpus / 'eval'}]",
+        f"data.tokenizer={corpus / 'tokenizer.model'}",
+        "data.pack.max_tokens=512",
+        "data.pack.window_samples=100",
+        "deepspeed.param_persistence_threshold=0",
+        "model.vision.config.num_hidden_layers=1",
+        "model.llm.config.num_hidden_layers=2",
+    ]
+
+
+def tiny_config(corpus: Path, *overrides: str) -> RunConfig:
+    return load_config(DIGITS, [*tiny_overrides(corpus), "output_dir=unused", *overrides])
+
+
+def full_parameters(engine: Any) -> dict[str, np.ndarray]:
+    """Every parameter, whole, as float32 (all ranks must call this)."""
+    import deepspeed
+
+    values = {}
+    for name, parameter in engine.module.named_parameters():
+        if parameter.requires_grad:
+            values[name] = safe_get_full_fp32_param(parameter).detach().clone().numpy()
+        else:
+            with deepspeed.zero.GatheredParameters([parameter]):
+                values[name] = parameter.detach().float().clone().numpy()
+    return values
+
+
+def step_gradients(
+    ranks: Ranks, corpus: Path, packs: list[list[int]], overrides: list[str]
+) -> tuple[float, dict[str, np.ndarray]]:
+    """Loss and whole gradients of one step made of these packs (sample ids, side 2)."""
+    config = tiny_config(
+        corpus, f"data.pack.packs_per_step={len(packs)}", "train.clip_grad_norm=0", *overrides
+    )
+    run = Run(config, ranks)
+    engine = build_engine(config, run.tokenizer, ranks)
+    gradients: dict[str, np.ndarray] = {}
+    real_step = engine.step
+
+    def capture_then_step() -> None:
+        if engine.is_gradient_accumulation_boundary():
+            for name, parameter in engine.module.named_parameters():
+                gradients[name] = safe_get_full_grad(parameter).detach().clone().numpy()
+        real_step()
+
+    engine.step = capture_then_step
+    builder = run.loader._builder
+    plans = [pack_plan(run.index, ids) for ids in packs[ranks.rank :: ranks.world_size]]
+    batch = StepBatch([builder.build(plan) for plan in plans], PlanState(), 0, 0.0)
+    meter = StepMeter(config.data.tokens.sides, config.data.pack.max_tokens, ranks)
+    metrics = train_step(engine, batch, 1, meter, run)
+    return metrics["loss"], gradients
+
+
+def pack_plan(index: Index, ids: list[int]) -> PackPlan:
+    """A pack of one-image samples at 4 tokens per tile; empty for no ids."""
+    tokens = int((index.text_tokens[ids] + 4).sum())
+    sides = tuple(np.array([2]) for _ in ids)
+    return PackPlan(np.array(ids, dtype=np.int64), sides, tokens) if ids else PackPlan.empty()
+
+
+def train_steps(
+    ranks: Ranks, corpus: Path, steps: int, overrides: list[str]
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """All parameters before and after `steps` optimizer steps."""
+    config = tiny_config(corpus, f"train.steps={max(steps, 1)}", *overrides)
+    run = Run(config, ranks)
+    engine = build_engine(config, run.tokenizer, ranks)
+    before = full_parameters(engine)
+    meter = StepMeter(config.data.tokens.sides, config.data.pack.max_tokens, ranks)
+    batches = run.loader.steps(PlanState())
+    for step in range(1, steps + 1):
+        meter.start()
+        train_step(engine, next(batches), step, meter, run)
+    batches.close()
+    return before, full_parameters(engine)
+
+
+def nan_step(ranks: Ranks, corpus: Path) -> tuple[str, bool]:
+    """A step whose loss is NaN on rank 1: the error's text, and whether the weights stayed."""
+    config = tiny_config(corpus)
+    run = Run(config, ranks)
+    engine = build_engine(config, run.tokenizer, ranks)
+    before = full_parameters(engine)
+    batches = run.loader.steps(PlanState())
+    batch = next(batches)
+    batches.close()
+    if ranks.rank == 1:
+        batch.packs[0].loss_weights[batch.packs[0].loss_weights > 0] = torch.nan
+    meter = StepMeter(config.data.tokens.sides, config.data.pack.max_tokens, ranks)
+    message = ""
+    try:
+        train_step(engine, batch, 1, meter, run)
+    except ValueError as error:
+        message = str(error)
+    after = full_parameters(engine)
+    return message, all(np.array_equal(before[name], after[name]) for name in before)

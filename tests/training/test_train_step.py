@@ -1,0 +1,106 @@
+"""One optimizer step under ZeRO-3: the same gradients however packs are shared out, no hang."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.ranks import RankPool
+from tests.training import scenarios
+
+pytestmark = pytest.mark.multiprocess
+
+SAMPLES = list(range(8))
+FP32 = ["train.precision=fp32"]
+
+
+@pytest.fixture(scope="module")
+def reference(one_rank: RankPool, digits_corpus: Path) -> tuple[float, dict[str, np.ndarray]]:
+    """All samples in one pack on one rank."""
+    return one_rank.run(scenarios.step_gradients, digits_corpus, [SAMPLES], FP32)[0]
+
+
+def assert_same(
+    found: tuple[float, dict[str, np.ndarray]], expected: tuple[float, dict[str, np.ndarray]]
+) -> None:
+    assert found[0] == pytest.approx(expected[0], rel=1e-5)
+    assert found[1].keys() == expected[1].keys()
+    for name, gradient in expected[1].items():
+        error = np.linalg.norm(found[1][name] - gradient)
+        # The bias of the keys has no gradient but rounding: softmax ignores it.
+        assert error <= 1e-4 * np.linalg.norm(gradient) + 1e-6, name
+    assert sum(np.linalg.norm(g) > 1e-4 for g in expected[1].values()) > 20
+
+
+def test_accumulating_packs_changes_no_gradient(
+    one_rank: RankPool, digits_corpus: Path, reference: tuple
+) -> None:
+    packs = [[0, 1, 2], [3], [4, 5], [6, 7]]
+    assert_same(one_rank.run(scenarios.step_gradients, digits_corpus, packs, FP32)[0], reference)
+
+
+@pytest.mark.parametrize(
+    "packs",
+    [
+        pytest.param([[0, 1, 2, 3, 4], [5, 6, 7]], id="one pack each"),
+        pytest.param([[0, 1, 2], [3], [4, 5], [6, 7]], id="two packs each"),
+        pytest.param([SAMPLES, []], id="no image on rank 1"),
+        pytest.param([[], SAMPLES], id="no image on rank 0"),
+    ],
+)
+def test_sharing_out_packs_changes_no_gradient(
+    two_ranks: RankPool, digits_corpus: Path, reference: tuple, packs: list[list[int]]
+) -> None:
+    for result in two_ranks.run(scenarios.step_gradients, digits_corpus, packs, FP32):
+        assert_same(result, reference)
+
+
+def test_sliced_and_checkpointed_loss_gives_the_same_gradients(
+    two_ranks: RankPool, digits_corpus: Path, reference: tuple
+) -> None:
+    overrides = [*FP32, "train.loss_chunk_tokens=128", "train.gradient_checkpointing=true"]
+    packs = [[0, 1, 2, 3, 4, 5, 6], [7]]  # unequal numbers of supervised tokens
+    for result in two_ranks.run(scenarios.step_gradients, digits_corpus, packs, overrides):
+        assert_same(result, reference)
+
+
+@pytest.mark.parametrize(
+    "trained",
+    [
+        pytest.param(["projector"], id="stage 1: projector"),
+        pytest.param(["vision_model", "projector", "language_model"], id="stages 2 and 3: all"),
+        pytest.param(["projector", "language_model"], id="frozen tower"),
+    ],
+)
+def test_frozen_parameters_keep_their_bytes_and_the_others_change(
+    two_ranks: RankPool, digits_corpus: Path, trained: list[str]
+) -> None:
+    overrides = [
+        f"train.modules.{name}.train={str(name in trained).lower()}"
+        for name in ("vision_model", "projector", "language_model")
+    ]
+    before, after = two_ranks.run(scenarios.train_steps, digits_corpus, 2, overrides)[0]
+    assert before.keys() == after.keys()
+    for name in before:
+        same = np.array_equal(before[name], after[name])
+        if name.split(".")[0] not in trained:
+            assert same, name
+        elif "k_proj.bias" not in name and "embed_tokens" not in name:
+            assert not same, name
+
+
+def test_tied_embeddings_train(two_ranks: RankPool, digits_corpus: Path) -> None:
+    overrides = ["model.llm.config.tie_word_embeddings=true"]
+    before, after = two_ranks.run(scenarios.train_steps, digits_corpus, 2, overrides)[0]
+    assert not any("lm_head" in name for name in before)
+    name = "language_model.model.embed_tokens.weight"
+    assert not np.array_equal(before[name], after[name])
+
+
+def test_nan_on_one_rank_stops_every_rank_before_the_update(
+    two_ranks: RankPool, digits_corpus: Path
+) -> None:
+    for message, unchanged in two_ranks.run(scenarios.nan_step, digits_corpus):
+        assert "the loss of step 1 is nan" in message
+        assert ".tar:" in message  # names samples
+        assert unchanged

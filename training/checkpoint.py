@@ -1,0 +1,160 @@
+"""Sharded checkpoints around DeepSpeed's: written aside, published by rename, found on resume.
+
+Layout: `DIR/step-00000100/` holds DeepSpeed's shards (one per rank) and `meta.json`, which is
+written last; `DIR/latest` names the newest. A folder without `meta.json` was never finished.
+"""
+
+import json
+import os
+import random
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed
+
+from data_pipeline.errors import InputError
+from data_pipeline.plan import PlanState
+
+TEMPORARY = "tmp-"
+META = "meta.json"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands: optimizer steps done, and the place in the plan to go on from."""
+
+    step: int = 0
+    plan: PlanState = PlanState()
+
+
+def save(
+    engine: Any, folder: Path, progress: Progress, fingerprints: dict[str, Any], keep: int
+) -> Path:
+    """Save model, optimizer, RNG and plan position of all ranks; returns the checkpoint's folder.
+
+    Every rank must call this. Readers see the whole checkpoint or none of it.
+    """
+    name = f"step-{progress.step:08d}"
+    temporary, final = folder / (TEMPORARY + name), folder / name
+    is_main = torch.distributed.get_rank() == 0
+    if is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob(TEMPORARY + "*"):
+            shutil.rmtree(leftover)
+    torch.distributed.barrier()
+    engine.save_checkpoint(
+        str(folder), tag=temporary.name, client_state={"rng": _rng_state()}, save_latest=False
+    )
+    torch.distributed.barrier()  # every rank's shard is written
+    if is_main:
+        meta = {
+            "step": progress.step,
+            "plan": progress.plan.to_dict(),
+            "world_size": torch.distributed.get_world_size(),
+            "fingerprints": fingerprints,
+        }
+        (temporary / META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
+        _sync(temporary)
+        if final.exists():
+            shutil.rmtree(final)
+        temporary.rename(final)
+        pointer = folder / "latest.tmp"
+        pointer.write_text(name, encoding="utf-8")
+        pointer.replace(folder / "latest")
+        for old in finished(folder)[:-keep]:
+            shutil.rmtree(old)
+    torch.distributed.barrier()
+    return final
+
+
+def finished(folder: Path) -> list[Path]:
+    """The complete checkpoints of a folder, oldest first."""
+    return sorted(path.parent for path in folder.glob(f"step-*/{META}"))
+
+
+def find(resume: str, folder: Path) -> Path | None:
+    """The checkpoint that `checkpoint.resume` (auto, never, or a folder) means, None to start anew.
+
+    Raises:
+        InputError: if a folder was named that is not a finished checkpoint.
+    """
+    if resume == "never":
+        return None
+    if resume == "auto":
+        complete = finished(folder)
+        return complete[-1] if complete else None
+    path = Path(resume)
+    if not (path / META).is_file():
+        raise InputError(
+            f"checkpoint.resume={resume}: no finished checkpoint there ({META} is missing); give "
+            f"a folder like {folder}/step-00000100, or auto"
+        )
+    return path
+
+
+def load(engine: Any, path: Path, fingerprints: dict[str, Any]) -> Progress:
+    """Load a checkpoint into a fresh engine on every rank and restore this rank's RNG.
+
+    Raises:
+        InputError: if it was saved on another number of ranks, or from other data or settings
+            that decide the order of samples; the message says what differs.
+    """
+    try:
+        meta = json.loads((path / META).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path / META} cannot be read: {error}") from error
+    world_size = torch.distributed.get_world_size()
+    if meta["world_size"] != world_size:
+        raise InputError(
+            f"{path} was saved by {meta['world_size']} ranks and this run has {world_size}; resume "
+            f"on {meta['world_size']} ranks, or start anew with another output_dir"
+        )
+    changed = [
+        f"{key}: {meta['fingerprints'].get(key)!r} -> {value!r}"
+        for key, value in fingerprints.items()
+        if meta["fingerprints"].get(key) != value
+    ]
+    if changed:
+        raise InputError(
+            f"{path} belongs to a run with other settings, so its place in the data means nothing "
+            f"here; changed: {'; '.join(changed)}. Restore them, or start anew with "
+            "checkpoint.resume=never and another output_dir"
+        )
+    loaded, client_state = engine.load_checkpoint(str(path.parent), tag=path.name)
+    if loaded is None:
+        raise InputError(f"DeepSpeed found no checkpoint in {path}; remove the folder and resume")
+    _restore_rng(client_state["rng"])
+    return Progress(meta["step"], PlanState.from_dict(meta["plan"]))
+
+
+def _rng_state() -> dict[str, Any]:
+    state = {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),  # noqa: NPY002
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _restore_rng(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])  # noqa: NPY002
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available() and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def _sync(folder: Path) -> None:
+    """Flush a folder's files and names to disk, so that the rename never publishes empty ones."""
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,246 @@
+"""The run's settings: one YAML file, `key=value` overrides, every problem reported at once.
+
+The settings of the data pipeline live beside the code that uses them; this file holds those of
+the model, the optimisation and the run, and joins them all into `RunConfig`.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from data_pipeline.chat import ChatSettings
+from data_pipeline.draw import TokenCountSettings
+from data_pipeline.errors import InputError
+from data_pipeline.loader import LoaderSettings
+from data_pipeline.plan import PackSettings
+from data_pipeline.tiling import TilingSettings
+
+
+class Settings(BaseModel):
+    """Base of all settings: an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class PrepareSettings(Settings):
+    """A demo corpus that the trainer writes itself when it is missing."""
+
+    format: Literal["digits", "grid"]
+    out: Path
+    train_samples: int = Field(24_000, gt=0)
+    eval_samples: int = Field(600, gt=0)
+    seed: int = 0
+
+
+class DataSettings(Settings):
+    """What is trained on, and how samples become packs."""
+
+    shards: list[str] = Field(min_length=1)
+    """Folders of *.tar files, globs or brace patterns; indexed by `python -m data_pipeline.index`."""
+    eval_shards: list[str] = []
+    tokenizer: str
+    """A sentencepiece .model file, a Hugging Face folder or a hub name."""
+    prepare: PrepareSettings | None = None
+    chat: ChatSettings = ChatSettings()
+    tiling: TilingSettings = TilingSettings()
+    tokens: TokenCountSettings = TokenCountSettings()
+    pack: PackSettings
+    loader: LoaderSettings = LoaderSettings()
+
+
+class BackboneSettings(Settings):
+    """A vision tower or language model: its architecture, and weights to start from."""
+
+    config: dict[str, Any]
+    """The transformers configuration: `model_type` and its fields (needed to build offline)."""
+    pretrained: str | None = None
+    """Folder or hub name of the weights; null starts from random weights."""
+
+
+class ModelSettings(Settings):
+    """The three parts of the model."""
+
+    vision: BackboneSettings
+    llm: BackboneSettings
+    pool: Literal["adaptive", "resize"] = "adaptive"
+    projector_hidden_ratio: int = Field(3, gt=0)
+
+
+class ModuleSettings(Settings):
+    """Whether a module trains, and how fast."""
+
+    train: bool = True
+    lr: float = Field(1e-5, ge=0)
+    """Peak learning rate."""
+
+
+class StageModules(Settings):
+    """Which modules train in this stage."""
+
+    vision_model: ModuleSettings = ModuleSettings()
+    projector: ModuleSettings = ModuleSettings()
+    language_model: ModuleSettings = ModuleSettings()
+
+    @model_validator(mode="after")
+    def _something_trains(self) -> "StageModules":
+        if not any(module.train for _, module in self):
+            raise ValueError("every module is frozen; set train: true for at least one")
+        return self
+
+
+class TrainSettings(Settings):
+    """Optimisation: AdamW, linear warm-up, cosine decay, clipping."""
+
+    steps: int = Field(gt=0)
+    modules: StageModules = StageModules()
+    loss_weighting: Literal["token", "sample", "sqrt"] = "sqrt"
+    """Weight of a supervised token: 1, 1/n or 1/sqrt(n), n = supervised tokens of its sample."""
+    warmup_fraction: float = Field(0.03, ge=0, lt=1)
+    min_lr_fraction: float = Field(0.0, ge=0, le=1)
+    weight_decay: float = Field(0.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+    clip_grad_norm: float = Field(1.0, ge=0)
+    """Largest gradient norm; 0 does not clip."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    gradient_checkpointing: bool = False
+    log_every: int = Field(10, gt=0)
+    """Print every this many steps; every step is recorded."""
+    loss_chunk_tokens: int = Field(4096, gt=0)
+    """Most tokens per slice of the logits; a pack's loss runs in ceil(max_tokens / this) slices."""
+
+
+class DeepSpeedSettings(Settings):
+    """ZeRO-3 options; `extra` is merged into the DeepSpeed configuration as it is."""
+
+    offload_optimizer: Literal["none", "cpu"] = "none"
+    offload_params: Literal["none", "cpu"] = "none"
+    param_persistence_threshold: int = Field(100_000, ge=0)
+    """Parameters of fewer elements stay whole on every rank."""
+    extra: dict[str, Any] = {}
+
+
+class CheckpointSettings(Settings):
+    """When to save, what to keep, where to resume from."""
+
+    every_steps: int = Field(1000, gt=0)
+    keep: int = Field(2, ge=1)
+    resume: str = "auto"
+    """`auto` (newest checkpoint of output_dir, if any), `never`, or a checkpoint folder."""
+    init_from: str | None = None
+    """Weights of an earlier stage to start a new run from: a checkpoint, or a folder of them."""
+
+
+class EvalSettings(Settings):
+    """Evaluation after the last step; `every_steps` adds more on the way."""
+
+    every_steps: int = Field(0, ge=0)
+    """0 evaluates at the end only."""
+    max_tokens: int = Field(8192, gt=0)
+    """Pack length in evaluation."""
+
+
+class RunConfig(Settings):
+    """Everything a run depends on."""
+
+    output_dir: Path
+    seed: int = 0
+    data: DataSettings
+    model: ModelSettings
+    train: TrainSettings
+    deepspeed: DeepSpeedSettings = DeepSpeedSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    eval: EvalSettings = EvalSettings()
+
+    @model_validator(mode="after")
+    def _tiles_fit_the_tower(self) -> "RunConfig":
+        image_size = self.model.vision.config.get("image_size")
+        if image_size != self.data.tiling.tile_size:
+            raise ValueError(
+                f"data.tiling.tile_size is {self.data.tiling.tile_size} but "
+                f"model.vision.config.image_size is {image_size}; make them equal"
+            )
+        return self
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
+    """Read a YAML file, apply `key.sub=value` overrides (values are YAML) and check everything.
+
+    Raises:
+        InputError: naming the file and, for every problem found, the key and what was expected.
+    """
+    path = Path(path)
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read the config {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise InputError(f"{path} must hold a mapping of settings, found {type(raw).__name__}")
+    for override in overrides or []:
+        _apply_override(raw, override)
+    try:
+        return RunConfig.model_validate(raw)
+    except ValidationError as error:
+        raise InputError(_describe(path, error)) from error
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    """Set one `a.b.c=value` in the nested mapping."""
+    key, separator, text = override.partition("=")
+    if not separator or not all(key.split(".")):
+        raise InputError(f"override {override!r}: expected key.sub=value, as in train.steps=100")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"override {override!r}: {text!r} is not a YAML value: {error}") from error
+    *parents, last = key.split(".")
+    node = raw
+    for depth, parent in enumerate(parents):
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise InputError(
+                f"override {override!r}: {'.'.join(parents[: depth + 1])} is a value, not a section"
+            )
+    node[last] = value
+
+
+def _describe(path: Path, error: ValidationError) -> str:
+    """All problems of a configuration, one per line."""
+    problems = []
+    for item in error.errors():
+        key = ".".join(str(part) for part in item["loc"]) or "config"
+        if item["type"] == "extra_forbidden":
+            message = "unknown key" + _suggestion(item["loc"])
+        elif item["type"] == "missing":
+            message = "is required"
+        else:
+            found = "" if isinstance(item["input"], dict) else f" (found {item['input']!r})"
+            message = item["msg"].removeprefix("Value error, ") + found
+        problems.append(f"  {key}: {message}")
+    plural = "problem" if len(problems) == 1 else "problems"
+    return f"{path}: {len(problems)} {plural}:\n" + "\n".join(problems)
+
+
+def _suggestion(location: tuple[int | str, ...]) -> str:
+    """The valid keys beside an unknown one, the nearest first."""
+    model: Any = RunConfig
+    for part in location[:-1]:
+        fields = getattr(model, "model_fields", {})
+        model = fields[part].annotation if part in fields else None
+        model = next((a for a in getattr(model, "__args__", ()) if a is not type(None)), model)
+    names = list(getattr(model, "model_fields", {}))
+    close = difflib.get_close_matches(str(location[-1]), names, n=1)
+    if close:
+        return f"; did you mean {close[0]}?"
+    return f"; expected one of {', '.join(names)}" if names else ""
+
+
+def save_config(config: RunConfig, path: Path) -> None:
+    """Write the effective settings as YAML."""
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    path.write_text(text, encoding="utf-8")

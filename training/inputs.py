@@ -1,0 +1,23 @@
+"""From a packed batch on the host to the model's keyword arguments on the device."""
+
+from typing import Any
+
+import torch
+
+from data_pipeline.loader import PackedBatch
+
+
+def model_inputs(batch: PackedBatch, device: torch.device, loss_chunks: int = 1) -> dict[str, Any]:
+    """Arguments of `TokenFlexForConditionalGeneration.forward` for one pack (batch size 1)."""
+    batch = batch.to(device)
+    return {
+        "input_ids": batch.input_ids[None],
+        "position_ids": batch.position_ids[None],
+        "pixel_values": batch.tiles,
+        "tile_sides": batch.tile_sides,
+        "cu_seqlens": batch.cu_seqlens,
+        "max_seqlen": batch.max_seqlen,
+        "labels": batch.labels[None],
+        "loss_weights": batch.loss_weights[None],
+        "loss_chunks": loss_chunks,
+    }

@@ -1,0 +1,180 @@
+"""What a step reports: loss per token count, speed, padding, waiting, memory; JSONL + TensorBoard."""
+
+import json
+import resource
+import time
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from data_pipeline.loader import IGNORE, PackedBatch, StepBatch
+from training.distributed import Ranks, all_reduce_max, all_reduce_sum
+
+TEXT, MIXED = 0, -1  # `PackedBatch.sample_sides` of samples without images, and of several sides
+
+
+class StepMeter:
+    """Sums over the packs of one step; `reduce` joins the ranks in two small collectives."""
+
+    def __init__(self, sides: list[int], max_tokens: int, ranks: Ranks) -> None:
+        self.groups = [*sorted(set(sides)), TEXT, MIXED]
+        self.max_tokens = max_tokens
+        self.ranks = ranks
+        self.start()
+
+    def start(self) -> None:
+        """Begin a step."""
+        self.started = time.perf_counter()
+        self.losses = torch.zeros(len(self.groups), dtype=torch.float64, device=self.ranks.device)
+        self.weights = torch.zeros(len(self.groups), dtype=torch.float64)
+        self.counts = dict.fromkeys(
+            ("packs", "tokens", "samples", "tiles", "supervised", "bad_samples", "data_hash"), 0
+        )
+
+    def add(self, batch: PackedBatch, token_losses: torch.Tensor) -> None:
+        """Count one pack.
+
+        Args:
+            batch: the pack, on the host.
+            token_losses: float32 [K], cross-entropy of each supervised token, in order.
+        """
+        positions = (batch.labels != IGNORE).nonzero().flatten()
+        sample = torch.searchsorted(batch.cu_seqlens, positions, right=True) - 1
+        group_of_sample = torch.tensor([self._group(s) for s in batch.sample_sides or [TEXT]])
+        group = group_of_sample[sample]
+        weights = batch.loss_weights[positions].double()
+        self.weights.index_add_(0, group, weights)
+        on_device = (weights.to(self.ranks.device), group.to(self.ranks.device))
+        self.losses.index_add_(0, on_device[1], on_device[0] * token_losses.double())
+        self.counts["packs"] += 1
+        self.counts["tokens"] += int(batch.input_ids.numel()) if batch.sample_ids else 0
+        self.counts["samples"] += len(batch.sample_ids)
+        self.counts["tiles"] += len(batch.tile_sides)
+        self.counts["supervised"] += len(positions)
+        self.counts["bad_samples"] += len(batch.bad)
+        self.counts["data_hash"] += zlib.crc32(repr((batch.sample_ids, batch.tile_sides)).encode())
+
+    def _group(self, side: int) -> int:
+        return self.groups.index(side) if side in self.groups else self.groups.index(MIXED)
+
+    def reduce(self, wait_s: float) -> dict[str, float]:
+        """The step's metrics over all ranks; `wait_s` is how long this rank waited for data."""
+        local = [*self.losses.tolist(), *self.weights.tolist(), *map(float, self.counts.values())]
+        total = all_reduce_sum(local, self.ranks.device)
+        size = len(self.groups)
+        losses, weights = total[:size], total[size : 2 * size]
+        counts = dict(zip(self.counts, total[2 * size :], strict=True))
+        seconds, wait_s, memory = all_reduce_max(
+            [time.perf_counter() - self.started, wait_s, _memory_bytes(self.ranks.device)],
+            self.ranks.device,
+        )
+        metrics = {"loss": sum(losses) / (sum(weights) or 1.0)}
+        for side, loss, weight in zip(self.groups, losses, weights, strict=True):
+            if weight > 0:
+                name = {TEXT: "text", MIXED: "mixed"}.get(side, str(side * side))
+                metrics[f"loss_{name}"] = loss / weight
+        metrics |= {
+            "step_s": seconds,
+            "tokens_per_s": counts["tokens"] / seconds,
+            "tiles_per_s": counts["tiles"] / seconds,
+            "samples_per_s": counts["samples"] / seconds,
+            "padding": 1 - counts["tokens"] / (counts["packs"] * self.max_tokens),
+            "data_wait": wait_s / seconds,
+            "memory_gib": memory / 2**30,
+            "tokens": counts["tokens"],
+            "samples": counts["samples"],
+            "supervised_tokens": counts["supervised"],
+            "bad_samples": counts["bad_samples"],
+            # Sum over packs, so that it does not depend on the world size; exact in a float64.
+            "data_hash": counts["data_hash"],
+        }
+        return metrics
+
+
+def weight_sum(batch: StepBatch) -> float:
+    """Sum of the loss weights of this rank's packs."""
+    return float(sum(pack.loss_weights.double().sum() for pack in batch.packs))
+
+
+def _memory_bytes(device: torch.device) -> float:
+    """Peak memory: of the GPU allocator, or of the process on a CPU."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+
+
+class MetricsLog:
+    """Rank 0's record of a run: `metrics.jsonl`, TensorBoard events, a progress bar.
+
+    Resuming drops the lines and events of steps that will run again.
+    """
+
+    def __init__(self, folder: Path, ranks: Ranks, steps: int, first_step: int) -> None:
+        self.is_main = ranks.is_main
+        if not self.is_main:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / "metrics.jsonl"
+        kept = [row for row in read_metrics(self.path) if row["step"] <= first_step]
+        _write_rows(self.path, kept)
+        self.file = self.path.open("a", encoding="utf-8")
+        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+        self.bar = tqdm(total=steps, initial=first_step, unit="step", disable=None, leave=False)
+
+    def write(self, step: int, metrics: dict[str, Any], show: bool) -> None:
+        """Record the metrics of a 1-based step; `show` also prints its line."""
+        if not self.is_main:
+            return
+        self.file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self.file.flush()
+        for name, value in metrics.items():
+            if isinstance(value, (int, float)):
+                self.board.add_scalar(name.replace("_", "/", 1), value, step)
+        self.bar.update()
+        if show:
+            self.bar.write(step_line(step, int(self.bar.total), metrics))
+
+    def scalar(self, name: str, value: float, step: int) -> None:
+        """Add one value to TensorBoard."""
+        if self.is_main:
+            self.board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        if self.is_main:
+            self.bar.close()
+            self.board.close()
+            self.file.close()
+
+
+def step_line(step: int, steps: int, metrics: dict[str, Any]) -> str:
+    """One line that says how training goes."""
+    return (
+        f"step {step:>{len(str(steps))}}/{steps}  loss {metrics['loss']:.4f}  "
+        f"grad norm {metrics['grad_norm']:.2f}  lr {metrics['lr']:.2e}  "
+        f"{metrics['tokens_per_s']:,.0f} tokens/s  {metrics['tiles_per_s']:,.0f} tiles/s  "
+        f"padding {metrics['padding']:.1%}  data wait {metrics['data_wait']:.1%}  "
+        f"memory {metrics['memory_gib']:.2f} GiB"
+    )
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Rows of a metrics file; a last line cut short by a crash is left out."""
+    if not path.is_file():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    temporary.replace(path)

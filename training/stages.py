@@ -1,0 +1,86 @@
+"""Which modules train and how fast: freezing, parameter groups, and the table shown at start."""
+
+import math
+from collections.abc import Iterator
+
+from torch import nn
+
+from training.config import ModuleSettings, StageModules, TrainSettings
+
+
+def parts(model: nn.Module, modules: StageModules) -> Iterator[tuple[str, nn.Module, ModuleSettings]]:
+    """Yield (name, submodule, settings) for the vision tower, projector and language model."""
+    for name, settings in modules:
+        yield name, getattr(model, name), settings
+
+
+def freeze(model: nn.Module, modules: StageModules) -> None:
+    """Set `requires_grad` of every parameter to what the stage says."""
+    for _, module, settings in parts(model, modules):
+        module.requires_grad_(settings.train)
+
+
+def parameter_groups(model: nn.Module, train: TrainSettings) -> list[dict]:
+    """AdamW groups of the trainable parameters: per module, with and without weight decay.
+
+    Norms and biases (fewer than two dimensions) are not decayed. `peak_lr` is what the schedule
+    scales; the groups' order is fixed, so that checkpoints match.
+    """
+    groups = []
+    for name, module, settings in parts(model, train.modules):
+        trainable = [p for p in module.parameters() if p.requires_grad]
+        for suffix, decay, chosen in (
+            ("decay", train.weight_decay, [p for p in trainable if len(_shape(p)) >= 2]),
+            ("no_decay", 0.0, [p for p in trainable if len(_shape(p)) < 2]),
+        ):
+            if chosen:
+                groups.append(
+                    {
+                        "params": chosen,
+                        "name": f"{name}.{suffix}",
+                        "lr": settings.lr,
+                        "peak_lr": settings.lr,
+                        "weight_decay": decay,
+                    }
+                )
+    return groups
+
+
+def learning_rate_factor(step: int, train: TrainSettings) -> float:
+    """Factor on every peak learning rate at 0-based `step`: linear warm-up, then cosine decay."""
+    warmup = math.ceil(train.warmup_fraction * train.steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, train.steps - warmup)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return train.min_lr_fraction + (1 - train.min_lr_fraction) * cosine
+
+
+def module_table(model: nn.Module, modules: StageModules) -> str:
+    """A table of module, parameters, trainable parameters, peak learning rate and dtype."""
+    rows = [("module", "parameters", "trainable", "peak lr", "dtype")]
+    for name, module, settings in parts(model, modules):
+        parameters = list(module.parameters())
+        trainable = sum(_size(p) for p in parameters if p.requires_grad)
+        dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in parameters})
+        lr = f"{settings.lr:.1e}" if settings.train else "frozen"
+        total = sum(_size(p) for p in parameters)
+        rows.append((name, f"{total:,}", f"{trainable:,}", lr, ", ".join(dtypes)))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if column in (0, 4) else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    return "\n".join(lines)
+
+
+def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """The whole parameter's shape, also when ZeRO-3 has partitioned it."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _size(parameter: nn.Parameter) -> int:
+    return math.prod(_shape(parameter))
