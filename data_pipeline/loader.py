@@ -41,7 +41,7 @@ class LoaderSettings(BaseModel):
     threads: int = Field(2, gt=0)
     """Threads of each rank that plan, read, decode and tokenise."""
     prefetch_steps: int = Field(2, gt=0)
-    """Steps that are being built or wait ready while one is trained."""
+    """Steps that are being built or wait ready while one is trained; all are held in memory."""
     max_bad_fraction: float = Field(0.01, ge=0, le=1)
     """The run stops when more than this part of a rank's samples cannot be used."""
 

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModel, SiglipVisionConfig
 from transformers.cache_utils import DynamicCache
 
 from data_pipeline.errors import InputError
+from kernels import token_adaptive_projector
 from training.model import (
     RELEASED_NAMES,
     TokenAdaptiveProjector,
@@ -134,6 +135,15 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+def assert_same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Equal but for rounding, which is seen against the largest of all: key biases have none."""
+    assert found.keys() == expected.keys()
+    largest = max(grad.abs().max().item() for grad in expected.values())
+    for name, grad in expected.items():
+        allowed = 1e-4 * grad.abs().max().item() + 1e-6 * largest
+        assert (found[name] - grad).abs().max().item() < allowed, name
+
+
 FAMILIES: list[dict[str, Any]] = [
     {},
     {"tie_word_embeddings": True},
@@ -163,13 +173,8 @@ def test_pack_equals_the_sum_of_its_samples(text):
         rtol=1e-4,
         atol=1e-4,
     )
-    separate = gradients(model)
-    assert separate.keys() == packed_grads.keys() == dict(model.named_parameters()).keys()
-    # Against the largest gradient of all, since some (key biases) are zero but for rounding.
-    largest = max(grad.abs().max().item() for grad in packed_grads.values())
-    for name, grad in packed_grads.items():
-        allowed = 1e-4 * grad.abs().max().item() + 1e-6 * largest
-        assert (separate[name] - grad).abs().max().item() < allowed, name
+    assert packed_grads.keys() == dict(model.named_parameters()).keys()
+    assert_same_gradients(gradients(model), packed_grads)
 
 
 def test_loss_is_the_weighted_sum_of_next_token_cross_entropies(model):
@@ -218,8 +223,7 @@ def test_chunks_change_neither_loss_nor_gradients(model):
         assert several.loss.item() == pytest.approx(one.loss.item(), rel=1e-6)
         torch.testing.assert_close(several.token_losses, one.token_losses)
         assert torch.equal(several.predictions, one.predictions)
-        for name, grad in gradients(model).items():
-            torch.testing.assert_close(grad, expected[name], rtol=1e-4, atol=1e-5, msg=name)
+        assert_same_gradients(gradients(model), expected)
     with pytest.raises(ValueError, match="loss_chunks is 0"):
         model(**batch, loss_chunks=0)
 
@@ -332,6 +336,16 @@ def test_pixels_are_scaled_per_channel_on_the_way_in():
     )
 
 
+@pytest.mark.parametrize("pool", ["adaptive", "resize"])
+def test_the_configured_pooling_is_used(pool):
+    model, sides = make_model(pool=pool), [3, 2]
+    tiles = make_batch(make_samples([sides]))["pixel_values"]
+    patches = model.vision_model(pixel_values=(tiles / 255 - 0.5) / 0.5).last_hidden_state
+    weights = dict(model.projector.named_parameters())
+    expected = token_adaptive_projector(patches, sides, **weights, grid=(4, 4), pool=pool)
+    torch.testing.assert_close(model.image_features(tiles, sides), expected)
+
+
 def test_sample_bounds_may_come_from_the_positions_alone(model):
     batch = make_batch(SAMPLES)
     expected = model(**batch).loss
@@ -360,8 +374,7 @@ def test_gradient_checkpointing_changes_no_gradient(model):
     layer.register_forward_pre_hook(lambda *_: calls.append(1))
     other(**batch).loss.backward()
     assert len(calls) == 2
-    for name, grad in gradients(other).items():
-        torch.testing.assert_close(grad, expected[name], msg=name)
+    assert_same_gradients(gradients(other), expected)
 
 
 def test_cached_steps_equal_one_forward(model):
@@ -371,9 +384,13 @@ def test_cached_steps_equal_one_forward(model):
     cache, length = DynamicCache(config=model.config.text_config), inputs["input_ids"].shape[1]
     first = {**inputs, "input_ids": inputs["input_ids"][:, : length - 3]}
     steps = [model(**first, past_key_values=cache, use_cache=True).logits]
+    towers = []
+    hook = model.vision_model.register_forward_hook(lambda *_: towers.append(1))
     for i in range(length - 3, length):
         output = model(inputs["input_ids"][:, i : i + 1], past_key_values=cache, use_cache=True)
         steps.append(output.logits)
+    hook.remove()
+    assert not towers  # later steps need no image
     torch.testing.assert_close(torch.cat(steps, 1), expected, rtol=1e-4, atol=1e-4)
     last = model(**inputs, logits_to_keep=1).logits
     assert last.shape == (1, 1, VOCAB)
@@ -446,6 +463,7 @@ def test_builds_on_the_meta_device():
 
 def test_sub_models_follow_the_requested_dtype_not_the_one_their_configs_were_saved_with():
     config = make_config(text={"dtype": "bfloat16"})
+    config.vision_config.dtype = torch.bfloat16
     model = TokenFlexForConditionalGeneration(config)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     model = TokenFlexForConditionalGeneration._from_config(make_config(), dtype=torch.bfloat16)
@@ -521,30 +539,24 @@ def test_language_models_that_do_not_fit_are_errors(text, message):
         make_model(text=text)
 
 
-def test_layers_that_do_not_isolate_samples_are_errors():
+def test_language_models_that_do_not_isolate_samples_are_errors():
     batch = make_batch(SAMPLES)
     model = make_model(text={"model_type": "mistral", "sliding_window": 20})
     with pytest.raises(InputError, match="sliding_window is 20 tokens, but a sample has"):
         model(**batch)
-    model = make_model()
+    model = make_model(text={"model_type": "llama"})
     model.config.text_config.layer_types = ["full_attention", "linear_attention"]
     with pytest.raises(InputError, match="linear_attention: such layers do not keep"):
-        TokenFlexForConditionalGeneration._check_isolation(
-            model, _segments_after_a_forward(used=True)
-        )
-    model.config.text_config.layer_types = None
+        model(**batch)
+    model = make_model()
+
+    def drop_segments(module, args, kwargs):
+        """A decoder that does not hand its extra arguments down."""
+        return args, {**kwargs, "segments": None, "attention_mask": None}
+
+    model.language_model.get_decoder().register_forward_pre_hook(drop_segments, with_kwargs=True)
     with pytest.raises(InputError, match="does not hand extra arguments"):
-        TokenFlexForConditionalGeneration._check_isolation(
-            model, _segments_after_a_forward(used=False)
-        )
-
-
-def _segments_after_a_forward(used: bool):
-    from training.model.segments import PackedSegments
-
-    segments = PackedSegments(torch.tensor([0, 4]), 4, torch.device("cpu"))
-    segments.used = used
-    return segments
+        model(**batch)
 
 
 @pytest.mark.parametrize(

@@ -79,9 +79,8 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """What transformers calls in every attention layer; signature and shapes are its own.
 
-    query: [B, H, L, D]. key, value: [B, H_kv, L, D]. attention_mask: ignored with segments (B must
-    then be 1). Returns [B, L, H, D] and None. Raises InputError for what packed attention cannot
-    do.
+    query: [B, H, L, D]. key, value: [B, H_kv, L, D]. B is 1 with segments, which replace the
+    attention_mask. Returns [B, L, H, D] and None. Raises InputError for what packs cannot do.
     """
     if segments is None:
         return _plain_attention(

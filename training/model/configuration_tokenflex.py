@@ -49,7 +49,6 @@ class TokenFlexConfig(PreTrainedConfig):
     image_token_id: int = -1
     image_mean: list[float] | tuple[float, ...] = (0.5, 0.5, 0.5)
     image_std: list[float] | tuple[float, ...] = (0.5, 0.5, 0.5)
-    tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.vision_config = _sub_config("vision_config", self.vision_config, VISION_MODEL_TYPE)
@@ -60,8 +59,6 @@ class TokenFlexConfig(PreTrainedConfig):
                 f"vision_config of a SigLIP checkpoint's config.json, {VISION_MODEL_TYPE!r}"
             )
         self.vision_config.vision_use_head = False
-        # transformers decides by the outermost config whether lm_head shares the embedding.
-        self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
         self.image_mean, self.image_std = list(self.image_mean), list(self.image_std)
         self._check()
         super().__post_init__(**kwargs)

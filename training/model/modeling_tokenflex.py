@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel, SiglipVisionModel
-from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
@@ -77,12 +76,8 @@ class TokenFlexForConditionalGeneration(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, TokenAdaptiveProjector):
-            std = getattr(self.config.text_config, "initializer_range", 0.02)
-            init.ones_(module.norm_weight)
-            for bias in (module.norm_bias, module.b1, module.b2, module.b3):
-                init.zeros_(bias)
-            for weight in (module.w1, module.w2, module.w3):
-                init.normal_(weight, mean=0.0, std=std)
+            # transformers guards torch.nn.init here, so that loaded weights are left alone.
+            module.reset_parameters(getattr(self.config.text_config, "initializer_range", 0.02))
 
     def get_input_embeddings(self) -> nn.Module:
         """The language model's token embedding."""
