@@ -9,7 +9,7 @@ class InputError(ValueError):
 
 
 def run_cli(main: Callable[[], object]) -> None:
-    """Run a command-line entry point; an `InputError` becomes one line on stderr and exit status 2."""
+    """Run a command-line tool; an `InputError` becomes one line on stderr and exit status 2."""
     try:
         main()
     except InputError as error:

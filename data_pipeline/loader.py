@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -85,7 +85,7 @@ class StepLoader:
         self._planner, self._builder, self._settings = planner, builder, settings
         self._rank, self._world_size = rank, world_size
 
-    def steps(self, state: PlanState | None = None) -> Iterator[StepBatch]:
+    def steps(self, state: PlanState | None = None) -> Generator[StepBatch, None, None]:
         """Steps from `state` on, without end; closing the iterator ends its threads.
 
         Whatever goes wrong in a thread is raised here.

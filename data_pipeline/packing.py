@@ -12,17 +12,19 @@ Packer = Callable[[np.ndarray, int], list[list[int]]]
 
 
 def best_fit(lengths: Sequence[int] | np.ndarray, max_tokens: int) -> list[list[int]]:
-    """Best-fit decreasing: the longest first, each into the fullest pack that still has room.
+    """Best fit: each sample in turn goes into the fullest pack that still has room for it.
 
-    Deterministic; equal lengths are taken in their order. Uses at most 11/9 of the fewest possible
-    packs, plus one (Johnson et al., SIAM J. Comput. 3, 1974).
+    In the given order, so that a pack holds a random mix of a shuffled window; longest first would
+    pack a little tighter but collects samples of one size, and with them of one token count.
+    Deterministic. Uses at most 17/10 of the fewest possible packs, plus one (Johnson et al., SIAM
+    J. Comput. 3, 1974); far fewer where samples are short against a pack.
 
     Args:
         lengths: tokens of each sample, in 0..max_tokens.
         max_tokens: tokens a pack can hold.
 
     Returns:
-        Indices into `lengths` per pack, longest sample first.
+        Indices into `lengths` per pack, ascending.
 
     Raises:
         InputError: a length is negative or larger than max_tokens.
@@ -36,12 +38,11 @@ def best_fit(lengths: Sequence[int] | np.ndarray, max_tokens: int) -> list[list[
             f"item {worst} has length {array[worst]}, which is not in 0..{max_tokens}; leave it "
             "out or raise max_tokens"
         )
-    order = np.argsort(-array, kind="stable")
     shortest = int(array.min())
     base = len(array)  # more than any pack's number
     packs: list[list[int]] = []
     open_packs: list[int] = []  # room * base + pack number, ascending
-    for item, length in zip(order.tolist(), array[order].tolist(), strict=True):
+    for item, length in enumerate(array.tolist()):
         place = bisect_left(open_packs, length * base)
         if place < len(open_packs):
             room, pack = divmod(open_packs.pop(place), base)

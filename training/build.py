@@ -52,7 +52,7 @@ def build_model(config: RunConfig, tokenizer: Tokenizer) -> TokenFlexForConditio
         model.vision_model = _pretrained("vision", settings.vision, model, SiglipVisionModel)
     if settings.llm.pretrained:
         llm = _pretrained("llm", settings.llm, model, AutoModelForCausalLM)
-        if llm.get_input_embeddings().num_embeddings < tokenizer.vocab_size:
+        if llm.config.vocab_size < tokenizer.vocab_size:
             llm.resize_token_embeddings(tokenizer.vocab_size, mean_resizing=False)
         model.language_model = llm
     return model
@@ -62,12 +62,11 @@ def _pretrained(
     part: str, settings: BackboneSettings, model: PreTrainedModel, loader: Any
 ) -> PreTrainedModel:
     """The pretrained backbone, after checking that it has the architecture of the settings."""
+    path = str(settings.pretrained)
     try:
-        found = AutoConfig.from_pretrained(settings.pretrained)
+        found = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise InputError(
-            f"model.{part}.pretrained: cannot load {settings.pretrained}: {error}"
-        ) from error
+        raise InputError(f"model.{part}.pretrained: cannot load {path}: {error}") from error
     found = getattr(found, "vision_config", found) if part == "vision" else found
     different = [
         f"{key} is {getattr(found, key, None)!r} there and {value!r} in model.{part}.config"
@@ -76,13 +75,13 @@ def _pretrained(
     ]
     if different:
         raise InputError(
-            f"model.{part}.pretrained={settings.pretrained} is another architecture: "
+            f"model.{part}.pretrained={path} is another architecture: "
             f"{'; '.join(different)}. Correct model.{part}.config"
         )
     if part == "vision":
         found.vision_use_head = False
     return loader.from_pretrained(
-        settings.pretrained,
+        path,
         config=found,
         dtype=model.dtype,
         attn_implementation=model.config._attn_implementation,

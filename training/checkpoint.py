@@ -8,7 +8,7 @@ import json
 import os
 import random
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ class Progress:
     """Where a run stands: optimizer steps done, and the place in the plan to go on from."""
 
     step: int = 0
-    plan: PlanState = PlanState()
+    plan: PlanState = field(default_factory=PlanState)
 
 
 def save(
@@ -87,11 +87,29 @@ def find(resume: str, folder: Path) -> Path | None:
     if resume == "auto":
         complete = finished(folder)
         return complete[-1] if complete else None
-    path = Path(resume)
+    return _named("checkpoint.resume", Path(resume))
+
+
+def start_from(engine: Any, folder: Path) -> Path:
+    """Load only the weights of an earlier stage, from a checkpoint or the newest of a folder.
+
+    Optimizer, step and place in the data start anew. Returns the checkpoint.
+
+    Raises:
+        InputError: if there is no finished checkpoint, or another number of ranks saved it.
+    """
+    complete = finished(folder)
+    path = complete[-1] if complete else _named("checkpoint.init_from", folder)
+    _check_world_size(path, _read_meta(path))
+    engine.load_checkpoint(str(path.parent), tag=path.name, load_module_only=True)
+    return path
+
+
+def _named(setting: str, path: Path) -> Path:
     if not (path / META).is_file():
         raise InputError(
-            f"checkpoint.resume={resume}: no finished checkpoint there ({META} is missing); give "
-            f"a folder like {folder}/step-00000100, or auto"
+            f"{setting}={path}: no finished checkpoint there ({META} is missing); give a folder "
+            "like runs/digits/checkpoints/step-00000100"
         )
     return path
 
@@ -103,16 +121,8 @@ def load(engine: Any, path: Path, fingerprints: dict[str, Any]) -> Progress:
         InputError: if it was saved on another number of ranks, or from other data or settings
             that decide the order of samples; the message says what differs.
     """
-    try:
-        meta = json.loads((path / META).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path / META} cannot be read: {error}") from error
-    world_size = torch.distributed.get_world_size()
-    if meta["world_size"] != world_size:
-        raise InputError(
-            f"{path} was saved by {meta['world_size']} ranks and this run has {world_size}; resume "
-            f"on {meta['world_size']} ranks, or start anew with another output_dir"
-        )
+    meta = _read_meta(path)
+    _check_world_size(path, meta)
     changed = [
         f"{key}: {meta['fingerprints'].get(key)!r} -> {value!r}"
         for key, value in fingerprints.items()
@@ -131,10 +141,28 @@ def load(engine: Any, path: Path, fingerprints: dict[str, Any]) -> Progress:
     return Progress(meta["step"], PlanState.from_dict(meta["plan"]))
 
 
+def _read_meta(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads((path / META).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{path / META} cannot be read ({error}); remove {path} to resume from the one before"
+        ) from error
+
+
+def _check_world_size(path: Path, meta: dict[str, Any]) -> None:
+    world_size = torch.distributed.get_world_size()
+    if meta["world_size"] != world_size:
+        raise InputError(
+            f"{path} was saved by {meta['world_size']} ranks and this run has {world_size}; start "
+            f"{meta['world_size']} ranks, or anew with another output_dir"
+        )
+
+
 def _rng_state() -> dict[str, Any]:
     state = {
         "python": random.getstate(),
-        "numpy": np.random.get_state(),  # noqa: NPY002
+        "numpy": np.random.get_state(),
         "torch": torch.get_rng_state(),
     }
     if torch.cuda.is_available():
@@ -144,7 +172,7 @@ def _rng_state() -> dict[str, Any]:
 
 def _restore_rng(state: dict[str, Any]) -> None:
     random.setstate(state["python"])
-    np.random.set_state(state["numpy"])  # noqa: NPY002
+    np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
     if torch.cuda.is_available() and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"])

@@ -39,7 +39,7 @@ class DataSettings(Settings):
     """What is trained on, and how samples become packs."""
 
     shards: list[str] = Field(min_length=1)
-    """Folders of *.tar files, globs or brace patterns; indexed by `python -m data_pipeline.index`."""
+    """Folders of *.tar files, globs or brace patterns, indexed by `data_pipeline.index`."""
     eval_shards: list[str] = []
     tokenizer: str
     """A sentencepiece .model file, a Hugging Face folder or a hub name."""

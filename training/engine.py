@@ -61,7 +61,7 @@ def build_engine(config: RunConfig, tokenizer: Tokenizer, ranks: Ranks) -> Any:
 
 def _optimizer(model: torch.nn.Module, config: RunConfig, ranks: Ranks) -> torch.optim.Optimizer:
     groups = parameter_groups(model, config.train)
-    options = {"betas": config.train.betas, "eps": config.train.eps}
+    options: dict[str, Any] = {"betas": config.train.betas, "eps": config.train.eps}
     if config.deepspeed.offload_optimizer == "cpu" and ranks.device.type == "cuda":
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 

@@ -8,7 +8,12 @@ from data_pipeline.loader import PackedBatch
 
 
 def model_inputs(batch: PackedBatch, device: torch.device, loss_chunks: int = 1) -> dict[str, Any]:
-    """Arguments of `TokenFlexForConditionalGeneration.forward` for one pack (batch size 1)."""
+    """Arguments of `TokenFlexForConditionalGeneration.forward` for one pack (batch size 1).
+
+    Labels and weights stay on the host, where the model finds the supervised positions without
+    waiting for the device.
+    """
+    labels, loss_weights = batch.labels, batch.loss_weights
     batch = batch.to(device)
     return {
         "input_ids": batch.input_ids[None],
@@ -17,7 +22,7 @@ def model_inputs(batch: PackedBatch, device: torch.device, loss_chunks: int = 1)
         "tile_sides": batch.tile_sides,
         "cu_seqlens": batch.cu_seqlens,
         "max_seqlen": batch.max_seqlen,
-        "labels": batch.labels[None],
-        "loss_weights": batch.loss_weights[None],
+        "labels": labels[None],
+        "loss_weights": loss_weights[None],
         "loss_chunks": loss_chunks,
     }

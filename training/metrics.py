@@ -1,4 +1,4 @@
-"""What a step reports: loss per token count, speed, padding, waiting, memory; JSONL + TensorBoard."""
+"""What a step reports (loss per token count, speed, padding, waiting, memory) and where to."""
 
 import json
 import resource

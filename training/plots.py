@@ -28,9 +28,7 @@ def plot_run(metrics_path: Path, accuracy: dict[str, dict[int, float]], out: Pat
 
 
 def _plot_losses(axes: Any, rows: list[dict[str, Any]]) -> None:
-    counts = sorted(
-        {int(k.removeprefix("loss_")) for row in rows for k in row if k[5:].isdigit()}
-    )
+    counts = sorted({int(k.removeprefix("loss_")) for row in rows for k in row if k[5:].isdigit()})
     for key, label in [("loss", "all"), *((f"loss_{c}", f"{c} tokens") for c in counts)]:
         points = [(row["step"], row[key]) for row in rows if key in row]
         steps, values = zip(*points, strict=True) if points else ((), ())

@@ -8,7 +8,9 @@ from torch import nn
 from training.config import ModuleSettings, StageModules, TrainSettings
 
 
-def parts(model: nn.Module, modules: StageModules) -> Iterator[tuple[str, nn.Module, ModuleSettings]]:
+def parts(
+    model: nn.Module, modules: StageModules
+) -> Iterator[tuple[str, nn.Module, ModuleSettings]]:
     """Yield (name, submodule, settings) for the vision tower, projector and language model."""
     for name, settings in modules:
         yield name, getattr(model, name), settings

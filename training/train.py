@@ -12,6 +12,7 @@ import argparse
 import logging
 import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,6 +40,8 @@ def train(config: RunConfig, ranks: Ranks) -> None:
     if saved:
         progress = checkpoint.load(engine, saved, run.fingerprints)
         run.say(f"resumed from {saved} at step {progress.step}")
+    elif config.checkpoint.init_from:
+        run.say(f"weights from {checkpoint.start_from(engine, Path(config.checkpoint.init_from))}")
     log = MetricsLog(config.output_dir, ranks, config.train.steps, progress.step)
     meter = StepMeter(config.data.tokens.sides, config.data.pack.max_tokens, ranks)
     batches = run.loader.steps(progress.plan)

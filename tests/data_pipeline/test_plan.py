@@ -323,7 +323,7 @@ def test_evaluation_packs_hold_every_sample_once_at_one_side(side: int) -> None:
             for i in pack.sample_ids
         )
         assert pack.tokens <= 100
-    assert len(packs) < sum(pack.tokens for pack in packs) / 100 * 1.1 + 1
+    assert len(packs) < sum(pack.tokens for pack in packs) / 100 * 1.2 + 1
 
 
 def test_a_sample_too_long_for_evaluation_is_scored_in_a_pack_of_its_own() -> None:

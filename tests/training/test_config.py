@@ -55,7 +55,10 @@ def test_overrides_are_yaml_values() -> None:
         ("nonsense.key=7", r"nonsense: unknown key; expected one of output_dir"),
         ("train.steps=0", r"train\.steps: .*greater than 0.*found 0"),
         ("data.tokens.counts=[4, 15, 64]", r"data\.tokens.*15.*(9|16)"),
-        ("data.tiling.tile_size=64", r"tile_size is 64 but model\.vision\.config\.image_size is 32"),
+        (
+            "data.tiling.tile_size=64",
+            r"tile_size is 64 but .*image_size is 32",
+        ),
         ("train.steps", r"expected key\.sub=value"),
         ("train.steps.more=1", r"train\.steps is a value, not a section"),
         (
@@ -76,11 +79,11 @@ def test_all_problems_are_reported_at_once() -> None:
 
 
 def test_unreadable_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="cannot read the config .*missing.yaml"):
+    with pytest.raises(InputError, match=r"cannot read the config .*missing\.yaml"):
         load_config(tmp_path / "missing.yaml")
     broken = tmp_path / "broken.yaml"
     broken.write_text("a: [1, 2")
-    with pytest.raises(InputError, match="broken.yaml is not valid YAML"):
+    with pytest.raises(InputError, match=r"broken\.yaml is not valid YAML"):
         load_config(broken)
     broken.write_text("- a\n- b\n")
     with pytest.raises(InputError, match="must hold a mapping"):

@@ -1,0 +1,106 @@
+"""Every command of the README runs, in a copy of the repository, only smaller."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+BLOCKS = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
+COMMANDS = [re.sub(r"\s+#.*", "", line) for block in BLOCKS for line in block.splitlines()]
+SMALL = "data.prepare.train_samples=240 data.prepare.eval_samples=24 train.steps=2"
+MAKE = f"make -o {sys.prefix}/installed VENV={sys.prefix}"
+
+# README command -> the smaller one that is run; None: another test runs it.
+SMALLER: dict[str, str | None] = {
+    "make pretrain": f'{MAKE} pretrain ARGS="{SMALL}"',
+    "make test": f"{MAKE} -n test",
+    "sbatch slurm/pretrain.sh training/configs/digits.yaml": None,  # tests/slurm/test_pretrain.py
+    "make pretrain CONFIG=training/configs/grid.yaml": (
+        f'{MAKE} pretrain CONFIG=training/configs/grid.yaml ARGS="{SMALL}"'
+    ),
+    'make pretrain ARGS="train.steps=300 output_dir=runs/short"': (
+        f'{MAKE} pretrain ARGS="output_dir=runs/short {SMALL}"'
+    ),
+    "python -m training.train --help": "python -m training.train --help",
+    "torchrun --nproc-per-node 2 -m training.train training/configs/digits.yaml": (
+        f"torchrun --nproc-per-node 2 -m training.train training/configs/digits.yaml {SMALL}"
+    ),
+    "deepspeed --num_gpus 8 --module training.train training/configs/stage2_pretrain.yaml": (
+        "deepspeed --num_gpus 2 --no_local_rank --module training.train "
+        f"training/configs/digits.yaml output_dir=runs/launcher {SMALL}"
+    ),
+    "python -m data_pipeline.prepare --format llava instructions.json --images images/ data/mine": (
+        "python -m data_pipeline.prepare --format llava instructions.json --images images/ data/mine"
+    ),
+    "python -m data_pipeline.prepare --format folder captioned/ data/captions": (
+        "python -m data_pipeline.prepare --format folder captioned/ data/captions"
+    ),
+    "python -m data_pipeline.index data/mine --tokenizer Qwen/Qwen2.5-7B-Instruct": (
+        "python -m data_pipeline.index data/mine --tokenizer data/digits/tokenizer.model"
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The repository's tracked files, and the raw data that the README's commands name."""
+    root = tmp_path_factory.mktemp("readme") / "clone"
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for name in listed.stdout.splitlines():
+        if (ROOT / name).is_file():
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, root / name)
+    for folder in ("images", "captioned"):
+        (root / folder).mkdir()
+        Image.new("RGB", (40, 30), "red").save(root / folder / "a.jpg")
+    (root / "captioned" / "a.txt").write_text("A red picture.")
+    turns = [
+        {"from": "human", "value": "<image>\nWhich colour?"},
+        {"from": "gpt", "value": "Red."},
+    ]
+    samples = [{"id": "1", "image": "a.jpg", "conversations": turns}]
+    (root / "instructions.json").write_text(json.dumps(samples))
+    return root
+
+
+def test_every_command_is_known_here() -> None:
+    assert COMMANDS == list(SMALLER)
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("command", [c for c in SMALLER.values() if c])
+def test_command_runs(command: str, clone: Path) -> None:
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "DS_ACCELERATOR": "cpu",
+    }
+    result = subprocess.run(
+        shlex.split(command), cwd=clone, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    if "step" in result.stdout and "training.train" in command:
+        assert "held-out accuracy after step 2" in result.stdout
+
+
+def test_the_layout_names_folders_that_exist() -> None:
+    readme = (ROOT / "README.md").read_text()
+    for name in re.findall(r"`([\w/.-]+/[\w.-]*)`", readme):
+        if not name.startswith(("runs/", "data/", "checkpoints/", "tensorboard/")):
+            assert any((base / name).exists() for base in (ROOT, ROOT / "data_pipeline")), name
