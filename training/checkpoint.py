@@ -17,6 +17,7 @@ import torch
 import torch.distributed
 
 from data_pipeline.errors import InputError
+from data_pipeline.files import write_atomically
 from data_pipeline.plan import PlanState
 
 TEMPORARY = "tmp-"
@@ -62,9 +63,7 @@ def save(
         if final.exists():
             shutil.rmtree(final)
         temporary.rename(final)
-        pointer = folder / "latest.tmp"
-        pointer.write_text(name, encoding="utf-8")
-        pointer.replace(folder / "latest")
+        write_atomically(folder / "latest", name.encode())
         for old in finished(folder)[:-keep]:
             shutil.rmtree(old)
     torch.distributed.barrier()

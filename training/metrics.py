@@ -11,6 +11,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from data_pipeline.files import write_atomically
 from data_pipeline.loader import IGNORE, PackedBatch, StepBatch
 from training.distributed import Ranks, all_reduce_max, all_reduce_sum
 
@@ -18,7 +19,7 @@ TEXT, MIXED = 0, -1  # `PackedBatch.sample_sides` of samples without images, and
 
 
 class StepMeter:
-    """Sums over the packs of one step; `reduce` joins the ranks in two small collectives."""
+    """Sums over the packs of one step, and its time; each joined over the ranks by a collective."""
 
     def __init__(self, sides: list[int], max_tokens: int, ranks: Ranks) -> None:
         self.groups = [*sorted(set(sides)), TEXT, MIXED]
@@ -61,38 +62,46 @@ class StepMeter:
     def _group(self, side: int) -> int:
         return self.groups.index(side) if side in self.groups else self.groups.index(MIXED)
 
-    def reduce(self, wait_s: float) -> dict[str, float]:
-        """The step's metrics over all ranks; `wait_s` is how long this rank waited for data."""
+    def reduce(self) -> dict[str, float]:
+        """Losses and counts over all ranks, once every pack is added."""
         local = [*self.losses.tolist(), *self.weights.tolist(), *map(float, self.counts.values())]
         total = all_reduce_sum(local, self.ranks.device)
         size = len(self.groups)
         losses, weights = total[:size], total[size : 2 * size]
         counts = dict(zip(self.counts, total[2 * size :], strict=True))
-        seconds, wait_s, memory = all_reduce_max(
-            [time.perf_counter() - self.started, wait_s, _memory_bytes(self.ranks.device)],
-            self.ranks.device,
-        )
         metrics = {"loss": sum(losses) / (sum(weights) or 1.0)}
         for side, loss, weight in zip(self.groups, losses, weights, strict=True):
             if weight > 0:
                 name = {TEXT: "text", MIXED: "mixed"}.get(side, str(side * side))
                 metrics[f"loss_{name}"] = loss / weight
-        metrics |= {
-            "step_s": seconds,
-            "tokens_per_s": counts["tokens"] / seconds,
-            "tiles_per_s": counts["tiles"] / seconds,
-            "samples_per_s": counts["samples"] / seconds,
+        return metrics | {
             "padding": 1 - counts["tokens"] / (counts["packs"] * self.max_tokens),
-            "data_wait": wait_s / seconds,
-            "memory_gib": memory / 2**30,
             "tokens": counts["tokens"],
+            "tiles": counts["tiles"],
             "samples": counts["samples"],
             "supervised_tokens": counts["supervised"],
             "bad_samples": counts["bad_samples"],
             # Sum over packs, so that it does not depend on the world size; exact in a float64.
             "data_hash": counts["data_hash"],
         }
-        return metrics
+
+    def timing(self, metrics: dict[str, float], wait_s: float) -> dict[str, float]:
+        """Speed and memory, the slowest rank's, once the optimizer step is done.
+
+        `metrics` are those of `reduce`; `wait_s` is how long this rank waited for data.
+        """
+        seconds, wait_s, memory = all_reduce_max(
+            [time.perf_counter() - self.started, wait_s, _memory_bytes(self.ranks.device)],
+            self.ranks.device,
+        )
+        return {
+            "step_s": seconds,
+            "tokens_per_s": metrics["tokens"] / seconds,
+            "tiles_per_s": metrics["tiles"] / seconds,
+            "samples_per_s": metrics["samples"] / seconds,
+            "data_wait": wait_s / seconds,
+            "memory_gib": memory / 2**30,
+        }
 
 
 def weight_sum(batch: StepBatch) -> float:
@@ -120,9 +129,11 @@ class MetricsLog:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "metrics.jsonl"
         kept = [row for row in read_metrics(self.path) if row["step"] <= first_step]
-        _write_rows(self.path, kept)
+        write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in kept).encode())
         self.file = self.path.open("a", encoding="utf-8")
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+        self.board = SummaryWriter(
+            str(folder / "tensorboard"), purge_step=first_step + 1, flush_secs=10
+        )
         self.bar = tqdm(total=steps, initial=first_step, unit="step", disable=None, leave=False)
 
     def write(self, step: int, metrics: dict[str, Any], show: bool) -> None:
@@ -133,7 +144,8 @@ class MetricsLog:
         self.file.flush()
         for name, value in metrics.items():
             if isinstance(value, (int, float)):
-                self.board.add_scalar(name.replace("_", "/", 1), value, step)
+                tag = name.replace("_", "/", 1) if name.startswith("loss") else f"train/{name}"
+                self.board.add_scalar(tag, value, step)
         self.bar.update()
         if show:
             self.bar.write(step_line(step, int(self.bar.total), metrics))
@@ -172,9 +184,3 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             break
     return rows
-
-
-def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    temporary.replace(path)

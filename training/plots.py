@@ -35,6 +35,8 @@ def _plot_losses(axes: Any, rows: list[dict[str, Any]]) -> None:
         style = {"color": "black", "linewidth": 1.8} if key == "loss" else {"linewidth": 1.0}
         axes.plot(steps, smooth(list(values)), label=label, **style)
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
     axes.set(xlabel="step", ylabel="loss per supervised token", title="Training loss, smoothed")
     axes.grid(alpha=0.3)
     if rows:

@@ -9,9 +9,9 @@ from typing import Any
 import torch.distributed
 from tqdm import tqdm
 
-from data_pipeline.errors import InputError
+from data_pipeline.files import write_atomically
 from data_pipeline.index import Index, build_index, load_index
-from data_pipeline.loader import PackBuilder, StepLoader
+from data_pipeline.loader import PackBuilder, PackedBatch, StepLoader
 from data_pipeline.plan import Planner
 from data_pipeline.prepare import prepare_demo
 from data_pipeline.tokenizer import load_tokenizer
@@ -29,11 +29,7 @@ class Run:
     def __init__(self, config: RunConfig, ranks: Ranks) -> None:
         self.config, self.ranks = config, ranks
         data = config.data
-        if data.pack.packs_per_step % ranks.world_size:
-            raise InputError(
-                f"data.pack.packs_per_step is {data.pack.packs_per_step}, which {ranks.world_size} "
-                "ranks do not divide; start another number of ranks or change packs_per_step"
-            )
+        self.named_bad: set[str] = set()
         if data.prepare:
             self._prepare(data.prepare)
         self.tokenizer = load_tokenizer(data.tokenizer)
@@ -118,6 +114,14 @@ class Run:
                 f"data.pack.max_tokens ({config.data.pack.max_tokens}) to keep them"
             )
 
+    def name_bad_samples(self, packs: list[PackedBatch]) -> None:
+        """Say on this rank which samples of its packs could not be used, each once."""
+        for bad in (bad for pack in packs for bad in pack.bad):
+            name = f"{bad.shard}:{bad.key}"
+            if name not in self.named_bad:
+                self.named_bad.add(name)
+                tqdm.write(f"warning: left out {name}: {bad.reason}")
+
     def evaluate(self, engine: Any, step: int, log: MetricsLog) -> Evaluation | None:
         """Accuracy on the held-out shards at every trained token count, if there are any."""
         config = self.config
@@ -133,8 +137,8 @@ class Run:
             log.scalar(name, row["accuracy"], step)
         self.say(f"\nheld-out accuracy after step {step}:\n{result.table()}\n")
         if self.ranks.is_main:
-            path = config.output_dir / "evaluation.json"
-            path.write_text(json.dumps({"step": step, "results": result.to_json()}, indent=1))
+            text = json.dumps({"step": step, "results": result.to_json()}, indent=1)
+            write_atomically(config.output_dir / "evaluation.json", text.encode())
         return result
 
     def finish(self, result: Evaluation | None, saved: Path | None) -> None:

@@ -48,6 +48,7 @@ def train(config: RunConfig, ranks: Ranks) -> None:
     for step in range(progress.step + 1, config.train.steps + 1):
         meter.start()
         batch = next(batches)
+        run.name_bad_samples(batch.packs)
         metrics = train_step(engine, batch, step, meter, run)
         progress = checkpoint.Progress(step, batch.state)
         last = step == config.train.steps
@@ -83,13 +84,12 @@ def train_step(
         engine.backward(output.loss * scale, scale_wrt_gas=False)
         meter.add(pack, output.token_losses)
         if number == len(batch.packs):
-            metrics = meter.reduce(batch.wait_s)
+            metrics = meter.reduce()
             stop_if_not_finite(metrics["loss"], batch, step, run)
         engine.step()
     peak = max(group["peak_lr"] for group in engine.optimizer.param_groups)
     metrics |= {"lr": factor * peak, "grad_norm": float(engine.get_global_grad_norm())}
-    metrics["epoch"] = batch.epoch
-    return metrics
+    return metrics | {"epoch": batch.epoch} | meter.timing(metrics, batch.wait_s)
 
 
 def stop_if_not_finite(loss: float, batch: StepBatch, step: int, run: Run) -> None:

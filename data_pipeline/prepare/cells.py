@@ -19,12 +19,11 @@ Split = Literal["train", "eval"]
 Question = Literal["all", "cell", "row", "count"]
 
 # Ten samples in a row of one k. "all" supervises the most cells per sample and so teaches
-# fastest; with a single cell, "cell" and "row" would ask the same as "all".
+# fastest.
 QUESTION_CYCLE: tuple[Question, ...] = (
     *("all", "cell", "all", "row", "all"),
     *("all", "count", "all", "cell", "all"),
 )
-QUESTION_CYCLE_SINGLE: tuple[Question, ...] = ("all", "all", "count", "all", "all") * 2
 
 
 @dataclass(frozen=True)
@@ -73,8 +72,7 @@ def draw_samples(
         k = details[number % len(details)]
         rng = np.random.default_rng([seed, split_number, number])
         layout = _draw_layout(corpus, split, k, rng)
-        cycle = QUESTION_CYCLE if k > 1 else QUESTION_CYCLE_SINGLE
-        kind = cycle[number // len(details) % len(cycle)]
+        kind = QUESTION_CYCLE[number // len(details) % len(QUESTION_CYCLE)]
         yield CellSample(k, layout, kind, *_ask(corpus, kind, k, layout, rng))
 
 

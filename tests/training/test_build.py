@@ -60,9 +60,9 @@ def backbones(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = load_config("training/configs/digits.yaml").model
     torch.manual_seed(7)
     vision = {"num_hidden_layers": 1, "vision_use_head": False}
-    SiglipVisionModel(
-        AutoConfig.for_model(**{**settings.vision.config, **vision})
-    ).save_pretrained(folder / "vision")
+    SiglipVisionModel(AutoConfig.for_model(**{**settings.vision.config, **vision})).save_pretrained(
+        folder / "vision"
+    )
     text = {"num_hidden_layers": 2, "vocab_size": 100}
     AutoModelForCausalLM.from_config(
         AutoConfig.for_model(**{**settings.llm.config, **text})
