@@ -33,6 +33,7 @@ class PackedBatch:
     loss_weights: float32 [L], 0 where the label is IGNORE.
     tiles: uint8 [T, 3, H, W], in the order of their tokens.
     tile_sides: n of each tile (n^2 tokens), on the host.
+    num_images: images that the tiles were cut from.
     sample_ids: ids in the index.
     sample_sides: n of each sample if its images share one, 0 for text only, -1 for several.
     max_seqlen: tokens of the longest sample.
@@ -50,6 +51,7 @@ class PackedBatch:
     loss_weights: torch.Tensor
     tiles: torch.Tensor
     tile_sides: list[int]
+    num_images: int
     sample_ids: list[int]
     sample_sides: list[int]
     max_seqlen: int
@@ -142,6 +144,7 @@ class PackBuilder:
             loss_weights=torch.from_numpy(loss_weights),
             tiles=torch.from_numpy(np.concatenate(tiles)),
             tile_sides=tile_sides,
+            num_images=len(tiles) - 1,
             sample_ids=sample_ids,
             sample_sides=[_common_side(sides) for sides in pack.sides],
             max_seqlen=int(lengths.max()),

@@ -17,6 +17,8 @@ from training.distributed import Ranks, all_reduce_max, all_reduce_sum
 
 TEXT, MIXED = 0, -1  # `PackedBatch.sample_sides` of samples without images, and of several sides
 
+COUNTS = ("packs", "tokens", "samples", "images", "tiles", "supervised", "bad_samples", "data_hash")
+
 
 class StepMeter:
     """Sums over the packs of one step, and its time; each joined over the ranks by a collective."""
@@ -32,9 +34,7 @@ class StepMeter:
         self.started = time.perf_counter()
         self.losses = torch.zeros(len(self.groups), dtype=torch.float64, device=self.ranks.device)
         self.weights = torch.zeros(len(self.groups), dtype=torch.float64)
-        self.counts = dict.fromkeys(
-            ("packs", "tokens", "samples", "tiles", "supervised", "bad_samples", "data_hash"), 0
-        )
+        self.counts = dict.fromkeys(COUNTS, 0)
 
     def add(self, batch: PackedBatch, token_losses: torch.Tensor) -> None:
         """Count one pack.
@@ -54,6 +54,7 @@ class StepMeter:
         self.counts["packs"] += 1
         self.counts["tokens"] += int(batch.input_ids.numel()) if batch.sample_ids else 0
         self.counts["samples"] += len(batch.sample_ids)
+        self.counts["images"] += batch.num_images
         self.counts["tiles"] += len(batch.tile_sides)
         self.counts["supervised"] += len(positions)
         self.counts["bad_samples"] += len(batch.bad)
@@ -77,6 +78,7 @@ class StepMeter:
         return metrics | {
             "padding": 1 - counts["tokens"] / (counts["packs"] * self.max_tokens),
             "tokens": counts["tokens"],
+            "images": counts["images"],
             "tiles": counts["tiles"],
             "samples": counts["samples"],
             "supervised_tokens": counts["supervised"],
@@ -97,6 +99,7 @@ class StepMeter:
         return {
             "step_s": seconds,
             "tokens_per_s": metrics["tokens"] / seconds,
+            "images_per_s": metrics["images"] / seconds,
             "tiles_per_s": metrics["tiles"] / seconds,
             "samples_per_s": metrics["samples"] / seconds,
             "data_wait": wait_s / seconds,
@@ -167,7 +170,7 @@ def step_line(step: int, steps: int, metrics: dict[str, Any]) -> str:
     return (
         f"step {step:>{len(str(steps))}}/{steps}  loss {metrics['loss']:.4f}  "
         f"grad norm {metrics['grad_norm']:.2f}  lr {metrics['lr']:.2e}  "
-        f"{metrics['tokens_per_s']:,.0f} tokens/s  {metrics['tiles_per_s']:,.0f} tiles/s  "
+        f"{metrics['tokens_per_s']:,.0f} tokens/s  {metrics['images_per_s']:,.0f} images/s  "
         f"padding {metrics['padding']:.1%}  data wait {metrics['data_wait']:.1%}  "
         f"memory {metrics['memory_gib']:.2f} GiB"
     )

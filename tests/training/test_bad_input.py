@@ -69,7 +69,7 @@ def broken_copy(corpus: Path, out: Path, sample: int) -> str:
                 data = source.extractfile(member).read()
                 if member.name == f"train-{sample:06d}.0.png":
                     # The header stays whole, so that the index takes the sample in.
-                    data = data[:-40] + bytes(40)
+                    data = data[:60] + bytes(len(data) - 60)
                 copy.addfile(member, io.BytesIO(data))
     tokenizer = load_tokenizer(out / "tokenizer.model")
     chat = ChatSettings(system="")

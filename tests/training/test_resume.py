@@ -119,7 +119,7 @@ def test_a_finished_run_only_evaluates_again(digits_corpus: Path, undisturbed: P
 
 def test_the_run_leaves_what_it_says(undisturbed: Path) -> None:
     rows = read_metrics(undisturbed / "metrics.jsonl")
-    for key in ("loss", "lr", "grad_norm", "tokens_per_s", "tiles_per_s", "padding", "data_wait"):
+    for key in ("loss", "lr", "grad_norm", "tokens_per_s", "images_per_s", "padding", "data_wait"):
         assert all(key in row for row in rows), key
     assert {"loss_4", "loss_16", "loss_64"} <= {key for row in rows for key in row}
     assert list((undisturbed / "tensorboard").glob("events.*"))

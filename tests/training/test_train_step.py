@@ -7,6 +7,7 @@ import pytest
 
 from tests.ranks import RankPool
 from tests.training import scenarios
+from training.config import load_config
 
 pytestmark = pytest.mark.multiprocess
 
@@ -65,20 +66,24 @@ def test_sliced_and_checkpointed_loss_gives_the_same_gradients(
 
 
 @pytest.mark.parametrize(
-    "trained",
+    ("preset", "trained"),
     [
-        pytest.param(["projector"], id="stage 1: projector"),
-        pytest.param(["vision_model", "projector", "language_model"], id="stages 2 and 3: all"),
-        pytest.param(["projector", "language_model"], id="frozen tower"),
+        ("stage1_align", {"projector"}),
+        ("stage2_pretrain", {"vision_model", "projector", "language_model"}),
+        ("stage3_finetune", {"vision_model", "projector", "language_model"}),
+        (None, {"projector", "language_model"}),
     ],
 )
 def test_frozen_parameters_keep_their_bytes_and_the_others_change(
-    two_ranks: RankPool, digits_corpus: Path, trained: list[str]
+    two_ranks: RankPool, digits_corpus: Path, preset: str | None, trained: set[str]
 ) -> None:
-    overrides = [
-        f"train.modules.{name}.train={str(name in trained).lower()}"
-        for name in ("vision_model", "projector", "language_model")
-    ]
+    names = ("vision_model", "projector", "language_model")
+    if preset:  # what the shipped stage says, on the small model
+        modules = dict(load_config(f"training/configs/{preset}.yaml").train.modules)
+        train = {name: modules[name].train for name in names}
+    else:
+        train = {name: name in trained for name in names}
+    overrides = [f"train.modules.{name}.train={str(train[name]).lower()}" for name in names]
     before, after = two_ranks.run(scenarios.train_steps, digits_corpus, 2, overrides)[0]
     assert before.keys() == after.keys()
     for name in before:
@@ -87,6 +92,15 @@ def test_frozen_parameters_keep_their_bytes_and_the_others_change(
             assert same, name
         elif "k_proj.bias" not in name and "embed_tokens" not in name:
             assert not same, name
+
+
+def test_offloading_to_the_host_changes_no_gradient(
+    two_ranks: RankPool, digits_corpus: Path, reference: tuple
+) -> None:
+    overrides = [*FP32, "deepspeed.offload_optimizer=cpu", "deepspeed.offload_params=cpu"]
+    packs = [[0, 1, 2], [3], [4, 5], [6, 7]]
+    for result in two_ranks.run(scenarios.step_gradients, digits_corpus, packs, overrides):
+        assert_same(result, reference)
 
 
 def test_tied_embeddings_train(two_ranks: RankPool, digits_corpus: Path) -> None:
