@@ -107,3 +107,17 @@ def test_the_layout_names_folders_that_exist() -> None:
     for name in re.findall(r"`([\w/.-]+/[\w.-]*)`", readme):
         if not name.startswith(("runs/", "data/", "checkpoints/", "tensorboard/")):
             assert any((base / name).exists() for base in (ROOT, ROOT / "data_pipeline")), name
+
+
+@pytest.mark.parametrize("demo", ["digits", "grid"])
+def test_the_numbers_are_those_recorded(demo: str) -> None:
+    readme = (ROOT / "README.md").read_text()
+    recorded = json.loads((ROOT / f"training/results/{demo}.json").read_text())
+    accuracy: dict[str, dict[int, float]] = {}
+    for row in recorded["evaluation"]:
+        accuracy.setdefault(row["detail"], {})[row["num_image_tokens"]] = 100 * row["accuracy"]
+    for detail in accuracy.keys() - {"all"}:
+        cells = " | ".join(f"{accuracy[detail][count]:.1f}" for count in (4, 16, 64))
+        assert f"| {demo}, {detail} | {cells} |" in readme
+    assert f"{recorded['steps']} steps in {recorded['training_s']:.0f} s" in readme
+    assert recorded["machine"] in readme

@@ -7,6 +7,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator
 
 from training.metrics import read_metrics
 
@@ -35,8 +36,9 @@ def _plot_losses(axes: Any, rows: list[dict[str, Any]]) -> None:
         style = {"color": "black", "linewidth": 1.8} if key == "loss" else {"linewidth": 1.0}
         axes.plot(steps, smooth(list(values)), label=label, **style)
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.minorticks_off()
     axes.set(xlabel="step", ylabel="loss per supervised token", title="Training loss, smoothed")
     axes.grid(alpha=0.3)
     if rows:
