@@ -1,6 +1,6 @@
 """Write down what a finished run measured, with the machine and versions it ran on.
 
-python -m training.record runs/digits training/results/digits.json --command "make pretrain"
+python -m training.record runs/digits out.json --command "make pretrain" --wall-s 200
 """
 
 import argparse
@@ -20,8 +20,8 @@ from training.metrics import read_metrics
 PACKAGES = ("torch", "deepspeed", "transformers", "webdataset", "sentencepiece")
 
 
-def record(run: Path, command: str) -> dict[str, Any]:
-    """Command, machine, versions, training time, speed and accuracy of one run.
+def record(run: Path, command: str, wall_s: float) -> dict[str, Any]:
+    """Command, its wall time in seconds, machine, versions, speed and accuracy of one run.
 
     Raises:
         InputError: if the run has not finished, so that it has no evaluation.
@@ -33,6 +33,7 @@ def record(run: Path, command: str) -> dict[str, Any]:
     seconds = sum(row["step_s"] for row in rows)
     return {
         "command": command,
+        "wall_s": wall_s,
         "machine": machine(),
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         "python": platform.python_version(),
@@ -65,8 +66,9 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="the run's output_dir")
     parser.add_argument("out", type=Path, help="JSON file to write")
     parser.add_argument("--command", required=True, help="the command that ran it")
+    parser.add_argument("--wall-s", type=float, required=True, help="how long it took, by `time`")
     args = parser.parse_args()
-    text = json.dumps(record(args.run, args.command), indent=1)
+    text = json.dumps(record(args.run, args.command, args.wall_s), indent=1)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(args.out, text.encode() + b"\n")
     print(f"written to {args.out}")
