@@ -6,6 +6,7 @@ hidden, D output, M = sum of n^2 output rows.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -65,7 +66,9 @@ def pool_tiles(x: Tensor, sides: Sequence[int], grid: tuple[int, int], pool: str
     if len(groups) == 1:
         return _pool_group(x, sides[0], grid, pool).flatten(0, 1)
     pooled = [
-        _pool_group(x[torch.tensor(tiles, device=x.device)], n, grid, pool).flatten(0, 1)
+        _pool_group(x[torch.tensor(tiles).to(x.device, non_blocking=True)], n, grid, pool).flatten(
+            0, 1
+        )
         for n, tiles in groups.items()
     ]
     order = torch.from_numpy(_rows_in_tile_order(sides, groups))
@@ -77,12 +80,19 @@ def _pool_group(x: Tensor, n: int, grid: tuple[int, int], pool: str) -> Tensor:
     height, width = grid
     tiles, _, channels = x.shape
     dtype = torch.promote_types(x.dtype, torch.float32)
-    down = torch.tensor(pooling_table(n, height, pool), device=x.device, dtype=dtype)  # [n, H]
-    across = torch.tensor(pooling_table(n, width, pool), device=x.device, dtype=dtype)  # [n, W]
+    down = _device_table(n, height, pool, x.device, dtype)  # [n, H]
+    across = _device_table(n, width, pool, x.device, dtype)  # [n, W]
     with torch.autocast(x.device.type, enabled=False):
         rows = down @ x.to(dtype).reshape(tiles, height, width * channels)  # [T, n, W*C]
         tokens = across @ rows.reshape(tiles, n, width, channels)  # [T, n, n, C]
     return tokens.reshape(tiles, n * n, channels)
+
+
+@lru_cache(maxsize=1024)
+def _device_table(n: int, size: int, pool: str, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """`pooling_table` on a device; copied there once, since each copy waits for the device."""
+    with torch.inference_mode(False):  # training may use what inference has cached
+        return torch.tensor(pooling_table(n, size, pool), device=device, dtype=dtype)
 
 
 def _rows_in_tile_order(sides: Sequence[int], groups: dict[int, list[int]]) -> np.ndarray:

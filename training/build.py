@@ -35,7 +35,9 @@ def model_config(settings: ModelSettings, vocab_size: int, image_token_id: int) 
         raise InputError(f"the model section does not describe a model: {error}") from error
 
 
-def build_model(config: RunConfig, tokenizer: Tokenizer) -> TokenFlexForConditionalGeneration:
+def build_model(
+    config: RunConfig, tokenizer: Tokenizer, pretrained: bool = True
+) -> TokenFlexForConditionalGeneration:
     """Build the model, from random weights or pretrained ones per part.
 
     Under a live `HfDeepSpeedConfig` its parameters are partitioned as they are made, and
@@ -48,12 +50,12 @@ def build_model(config: RunConfig, tokenizer: Tokenizer) -> TokenFlexForConditio
     image_token_id = tokenizer.special_id("<IMG_CONTEXT>")
     full = model_config(settings, tokenizer.vocab_size, image_token_id)
     model = TokenFlexForConditionalGeneration._from_config(full, dtype=dtype)
-    if settings.vision.pretrained:
+    if settings.vision.pretrained and pretrained:
         model.vision_model = _pretrained("vision", settings.vision, model, SiglipVisionModel)
-    if settings.llm.pretrained:
+    if settings.llm.pretrained and pretrained:
         llm = _pretrained("llm", settings.llm, model, AutoModelForCausalLM)
-        if llm.config.vocab_size < tokenizer.vocab_size:
-            llm.resize_token_embeddings(tokenizer.vocab_size, mean_resizing=False)
+        if llm.config.vocab_size != full.text_config.vocab_size:
+            llm.resize_token_embeddings(full.text_config.vocab_size, mean_resizing=False)
         model.language_model = llm
     return model
 
@@ -73,6 +75,10 @@ def _pretrained(
         for key, value in settings.config.items()
         if key not in ("vocab_size", "vision_use_head") and getattr(found, key, None) != value
     ]
+    found_vocab = getattr(found, "vocab_size", 0) if part == "llm" else 0
+    vocab_size = model.config.text_config.vocab_size
+    if found_vocab > vocab_size:
+        different.append(f"vocab_size is {found_vocab} there and {vocab_size} here")
     if different:
         raise InputError(
             f"model.{part}.pretrained={path} is another architecture: "

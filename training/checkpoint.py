@@ -19,6 +19,7 @@ import torch.distributed
 from data_pipeline.errors import InputError
 from data_pipeline.files import write_atomically
 from data_pipeline.plan import PlanState
+from training.distributed import from_main
 
 TEMPORARY = "tmp-"
 META = "meta.json"
@@ -39,7 +40,7 @@ def save(
 
     Every rank must call this. Readers see the whole checkpoint or none of it.
     """
-    name = f"step-{progress.step:08d}"
+    name = _name(progress.step)
     temporary, final = folder / (TEMPORARY + name), folder / name
     is_main = torch.distributed.get_rank() == 0
     if is_main:
@@ -92,16 +93,61 @@ def find(resume: str, folder: Path) -> Path | None:
 def start_from(engine: Any, folder: Path) -> Path:
     """Load only the weights of an earlier stage, from a checkpoint or the newest of a folder.
 
-    Optimizer, step and place in the data start anew. Returns the checkpoint.
+    Optimizer, step and place in the data start anew; any number of ranks may have saved it, and
+    other modules may have been frozen. Rank 0 reads the shards. Returns the checkpoint.
 
     Raises:
-        InputError: if there is no finished checkpoint, or another number of ranks saved it.
+        InputError: if there is no finished checkpoint, or its model is another one.
     """
     complete = finished(folder)
     path = complete[-1] if complete else _named("checkpoint.init_from", folder)
-    _check_world_size(path, _read_meta(path))
-    engine.load_checkpoint(str(path.parent), tag=path.name, load_module_only=True)
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+    from deepspeed.runtime.zero import GatheredParameters
+
+    # DeepSpeed's own load of weights alone leaves out what it partitions: under ZeRO-3, all.
+    weights: dict[str, Any] = {}
+
+    def read_and_check() -> None:
+        weights.update(
+            get_fp32_state_dict_from_zero_checkpoint(
+                str(path.parent), tag=path.name, lazy_mode=True
+            )
+        )
+        for name, parameter in engine.module.named_parameters():
+            if name not in weights or tuple(weights[name].shape) != tuple(parameter.ds_shape):
+                raise InputError(
+                    f"checkpoint.init_from={folder}: {path.name} has no {name} of shape "
+                    f"{tuple(parameter.ds_shape)}, so it is of another model; take one of this "
+                    "model section"
+                )
+
+    from_main(read_and_check)
+    engine.optimizer.checkpoint_event_prologue()
+    for prefix, module in engine.module.named_modules():
+        if own := dict(module.named_parameters(prefix=prefix, recurse=False)):
+            with GatheredParameters(list(own.values()), modifier_rank=0):
+                for name in own.keys() & weights.keys():  # on rank 0, all; elsewhere none
+                    own[name].data.copy_(weights[name].contiguous())
+    engine.optimizer.refresh_fp32_params()
+    engine.optimizer.checkpoint_event_epilogue()
     return path
+
+
+def refuse_later(folder: Path, step: int) -> None:
+    """InputError if the folder holds checkpoints after `step`, where a run is about to start.
+
+    They would be taken for newer than this run's own, by pruning and by the next resume.
+    """
+    later = [path.name for path in finished(folder) if path.name > _name(step)]
+    if later:
+        raise InputError(
+            f"{folder} holds {later[-1]}, later than step {step} where this run starts; remove the "
+            "later checkpoints or use another output_dir"
+        )
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
 
 
 def _named(setting: str, path: Path) -> Path:
@@ -122,20 +168,20 @@ def load(engine: Any, path: Path, fingerprints: dict[str, Any]) -> Progress:
     """
     meta = _read_meta(path)
     _check_world_size(path, meta)
-    changed = [
-        f"{key}: {meta['fingerprints'].get(key)!r} -> {value!r}"
-        for key, value in fingerprints.items()
-        if meta["fingerprints"].get(key) != value
-    ]
-    if changed:
+    if changed := _changes(meta["fingerprints"], fingerprints):
         raise InputError(
             f"{path} belongs to a run with other settings, so its place in the data means nothing "
             f"here; changed: {'; '.join(changed)}. Restore them, or start anew with "
             "checkpoint.resume=never and another output_dir"
         )
+    # DeepSpeed brings back the saved learning rates and the like; the settings of this run count.
+    groups = engine.optimizer.param_groups
+    options = [{k: v for k, v in group.items() if k != "params"} for group in groups]
     loaded, client_state = engine.load_checkpoint(str(path.parent), tag=path.name)
     if loaded is None:
         raise InputError(f"DeepSpeed found no checkpoint in {path}; remove the folder and resume")
+    for group, own in zip(engine.optimizer.param_groups, options, strict=True):
+        group.update(own)
     _restore_rng(client_state["rng"])
     return Progress(meta["step"], PlanState.from_dict(meta["plan"]))
 
@@ -147,6 +193,18 @@ def _read_meta(path: Path) -> dict[str, Any]:
         raise InputError(
             f"{path / META} cannot be read ({error}); remove {path} to resume from the one before"
         ) from error
+
+
+def _changes(saved: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    """The settings that differ, as `key.sub: saved -> now`."""
+    changes = []
+    for key in sorted(saved.keys() | now.keys()):
+        old, new = saved.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            changes += _changes(old, new, f"{prefix}{key}.")
+        elif old != new:
+            changes.append(f"{prefix}{key}: {old!r} -> {new!r}")
+    return changes
 
 
 def _check_world_size(path: Path, meta: dict[str, Any]) -> None:

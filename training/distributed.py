@@ -2,13 +2,17 @@
 
 import os
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed
 
 from data_pipeline.errors import InputError
+
+T = TypeVar("T")
 
 # DeepSpeed reads this when it is imported; without it a CUDA build of torch on a machine
 # without a GPU is probed at length.
@@ -102,6 +106,20 @@ def _free_port() -> int:
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         return server.getsockname()[1]
+
+
+def from_main(compute: Callable[[], T]) -> T:
+    """What `compute()` gives on rank 0, on every rank; all of them raise its `InputError`."""
+    box: list[Any] = [None]
+    if torch.distributed.get_rank() == 0:
+        try:
+            box = [compute()]
+        except InputError as error:
+            box = [error]
+    torch.distributed.broadcast_object_list(box, src=0)
+    if isinstance(box[0], InputError):
+        raise box[0]
+    return box[0]
 
 
 def all_reduce_sum(values: list[float], device: torch.device) -> list[float]:

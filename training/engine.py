@@ -38,19 +38,27 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
     }
     if config.train.precision == "bf16":
         base["bf16"] = {"enabled": True}
+        # Summed in bf16, many packs would drown the later ones' gradients.
+        base["data_types"] = {"grad_accum_dtype": "fp32"}
     return _merge(base, settings.extra)
 
 
-def build_engine(config: RunConfig, tokenizer: Tokenizer, ranks: Ranks) -> Any:
-    """Build the model partitioned from the start, load pretrained weights, wrap it in ZeRO-3."""
+def build_engine(
+    config: RunConfig, tokenizer: Tokenizer, ranks: Ranks, pretrained: bool = True
+) -> Any:
+    """Build the model partitioned from the start and wrap it in ZeRO-3.
+
+    `pretrained=False` leaves out the pretrained weights, where a checkpoint will replace them.
+    """
     import deepspeed
 
     torch.manual_seed(config.seed)
     ds_config = deepspeed_config(config, ranks.world_size)
     # Alive while the model is built: transformers then builds and loads it under zero.Init.
     hf_config = HfDeepSpeedConfig(ds_config)
-    model = build_model(config, tokenizer)
+    model = build_model(config, tokenizer, pretrained)
     del hf_config
+    model.train()  # from_pretrained leaves evaluation mode, in which nothing is checkpointed
     freeze(model, config.train.modules)
     if config.train.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

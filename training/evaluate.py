@@ -94,7 +94,12 @@ class Evaluation:
 
 
 def evaluate(
-    engine: Any, planner: Planner, builder: PackBuilder, sides: list[int], ranks: Ranks
+    engine: Any,
+    planner: Planner,
+    builder: PackBuilder,
+    sides: list[int],
+    ranks: Ranks,
+    loss_chunks: int = 1,
 ) -> Evaluation:
     """Score every sample of the planner's index at every side; all ranks must call this.
 
@@ -104,6 +109,7 @@ def evaluate(
         builder: builds its packs.
         sides: token grid sides n; n^2 tokens per tile.
         ranks: packs are shared out over them.
+        loss_chunks: slices of a pack's logits.
     """
     details = sample_details(builder.index)
     names = sorted({ALL, *details})
@@ -114,7 +120,7 @@ def evaluate(
         for pack in _share(planner.evaluation_packs(side), ranks):
             batch = builder.build(pack)
             with torch.no_grad():
-                output = engine(**model_inputs(batch, ranks.device))
+                output = engine(**model_inputs(batch, ranks.device, loss_chunks))
             for sample, score in score_answers(batch, output.predictions.cpu()):
                 for name in (ALL, details[sample]):
                     _add(sums[name], score)

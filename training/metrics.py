@@ -32,8 +32,9 @@ class StepMeter:
     def start(self) -> None:
         """Begin a step."""
         self.started = time.perf_counter()
-        self.losses = torch.zeros(len(self.groups), dtype=torch.float64, device=self.ranks.device)
-        self.weights = torch.zeros(len(self.groups), dtype=torch.float64)
+        self.token_groups: list[torch.Tensor] = []
+        self.token_weights: list[torch.Tensor] = []
+        self.token_losses: list[torch.Tensor] = []
         self.counts = dict.fromkeys(COUNTS, 0)
 
     def add(self, batch: PackedBatch, token_losses: torch.Tensor) -> None:
@@ -46,11 +47,9 @@ class StepMeter:
         positions = (batch.labels != IGNORE).nonzero().flatten()
         sample = torch.searchsorted(batch.cu_seqlens, positions, right=True) - 1
         group_of_sample = torch.tensor([self._group(s) for s in batch.sample_sides or [TEXT]])
-        group = group_of_sample[sample]
-        weights = batch.loss_weights[positions].double()
-        self.weights.index_add_(0, group, weights)
-        on_device = (weights.to(self.ranks.device), group.to(self.ranks.device))
-        self.losses.index_add_(0, on_device[1], on_device[0] * token_losses.double())
+        self.token_groups.append(group_of_sample[sample])
+        self.token_weights.append(batch.loss_weights[positions].double())
+        self.token_losses.append(token_losses)  # stays on the device until `reduce`
         self.counts["packs"] += 1
         self.counts["tokens"] += int(batch.input_ids.numel()) if batch.sample_ids else 0
         self.counts["samples"] += len(batch.sample_ids)
@@ -65,13 +64,18 @@ class StepMeter:
 
     def reduce(self) -> dict[str, float]:
         """Losses and counts over all ranks, once every pack is added."""
-        local = [*self.losses.tolist(), *self.weights.tolist(), *map(float, self.counts.values())]
+        groups, weights = torch.cat(self.token_groups), torch.cat(self.token_weights)
+        weighted = weights * torch.cat(self.token_losses).double().cpu()
+        sums = torch.zeros(2, len(self.groups), dtype=torch.float64)
+        sums[0].index_add_(0, groups, weighted)
+        sums[1].index_add_(0, groups, weights)
+        local = [*sums.flatten().tolist(), *map(float, self.counts.values())]
         total = all_reduce_sum(local, self.ranks.device)
         size = len(self.groups)
-        losses, weights = total[:size], total[size : 2 * size]
+        loss_sums, weight_sums = total[:size], total[size : 2 * size]
         counts = dict(zip(self.counts, total[2 * size :], strict=True))
-        metrics = {"loss": sum(losses) / (sum(weights) or 1.0)}
-        for side, loss, weight in zip(self.groups, losses, weights, strict=True):
+        metrics = {"loss": sum(loss_sums) / (sum(weight_sums) or 1.0)}
+        for side, loss, weight in zip(self.groups, loss_sums, weight_sums, strict=True):
             if weight > 0:
                 name = {TEXT: "text", MIXED: "mixed"}.get(side, str(side * side))
                 metrics[f"loss_{name}"] = loss / weight

@@ -1,14 +1,13 @@
 """A run's fixed parts: data, tokenizer, plan, loader, evaluation set, and what it says."""
 
-import hashlib
 import json
 import math
 from pathlib import Path
 from typing import Any
 
-import torch.distributed
 from tqdm import tqdm
 
+from data_pipeline.errors import InputError
 from data_pipeline.files import write_atomically
 from data_pipeline.index import Index, build_index, load_index
 from data_pipeline.loader import PackBuilder, PackedBatch, StepLoader
@@ -16,11 +15,33 @@ from data_pipeline.plan import Planner
 from data_pipeline.prepare import prepare_demo
 from data_pipeline.tokenizer import load_tokenizer
 from training.config import PrepareSettings, RunConfig, save_config
-from training.distributed import Ranks
+from training.distributed import Ranks, from_main
 from training.evaluate import Evaluation, evaluate
 from training.metrics import MetricsLog
 from training.plots import plot_run
 from training.stages import module_table
+
+
+def check_prepared(settings: PrepareSettings) -> None:
+    """InputError if the demo corpus on disk was written with other settings."""
+    report = settings.out / "prepare.json"
+    found = json.loads(report.read_text(encoding="utf-8")) if report.is_file() else {}
+    wanted = {
+        "format": settings.format,
+        "seed": settings.seed,
+        "train": settings.train_samples,
+        "eval": settings.eval_samples,
+    }
+    there = {
+        key: found[key]["samples"] if key in ("train", "eval") else found[key]
+        for key in wanted
+        if key in found
+    }
+    if there != wanted:
+        raise InputError(
+            f"{settings.out} was prepared with {there or 'something else'}, data.prepare asks for "
+            f"{wanted}; remove the folder, or name another in data.prepare.out"
+        )
 
 
 class Run:
@@ -31,15 +52,28 @@ class Run:
         data = config.data
         self.named_bad: set[str] = set()
         if data.prepare:
-            self._prepare(data.prepare)
+            from_main(self._prepare)
         self.tokenizer = load_tokenizer(data.tokenizer)
         self.index = load_index(data.shards, self.tokenizer, data.chat)
         self.planner = Planner(self.index, data.tiling, data.tokens, data.pack, config.seed)
         self.loader = StepLoader(
             self.planner, self._builder(self.index), data.loader, ranks.rank, ranks.world_size
         )
-        self.loss_chunks = math.ceil(data.pack.max_tokens / config.train.loss_chunk_tokens)
+        # Found out now: a mistake in the held-out shards must not wait for the last step.
+        self.held_out = self._held_out() if data.eval_shards else None
+        self.loss_chunks = self._slices(data.pack.max_tokens)
         self.fingerprints = self._fingerprints()
+
+    def _held_out(self) -> tuple[Planner, PackBuilder]:
+        data = self.config.data
+        index = load_index(data.eval_shards, self.tokenizer, data.chat)
+        pack = data.pack.model_copy(update={"max_tokens": self.config.eval.max_tokens})
+        planner = Planner(index, data.tiling, data.tokens, pack, self.config.seed)
+        return planner, self._builder(index)
+
+    def _slices(self, max_tokens: int) -> int:
+        """Slices in which a pack's logits are computed, the same on every rank."""
+        return math.ceil(max_tokens / self.config.train.loss_chunk_tokens)
 
     def _builder(self, index: Index) -> PackBuilder:
         data = self.config.data
@@ -47,27 +81,29 @@ class Run:
             index, self.tokenizer, data.chat, data.tiling, self.config.train.loss_weighting
         )
 
-    def _prepare(self, settings: PrepareSettings) -> None:
-        """Rank 0 writes and indexes the demo corpus if it is not there; the others wait."""
-        data = self.config.data
-        if self.ranks.is_main:
-            if not settings.out.exists():
-                prepare_demo(
-                    settings.format,
-                    settings.out,
-                    train_samples=settings.train_samples,
-                    eval_samples=settings.eval_samples,
-                    seed=settings.seed,
-                )
-            tokenizer = load_tokenizer(data.tokenizer)
-            for patterns in filter(None, (data.shards, data.eval_shards)):
-                build_index(patterns, tokenizer, data.chat)
-        torch.distributed.barrier()
+    def _prepare(self) -> None:
+        """Write and index the demo corpus if it is not there."""
+        data, settings = self.config.data, self.config.data.prepare
+        assert settings is not None
+        if settings.out.exists():
+            check_prepared(settings)
+        else:
+            prepare_demo(
+                settings.format,
+                settings.out,
+                train_samples=settings.train_samples,
+                eval_samples=settings.eval_samples,
+                seed=settings.seed,
+            )
+        tokenizer = load_tokenizer(data.tokenizer)
+        for patterns in filter(None, (data.shards, data.eval_shards)):
+            build_index(patterns, tokenizer, data.chat)
 
     def _fingerprints(self) -> dict[str, Any]:
         """What a place in the plan and the optimizer's state depend on."""
         config = self.config
-        architecture = json.dumps(config.model.model_dump(mode="json"), sort_keys=True)
+        # Where pretrained weights came from no longer matters once a checkpoint holds them.
+        sources = {"vision": {"pretrained"}, "llm": {"pretrained"}}
         return {
             "seed": config.seed,
             "data.shards": self.index.fingerprint,
@@ -76,7 +112,7 @@ class Run:
             "data.tiling": config.data.tiling.model_dump(mode="json"),
             "data.tokens": config.data.tokens.model_dump(mode="json"),
             "data.pack": config.data.pack.model_dump(mode="json"),
-            "model": hashlib.sha256(architecture.encode()).hexdigest()[:16],
+            "model": config.model.model_dump(mode="json", exclude=sources),
             "train.precision": config.train.precision,
             "trained modules": [name for name, m in config.train.modules if m.train],
         }
@@ -124,14 +160,11 @@ class Run:
 
     def evaluate(self, engine: Any, step: int, log: MetricsLog) -> Evaluation | None:
         """Accuracy on the held-out shards at every trained token count, if there are any."""
-        config = self.config
-        if not config.data.eval_shards:
+        if self.held_out is None:
             return None
-        data = config.data
-        index = load_index(data.eval_shards, self.tokenizer, data.chat)
-        pack = data.pack.model_copy(update={"max_tokens": config.eval.max_tokens})
-        planner = Planner(index, data.tiling, data.tokens, pack, config.seed)
-        result = evaluate(engine, planner, self._builder(index), data.tokens.sides, self.ranks)
+        config = self.config
+        sides, slices = config.data.tokens.sides, self._slices(config.eval.max_tokens)
+        result = evaluate(engine, *self.held_out, sides, self.ranks, slices)
         for row in result.to_json():
             name = f"accuracy/{row['detail']}/{row['num_image_tokens']}"
             log.scalar(name, row["accuracy"], step)

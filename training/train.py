@@ -10,19 +10,19 @@ checkpoint of `output_dir` unless checkpoint.resume=never.
 
 import argparse
 import logging
+import math
 import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed
 
 from data_pipeline.errors import InputError
 from data_pipeline.loader import StepBatch
 from training import checkpoint
 from training.config import RunConfig, load_config
-from training.distributed import Ranks, all_reduce_sum, init_distributed
+from training.distributed import Ranks, all_reduce_sum, from_main, init_distributed
 from training.engine import build_engine
 from training.inputs import model_inputs
 from training.metrics import MetricsLog, StepMeter, weight_sum
@@ -33,15 +33,18 @@ from training.stages import learning_rate_factor
 def train(config: RunConfig, ranks: Ranks) -> None:
     """Run, or go on with, the training that the config describes; evaluate it at the end."""
     run = Run(config, ranks)
-    engine = build_engine(config, run.tokenizer, ranks)
-    run.announce(engine)
-    folder = config.output_dir / "checkpoints"
-    progress, saved = checkpoint.Progress(), checkpoint.find(config.checkpoint.resume, folder)
+    folder, earlier = config.output_dir / "checkpoints", config.checkpoint.init_from
+    # Decided by one rank: on a shared file system others may not see the newest folder yet.
+    saved = from_main(lambda: checkpoint.find(config.checkpoint.resume, folder))
+    engine = build_engine(config, run.tokenizer, ranks, pretrained=not (saved or earlier))
+    progress = checkpoint.Progress()
     if saved:
         progress = checkpoint.load(engine, saved, run.fingerprints)
         run.say(f"resumed from {saved} at step {progress.step}")
-    elif config.checkpoint.init_from:
-        run.say(f"weights from {checkpoint.start_from(engine, Path(config.checkpoint.init_from))}")
+    elif earlier:
+        run.say(f"weights from {checkpoint.start_from(engine, Path(earlier))}")
+    from_main(lambda: checkpoint.refuse_later(folder, progress.step))
+    run.announce(engine)
     log = MetricsLog(config.output_dir, ranks, config.train.steps, progress.step)
     meter = StepMeter(config.data.tokens.sides, config.data.pack.max_tokens, ranks)
     batches = run.loader.steps(progress.plan)
@@ -85,24 +88,27 @@ def train_step(
         meter.add(pack, output.token_losses)
         if number == len(batch.packs):
             metrics = meter.reduce()
-            stop_if_not_finite(metrics["loss"], batch, step, run)
+            stop_if_not_finite("loss", metrics["loss"], batch, step, run)
         engine.step()
+    # DeepSpeed has skipped the update if the norm is not finite.
+    norm = float(engine.get_global_grad_norm())
+    stop_if_not_finite("gradient norm", norm, batch, step, run)
     peak = max(group["peak_lr"] for group in engine.optimizer.param_groups)
-    metrics |= {"lr": factor * peak, "grad_norm": float(engine.get_global_grad_norm())}
+    metrics |= {"lr": factor * peak, "grad_norm": norm}
     return metrics | {"epoch": batch.epoch} | meter.timing(metrics, batch.wait_s)
 
 
-def stop_if_not_finite(loss: float, batch: StepBatch, step: int, run: Run) -> None:
-    """Stop every rank before the optimizer step that a NaN or infinite loss would spoil."""
-    if torch.isfinite(torch.tensor(loss)):
+def stop_if_not_finite(name: str, value: float, batch: StepBatch, step: int, run: Run) -> None:
+    """Stop every rank before a NaN or infinite loss or gradient spoils the weights."""
+    if math.isfinite(value):
         return
     ids = [sample for pack in batch.packs for sample in pack.sample_ids]
     everyone: list[Any] = [None] * run.ranks.world_size
     torch.distributed.all_gather_object(everyone, ids)
     names = [run.index.name(sample) for ids in everyone for sample in ids]
     raise InputError(
-        f"the loss of step {step} is {loss}; the weights are those of step {step - 1}. Samples of "
-        f"the step: {', '.join(names[:20])}{', ...' if len(names) > 20 else ''}. Lower "
+        f"the {name} of step {step} is {value}; the weights are those of step {step - 1}. Samples "
+        f"of the step: {', '.join(names[:20])}{', ...' if len(names) > 20 else ''}. Lower "
         "train.modules.*.lr or inspect these samples"
     )
 

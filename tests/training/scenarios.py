@@ -10,6 +10,7 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from data_pipeline.index import Index
 from data_pipeline.loader import StepBatch
 from data_pipeline.plan import PackPlan, PlanState
+from training import checkpoint
 from training.config import RunConfig, load_config
 from training.distributed import Ranks
 from training.engine import build_engine
@@ -102,6 +103,46 @@ def train_steps(
         train_step(engine, next(batches), step, meter, run)
     batches.close()
     return before, full_parameters(engine)
+
+
+def save_checkpoint(
+    ranks: Ranks, corpus: Path, folder: Path, overrides: list[str]
+) -> dict[str, np.ndarray]:
+    """Train two steps and save; returns all parameters."""
+    config = tiny_config(corpus, *overrides)
+    run = Run(config, ranks)
+    engine = build_engine(config, run.tokenizer, ranks)
+    meter = StepMeter(config.data.tokens.sides, config.data.pack.max_tokens, ranks)
+    batches = run.loader.steps(PlanState())
+    for step in (1, 2):
+        meter.start()
+        train_step(engine, next(batches), step, meter, run)
+    batches.close()
+    checkpoint.save(engine, folder, checkpoint.Progress(2), run.fingerprints, keep=2)
+    return full_parameters(engine)
+
+
+def start_from(
+    ranks: Ranks, corpus: Path, folder: Path, overrides: list[str]
+) -> tuple[dict[str, np.ndarray], float]:
+    """All parameters of a new run after `checkpoint.init_from`, and its first loss."""
+    config = tiny_config(corpus, "seed=5", *overrides)
+    run = Run(config, ranks)
+    engine = build_engine(config, run.tokenizer, ranks)
+    checkpoint.start_from(engine, folder)
+    meter = StepMeter(config.data.tokens.sides, config.data.pack.max_tokens, ranks)
+    parameters = full_parameters(engine)
+    batches = run.loader.steps(PlanState())
+    loss = train_step(engine, next(batches), 1, meter, run)["loss"]
+    batches.close()
+    return parameters, loss
+
+
+def modes(ranks: Ranks, corpus: Path, overrides: list[str]) -> bool:
+    """Whether every module of a fresh engine is in training mode."""
+    config = tiny_config(corpus, *overrides)
+    engine = build_engine(config, Run(config, ranks).tokenizer, ranks)
+    return all(module.training for module in engine.module.modules())
 
 
 def nan_step(ranks: Ranks, corpus: Path) -> tuple[str, bool]:

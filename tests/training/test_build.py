@@ -92,6 +92,17 @@ def test_pretrained_parts_are_loaded_partitioned(
 
 
 @pytest.mark.multiprocess
+def test_pretrained_parts_are_in_training_mode(
+    one_rank: RankPool, digits_corpus: Path, backbones: Path
+) -> None:
+    overrides = [
+        f"model.vision.pretrained={backbones / 'vision'}",
+        f"model.llm.pretrained={backbones / 'llm'}",
+    ]
+    assert one_rank.run(scenarios.modes, digits_corpus, overrides) == [True]
+
+
+@pytest.mark.multiprocess
 def test_pretrained_parts_of_another_shape_are_refused(
     one_rank: RankPool, digits_corpus: Path, backbones: Path
 ) -> None:

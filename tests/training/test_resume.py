@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -169,3 +170,24 @@ def test_a_later_stage_starts_from_the_weights_of_an_earlier_one(
     trained, random = comparable(undisturbed), comparable(tmp_path / "next")
     assert random[0]["data_hash"] == trained[0]["data_hash"]  # the same data as at the start
     assert random[0]["loss"] < 0.9 * trained[0]["loss"]  # but not from random weights
+
+
+def test_a_run_that_would_start_below_existing_checkpoints_is_refused(
+    digits_corpus: Path, undisturbed: Path
+) -> None:
+    output = Launch(digits_corpus, undisturbed, "checkpoint.resume=never").fail()
+    assert "holds step-00000010, later than step 0 where this run starts" in output
+    assert (undisturbed / "checkpoints" / "step-00000010").is_dir()
+
+
+def test_a_new_learning_rate_counts_after_a_resume(
+    digits_corpus: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "copy"
+    shutil.copytree(undisturbed, out)
+    names = ("vision_model", "projector", "language_model")
+    rates = [f"train.modules.{name}.lr=1.0e-6" for name in names]
+    Launch(digits_corpus, out, *rates, f"train.steps={STEPS + 1}").finish()
+    row = read_metrics(out / "metrics.jsonl")[-1]
+    assert row["step"] == STEPS + 1
+    assert row["lr"] <= 1e-6

@@ -6,6 +6,7 @@ K supervised positions.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -178,8 +179,8 @@ class TokenFlexForConditionalGeneration(PreTrainedModel):
                 "image_size and do not normalise them"
             )
         device = pixel_values.device
-        mean = torch.tensor(self.config.image_mean, device=device).view(3, 1, 1)
-        std = torch.tensor(self.config.image_std, device=device).view(3, 1, 1)
+        mean = _per_channel(tuple(self.config.image_mean), device)
+        std = _per_channel(tuple(self.config.image_std), device)
         pixels = ((pixel_values.float() / 255 - mean) / std).to(self.vision_model.dtype)
         patches = self.vision_model(pixel_values=pixels).last_hidden_state  # [T, patches, C]
         return self.projector(patches, tile_sides)
@@ -239,6 +240,13 @@ class TokenFlexForConditionalGeneration(PreTrainedModel):
                 "its attention, so packed samples would see each other; use one that supports "
                 "attention backends"
             )
+
+
+@lru_cache(maxsize=64)
+def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """[3, 1, 1] on a device; copied there once, since each copy waits for the device."""
+    with torch.inference_mode(False):  # training may use what inference has cached
+        return torch.tensor(values, device=device).view(3, 1, 1)
 
 
 def _check_count(image_positions: Tensor, features: int) -> None:
