@@ -79,11 +79,7 @@ def test_demo_is_spread_evenly(demo: tuple[str, Path]) -> None:
                 if detail == f"k={k}"
             }
             share = total // len(details)
-            parts = (
-                {"all": 0.8, "count": 0.2}
-                if k == 1
-                else {"all": 0.6, "cell": 0.2, "row": 0.15, "count": 0.05}
-            )
+            parts = {"all": 0.6, "cell": 0.2, "row": 0.15, "count": 0.05}
             assert mix == {question: round(part * share) for question, part in parts.items()}
 
 
