@@ -101,8 +101,8 @@ def start_from(engine: Any, folder: Path) -> Path:
     """
     complete = finished(folder)
     path = complete[-1] if complete else _named("checkpoint.init_from", folder)
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
     from deepspeed.runtime.zero import GatheredParameters
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     # DeepSpeed's own load of weights alone leaves out what it partitions: under ZeRO-3, all.
     weights: dict[str, Any] = {}
