@@ -7,6 +7,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from data_pipeline.tokenizer import Tokenizer
 from training.build import build_model
+from training.compat import fix_zero3_initialization
 from training.config import RunConfig
 from training.distributed import Ranks
 from training.stages import freeze, parameter_groups
@@ -54,6 +55,7 @@ def build_engine(
 
     torch.manual_seed(config.seed)
     ds_config = deepspeed_config(config, ranks.world_size)
+    fix_zero3_initialization()
     # Alive while the model is built: transformers then builds and loads it under zero.Init.
     hf_config = HfDeepSpeedConfig(ds_config)
     model = build_model(config, tokenizer, pretrained)
