@@ -76,6 +76,11 @@ def finished(folder: Path) -> list[Path]:
     return sorted(path.parent for path in folder.glob(f"step-*/{META}"))
 
 
+def _newest(folder: Path) -> Path | None:
+    complete = finished(folder)
+    return complete[-1] if complete else None
+
+
 def find(resume: str, folder: Path) -> Path | None:
     """The checkpoint that `checkpoint.resume` (auto, never, or a folder) means, None to start anew.
 
@@ -85,8 +90,7 @@ def find(resume: str, folder: Path) -> Path | None:
     if resume == "never":
         return None
     if resume == "auto":
-        complete = finished(folder)
-        return complete[-1] if complete else None
+        return _newest(folder)
     return _named("checkpoint.resume", Path(resume))
 
 
@@ -99,15 +103,14 @@ def start_from(engine: Any, folder: Path) -> Path:
     Raises:
         InputError: if there is no finished checkpoint, or its model is another one.
     """
-    complete = finished(folder)
-    path = complete[-1] if complete else _named("checkpoint.init_from", folder)
     from deepspeed.runtime.zero import GatheredParameters
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     # DeepSpeed's own load of weights alone leaves out what it partitions: under ZeRO-3, all.
     weights: dict[str, Any] = {}
 
-    def read_and_check() -> None:
+    def read_and_check() -> Path:
+        path = _newest(folder) or _named("checkpoint.init_from", folder)
         weights.update(
             get_fp32_state_dict_from_zero_checkpoint(
                 str(path.parent), tag=path.name, lazy_mode=True
@@ -120,8 +123,9 @@ def start_from(engine: Any, folder: Path) -> Path:
                     f"{tuple(parameter.ds_shape)}, so it is of another model; take one of this "
                     "model section"
                 )
+        return path
 
-    from_main(read_and_check)
+    path = from_main(read_and_check)
     engine.optimizer.checkpoint_event_prologue()
     for prefix, module in engine.module.named_modules():
         if own := dict(module.named_parameters(prefix=prefix, recurse=False)):

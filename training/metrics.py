@@ -51,7 +51,7 @@ class StepMeter:
         self.token_weights.append(batch.loss_weights[positions].double())
         self.token_losses.append(token_losses)  # stays on the device until `reduce`
         self.counts["packs"] += 1
-        self.counts["tokens"] += int(batch.input_ids.numel()) if batch.sample_ids else 0
+        self.counts["tokens"] += batch.planned_tokens
         self.counts["samples"] += len(batch.sample_ids)
         self.counts["images"] += batch.num_images
         self.counts["tiles"] += len(batch.tile_sides)

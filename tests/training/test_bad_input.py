@@ -61,8 +61,7 @@ def test_a_wrong_config_is_one_line_and_exit_status_2(capsys: pytest.CaptureFixt
 def broken_copy(corpus: Path, out: Path, sample: int) -> str:
     """Copy the corpus, make one sample's image undecodable, index it; returns the sample's name."""
     (out / "train").mkdir(parents=True)
-    for name in ("tokenizer.model",):
-        (out / name).write_bytes((corpus / name).read_bytes())
+    (out / "tokenizer.model").write_bytes((corpus / "tokenizer.model").read_bytes())
     for shard in sorted((corpus / "train").glob("*.tar")):
         with tarfile.open(shard) as source, tarfile.open(out / "train" / shard.name, "w") as copy:
             for member in source:
