@@ -1,6 +1,7 @@
-"""The token-adaptive projector as one op: the public entry point and its pooling tables."""
+"""The token-adaptive projector as one op: its public entry point, reference and pooling tables."""
 
-from kernels.reference import projector_reference as token_adaptive_projector
+from kernels.projector import token_adaptive_projector
+from kernels.reference import projector_reference
 from kernels.tables import POOL_MODES, pooling_table
 
-__all__ = ["POOL_MODES", "pooling_table", "token_adaptive_projector"]
+__all__ = ["POOL_MODES", "pooling_table", "projector_reference", "token_adaptive_projector"]

@@ -5,9 +5,12 @@ The matrices depend on (n, axis length, mode) only, so they are built once, in f
 by every implementation of the op.
 """
 
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+import torch
+from torch import Tensor
 
 POOL_MODES = ("adaptive", "resize")
 
@@ -57,3 +60,72 @@ def _resize(n: int, size: int) -> np.ndarray:
     np.add.at(bilinear, (rows, low), 1.0 - fraction)
     np.add.at(bilinear, (rows, high), fraction)
     return bilinear.reshape(n, resized // n, size).mean(axis=1)
+
+
+@dataclass(frozen=True)
+class Spans:
+    """Sparse rows, each one run of neighbouring entries, for all sides 1 .. max at once.
+
+    index: int32 [R, 3], the first entry, the number of entries, where their weights start.
+    weights: float32 [total].
+    """
+
+    index: Tensor
+    weights: Tensor
+
+
+@dataclass(frozen=True)
+class AxisTables:
+    """The pooling tables of both axes on a device, and their adjoints.
+
+    down, across: which patches make token i of side n, and with what weights, along the rows and
+        the columns of the grid; row n * (n - 1) / 2 + i.
+    up, back: which tokens of side n patch p goes to; row (n - 1) * size + p.
+    """
+
+    down: Spans
+    across: Spans
+    up: Spans
+    back: Spans
+
+
+def axis_tables(
+    largest_side: int, grid: tuple[int, int], mode: str, device: torch.device
+) -> AxisTables:
+    """Tables for every side up to `largest_side` (and some beyond, so that few are ever built)."""
+    top = max(32, 1 << (largest_side - 1).bit_length())
+    return _axis_tables(top, *grid, mode, device)
+
+
+@lru_cache(maxsize=64)
+def _axis_tables(top: int, height: int, width: int, mode: str, device: torch.device) -> AxisTables:
+    with torch.inference_mode(False):  # training may use what inference has cached
+        return AxisTables(
+            down=_spans(_all_sides(top, height, mode), device),
+            across=_spans(_all_sides(top, width, mode), device),
+            up=_spans([table.T for table in _all_sides(top, height, mode)], device),
+            back=_spans([table.T for table in _all_sides(top, width, mode)], device),
+        )
+
+
+def _all_sides(top: int, size: int, mode: str) -> list[np.ndarray]:
+    return [pooling_table(n, size, mode) for n in range(1, top + 1)]
+
+
+def _spans(tables: list[np.ndarray], device: torch.device) -> Spans:
+    """The rows of dense tables, one table after the other, without the zeros around each run."""
+    index, weights, placed = [], [], 0
+    for table in tables:
+        filled = table != 0
+        first = filled.argmax(axis=1)
+        length = table.shape[1] - filled[:, ::-1].argmax(axis=1) - first
+        columns = np.arange(table.shape[1])
+        inside = (columns >= first[:, None]) & (columns < (first + length)[:, None])
+        starts = placed + np.cumsum(length) - length
+        index.append(np.stack([first, length, starts], axis=1))
+        weights.append(table[inside])
+        placed += int(length.sum())
+    return Spans(
+        torch.tensor(np.concatenate(index), dtype=torch.int32, device=device),
+        torch.tensor(np.concatenate(weights), dtype=torch.float32, device=device),
+    )

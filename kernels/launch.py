@@ -1,0 +1,138 @@
+"""Launch configurations: a static table per architecture and number of rows.
+
+Nothing is tuned at run time: the order of a sum follows the block sizes, so ranks that chose their
+own blocks would no longer run the same bits. `python -m kernels.tune` measures this GPU and writes
+a table; naming that file in TOKENFLEX_TILES, on every rank, replaces entries of this one.
+"""
+
+import json
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+import torch
+
+TILES_VARIABLE = "TOKENFLEX_TILES"
+GEMM_CHOICES = ("cublas", "fused")
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """How one kernel is launched: its constexpr block sizes, warps per program, pipeline stages."""
+
+    constants: Mapping[str, int] = field(default_factory=dict)
+    num_warps: int = 4
+    num_stages: int = 1
+
+
+Buckets = Mapping[int, LaunchConfig]  # log2 of the fewest rows an entry is for -> entry
+
+
+def _row_kernels() -> dict[str, Buckets]:
+    """The kernels bound by memory: alike on every architecture until one is measured to differ."""
+    return {
+        "pool_norm": {0: LaunchConfig({"WINDOW": 4}, num_warps=4)},
+        "norm": {0: LaunchConfig({}, num_warps=4)},
+        "norm_backward": {0: LaunchConfig({}, num_warps=4)},
+        "pool_backward": {0: LaunchConfig({"WINDOW": 2}, num_warps=4)},
+        "swiglu": {0: LaunchConfig({"BLOCK": 2048}, num_warps=4)},
+        "swiglu_backward": {0: LaunchConfig({"BLOCK_M": 16, "BLOCK_N": 128}, num_warps=4)},
+        "column_sum": {0: LaunchConfig({"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=4)},
+    }
+
+
+def _gemm(m: int, n: int, k: int, warps: int, stages: int) -> LaunchConfig:
+    blocks = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP_M": 8}
+    return LaunchConfig(blocks, num_warps=warps, num_stages=stages)
+
+
+# The blocks of the fused GEMMs are the largest that compile without spills; see NOTES.md.
+TABLE: dict[str, dict[str, Buckets]] = {
+    "sm_80": _row_kernels()
+    | {
+        "dual_gemm": {0: _gemm(64, 64, 32, 4, 3), 12: _gemm(128, 64, 32, 8, 3)},
+        "gate_gemm": {0: _gemm(64, 64, 32, 4, 3), 12: _gemm(128, 64, 32, 8, 3)},
+    },
+    "sm_90": _row_kernels()
+    | {
+        "dual_gemm": {0: _gemm(64, 64, 64, 4, 3), 12: _gemm(128, 128, 64, 8, 3)},
+        "gate_gemm": {0: _gemm(64, 64, 64, 4, 3), 12: _gemm(128, 128, 64, 8, 3)},
+    },
+    "sm_100": _row_kernels()
+    | {
+        "dual_gemm": {0: _gemm(64, 64, 64, 4, 3), 12: _gemm(128, 128, 64, 8, 3)},
+        "gate_gemm": {0: _gemm(64, 64, 64, 4, 3), 12: _gemm(128, 128, 64, 8, 3)},
+    },
+}
+# What gemm="auto" takes: no fused GEMM has been measured to beat cuBLAS yet, so none is on.
+FUSED_GEMMS: dict[str, bool] = {"sm_80": False, "sm_90": False, "sm_100": False}
+SAFE_DEFAULT = "sm_80"  # fits the shared memory of everything newer
+INTERPRETED = "sm_90"  # whose entries the interpreter runs
+
+
+def architecture(device: torch.device) -> str:
+    """Name of the device's architecture as in the table, "sm_90" for one; the interpreter's on CPU.
+
+    Warns once about an architecture the table does not know, and returns the safe default.
+    """
+    if device.type != "cuda":
+        return INTERPRETED
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    return _cuda_architecture(index)
+
+
+@cache
+def _cuda_architecture(index: int) -> str:
+    major, minor = torch.cuda.get_device_capability(index)
+    return known_architecture(f"sm_{major}{minor}", torch.cuda.get_device_name(index))
+
+
+def known_architecture(name: str, device_name: str) -> str:
+    """`name` where the table has it, else the safe default with a warning."""
+    if name in _table():
+        return name
+    warnings.warn(
+        f"no launch configurations for {name} ({device_name}): taking those of {SAFE_DEFAULT}, "
+        f"which run but may be slow; python -m kernels.tune writes a table for {TILES_VARIABLE}",
+        stacklevel=2,
+    )
+    return SAFE_DEFAULT
+
+
+def launch_config(kernel: str, rows: int, device: torch.device) -> LaunchConfig:
+    """The entry of the largest bucket that `rows` (M, >= 1) reaches."""
+    buckets = _table()[architecture(device)][kernel]
+    reached = [bucket for bucket in buckets if bucket < max(rows, 1).bit_length()]
+    return buckets[max(reached)]
+
+
+def fused_gemms(device: torch.device) -> bool:
+    """Whether gemm="auto" takes the fused GEMMs on this device."""
+    return FUSED_GEMMS[architecture(device)]
+
+
+@cache
+def _table() -> dict[str, dict[str, Buckets]]:
+    """The shipped table, with the entries of the file in TOKENFLEX_TILES in place of its own."""
+    path = os.environ.get(TILES_VARIABLE)
+    if not path:
+        return TABLE
+    try:
+        entries = json.loads(Path(path).read_text())["tiles"]
+        read = {
+            arch: {
+                kernel: {int(bucket): LaunchConfig(**config) for bucket, config in buckets.items()}
+                for kernel, buckets in kernels.items()
+            }
+            for arch, kernels in entries.items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{TILES_VARIABLE} names {path}, which is no table of launch configurations "
+            f"({error!r}); write one with python -m kernels.tune, or unset the variable"
+        ) from error
+    defaults = dict.fromkeys(read, TABLE[SAFE_DEFAULT]) | TABLE
+    return {arch: kernels | read.get(arch, {}) for arch, kernels in defaults.items()}

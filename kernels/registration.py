@@ -1,0 +1,177 @@
+"""The op as PyTorch sees it: two custom ops, their fake versions and the autograd formula.
+
+`torch.library.custom_op`, not `triton_op`: what runs inside stays opaque to torch.compile, so the
+kernels, their launch configurations and the host-side layout are the same with and without it.
+The parameters themselves are saved for backward, never a copy, since ZeRO-3 frees and gathers them.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.layout import TileLayout, tile_layout
+from kernels.passes import Needs, Pooling, Saved, Weights, backward, forward
+
+
+@cache
+def steps(impl: str) -> ModuleType:
+    """The module with the op's steps: `kernels.torch_impl` or `kernels.triton_impl`."""
+    if impl == "triton":
+        from kernels import triton_impl
+
+        return triton_impl
+    from kernels import torch_impl
+
+    return torch_impl
+
+
+@torch.library.custom_op("tokenflex::projector_forward", mutates_args=())
+def projector_forward(
+    x: Tensor,
+    sides: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    w3: Tensor,
+    b3: Tensor,
+    grid: Sequence[int],
+    pool: str,
+    keep: str,
+    impl: str,
+    fused: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Returns (out [M, D], *`Saved`, `TileLayout.table`); x [T, H*W, C], sides int [T] on CPU."""
+    layout = tile_layout(sides.numpy(), x.device)
+    weights = Weights(norm_weight, norm_bias, w1, b1, w2, b2, w3, b3)
+    if layout.rows == 0:
+        return (*_empty_results(x, weights, 0, keep), layout.table)
+    pooling = Pooling(layout, (grid[0], grid[1]), pool)
+    with _plain_numerics(x):
+        out, saved = forward(steps(impl), x.contiguous(), pooling, weights, keep, fused, eps)
+    return (out, *saved, layout.table)
+
+
+@projector_forward.register_fake
+def _(x, sides, norm_weight, norm_bias, w1, b1, w2, b2, w3, b3, grid, pool, keep, impl, fused, eps):
+    rows = torch.library.get_ctx().new_dynamic_size(min=0)
+    weights = Weights(norm_weight, norm_bias, w1, b1, w2, b2, w3, b3)
+    table = x.new_empty(rows + 2 * x.shape[0], dtype=torch.int32)
+    return (*_empty_results(x, weights, rows, keep), table)
+
+
+def _empty_results(x: Tensor, w: Weights, rows: Any, keep: str) -> tuple[Any, ...]:
+    """out and `Saved` for a number of rows, uninitialised."""
+    statistic = torch.promote_types(x.dtype, torch.float32)
+    gate_rows = rows if keep == "save" else 0
+    return (
+        x.new_empty(rows, w.w3.shape[0]),
+        x.new_empty(rows if keep != "none" else 0, x.shape[2]),
+        x.new_empty(rows, dtype=statistic),
+        x.new_empty(rows, dtype=statistic),
+        x.new_empty(gate_rows, w.w1.shape[0]),
+        x.new_empty(gate_rows, w.w1.shape[0]),
+    )
+
+
+@torch.library.custom_op("tokenflex::projector_backward", mutates_args=())
+def projector_backward(
+    grad: Tensor,
+    sides: Tensor,
+    table: Tensor,
+    pooled: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    gate: Tensor,
+    value: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    w3: Tensor,
+    b3: Tensor,
+    grid: Sequence[int],
+    pool: str,
+    impl: str,
+    fused: bool,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x and the eight weights, in that order; empty where `Needs` does not ask."""
+    weights = Weights(norm_weight, norm_bias, w1, b1, w2, b2, w3, b3)
+    empty = _empty_gradients(grad, sides, weights, grid, Needs(*needs))
+    if grad.shape[0] == 0:
+        return tuple(gradient.zero_() for gradient in empty)  # type: ignore[return-value]
+    pooling = Pooling(TileLayout(sides.tolist(), grad.shape[0], table), (grid[0], grid[1]), pool)
+    saved = Saved(pooled, mean, rstd, gate, value)
+    with _plain_numerics(grad):
+        found = backward(
+            steps(impl), grad.contiguous(), pooling, weights, saved, Needs(*needs), fused
+        )
+    return tuple(  # type: ignore[return-value]
+        grad.new_empty(0) if gradient is None else gradient for gradient in found
+    )
+
+
+@projector_backward.register_fake
+def _(
+    grad, sides, table, pooled, mean, rstd, gate, value,
+    norm_weight, norm_bias, w1, b1, w2, b2, w3, b3, grid, pool, impl, fused, needs,
+):  # fmt: skip
+    weights = Weights(norm_weight, norm_bias, w1, b1, w2, b2, w3, b3)
+    return tuple(_empty_gradients(grad, sides, weights, grid, Needs(*needs)))
+
+
+def _empty_gradients(
+    grad: Tensor, sides: Tensor, w: Weights, grid: Sequence[int], needs: Needs
+) -> list[Tensor]:
+    """The gradients' tensors, uninitialised; [0] where not asked for."""
+    asked = [needs.norm] * 2 + [needs.gates] * 4 + [needs.out] * 2
+    x_shape = (sides.shape[0], grid[0] * grid[1], w.w1.shape[1]) if needs.x else (0,)
+    return [grad.new_empty(x_shape)] + [
+        weight.new_empty(weight.shape if wanted else (0,))
+        for weight, wanted in zip(w, asked, strict=True)
+    ]
+
+
+def _plain_numerics(tensor: Tensor) -> AbstractContextManager[Any]:
+    """No autocast inside the op, and the tensor's GPU current: Triton launches on that one."""
+    stack = ExitStack()
+    stack.enter_context(torch.autocast(tensor.device.type, enabled=False))
+    stack.enter_context(torch.cuda.device_of(tensor))
+    return stack
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, sides, *weights, grid, pool, _, impl, fused, _ = inputs
+    _, *saved, table = output
+    ctx.mark_non_differentiable(*saved, table)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(sides, table, *saved, *weights)
+    ctx.settings = (list(grid), pool, impl, fused)
+
+
+def _autograd(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    x, _, *weights = ctx.needs_input_grad[:10]
+    nothing = (None,) * 16
+    if grad is None:
+        return nothing
+    needs = Needs(x, any(weights[:2]), any(weights[2:6]), any(weights[6:]))
+    found = projector_backward(grad, *ctx.saved_tensors, *ctx.settings, list(needs))
+    asked = (x, *weights)
+    grad_x, *grad_weights = (
+        gradient if wanted else None for gradient, wanted in zip(found, asked, strict=True)
+    )
+    return (grad_x, None, *grad_weights, *nothing[10:])
+
+
+projector_forward.register_autograd(_autograd, setup_context=_setup_context)
