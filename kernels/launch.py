@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 
 TILES_VARIABLE = "TOKENFLEX_TILES"
-GEMM_CHOICES = ("cublas", "fused")
 
 
 @dataclass(frozen=True)
@@ -53,18 +52,26 @@ def _gemm(m: int, n: int, k: int, warps: int, stages: int) -> LaunchConfig:
 TABLE: dict[str, dict[str, Buckets]] = {
     "sm_80": _row_kernels()
     | {
-        "dual_gemm": {0: _gemm(64, 64, 32, 4, 3), 12: _gemm(128, 64, 32, 8, 3)},
-        "gate_gemm": {0: _gemm(64, 64, 32, 4, 3), 12: _gemm(128, 64, 32, 8, 3)},
+        "dual_gemm": {0: _gemm(64, 64, 32, 4, 4), 12: _gemm(128, 64, 32, 8, 4)},
+        "gate_gemm": {0: _gemm(64, 64, 32, 4, 4), 12: _gemm(128, 128, 32, 8, 4)},
     },
     "sm_90": _row_kernels()
     | {
         "dual_gemm": {0: _gemm(64, 64, 64, 4, 3), 12: _gemm(128, 128, 64, 8, 3)},
-        "gate_gemm": {0: _gemm(64, 64, 64, 4, 3), 12: _gemm(128, 128, 64, 8, 3)},
+        "gate_gemm": {
+            0: _gemm(64, 64, 64, 4, 3),
+            12: _gemm(128, 128, 64, 8, 3),
+            13: _gemm(128, 256, 64, 8, 3),
+        },
     },
     "sm_100": _row_kernels()
     | {
         "dual_gemm": {0: _gemm(64, 64, 64, 4, 3), 12: _gemm(128, 128, 64, 8, 3)},
-        "gate_gemm": {0: _gemm(64, 64, 64, 4, 3), 12: _gemm(128, 128, 64, 8, 3)},
+        "gate_gemm": {
+            0: _gemm(64, 64, 64, 4, 3),
+            12: _gemm(128, 128, 64, 8, 3),
+            13: _gemm(128, 256, 64, 8, 3),
+        },
     },
 }
 # What gemm="auto" takes: no fused GEMM has been measured to beat cuBLAS yet, so none is on.

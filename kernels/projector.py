@@ -1,22 +1,15 @@
 """The token-adaptive projector as one op: pool each tile to its own n x n tokens, then project."""
 
-import importlib.util
-import logging
-import os
 from collections.abc import Sequence
-from functools import cache
 
 import torch
 from torch import Tensor
 
 from kernels.checks import check_choice, check_inputs, sides_tensor
-from kernels.launch import GEMM_CHOICES, fused_gemms
+from kernels.dispatch import GEMM_CHOICES, IMPLEMENTATIONS
 from kernels.registration import projector_forward
 
-IMPLEMENTATIONS = ("auto", "triton", "torch")
 BACKWARD_MODES = ("save", "recompute")
-_TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_log = logging.getLogger(__name__)
 
 
 def token_adaptive_projector(
@@ -62,13 +55,12 @@ def token_adaptive_projector(
     """
     check_choice("backward", backward, BACKWARD_MODES)
     check_choice("impl", impl, IMPLEMENTATIONS)
-    check_choice("gemm", gemm, ("auto", *GEMM_CHOICES))
-    weights = (norm_weight, norm_bias, w1, b1, w2, b2, w3, b3)
+    check_choice("gemm", gemm, GEMM_CHOICES)
+    weights: tuple[Tensor, ...] = (norm_weight, norm_bias, w1, b1, w2, b2, w3, b3)
     if torch.is_autocast_enabled(x.device.type):
         x, weights = _autocast(x, weights)
     check_inputs(x, *weights, grid, pool)
     sides = sides_tensor(tile_sides, x.shape[0])
-    impl = _implementation(impl, x)
     needs_backward = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights))
     out, *_ = projector_forward(
         x,
@@ -78,7 +70,7 @@ def token_adaptive_projector(
         pool,
         backward if needs_backward else "none",
         impl,
-        _fused(gemm, impl, x),
+        gemm,
         eps,
     )
     return out
@@ -89,49 +81,3 @@ def _autocast(x: Tensor, weights: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Ten
     dtype = torch.get_autocast_dtype(x.device.type)
     keep_norm = [w if w.dtype == torch.float32 else w.to(dtype) for w in weights[:2]]
     return x.to(dtype), (*keep_norm, *(w.to(dtype) for w in weights[2:]))
-
-
-def _implementation(impl: str, x: Tensor) -> str:
-    """ "triton" or "torch"; ValueError where the one asked for cannot run."""
-    if impl == "auto":
-        runs = x.device.type == "cuda" and x.dtype in _TRITON_DTYPES and triton_found()
-        return "triton" if runs else "torch"
-    if impl == "torch":
-        return impl
-    if not triton_found():
-        raise ValueError("impl is 'triton', but triton is not installed; use impl='auto'")
-    if x.dtype not in _TRITON_DTYPES:
-        raise ValueError(
-            f"impl is 'triton', x is {x.dtype}; the kernels take bfloat16, float16 and float32: "
-            "cast x and the weights, or use impl='torch'"
-        )
-    if x.device.type != "cuda" and not interpreting():
-        raise ValueError(
-            f"impl is 'triton', x is on {x.device}; move x and the weights to a GPU, use "
-            "impl='torch', or set TRITON_INTERPRET=1 before Python starts"
-        )
-    return impl
-
-
-def _fused(gemm: str, impl: str, x: Tensor) -> bool:
-    """Whether the matrix products before and behind the SwiGLU are the fused kernels."""
-    if gemm == "fused":
-        if impl != "triton" or x.dtype not in (torch.bfloat16, torch.float16):
-            raise ValueError(
-                f"gemm is 'fused' with impl {impl!r} and {x.dtype}; the fused kernels are Triton's "
-                "and take bfloat16 and float16: use gemm='auto'"
-            )
-        return True
-    half = x.dtype in (torch.bfloat16, torch.float16)
-    return gemm == "auto" and impl == "triton" and half and fused_gemms(x.device)
-
-
-@cache
-def triton_found() -> bool:
-    """Whether Triton can be imported."""
-    return importlib.util.find_spec("triton") is not None
-
-
-def interpreting() -> bool:
-    """Whether Triton runs its kernels on the CPU, in Python."""
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")

@@ -7,27 +7,23 @@ The parameters themselves are saved for backward, never a copy, since ZeRO-3 fre
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
-from functools import cache
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kernels.dispatch import implementation, use_fused_gemms
 from kernels.layout import TileLayout, tile_layout
 from kernels.passes import Needs, Pooling, Saved, Weights, backward, forward
 
 
-@cache
-def steps(impl: str) -> ModuleType:
-    """The module with the op's steps: `kernels.torch_impl` or `kernels.triton_impl`."""
-    if impl == "triton":
-        from kernels import triton_impl
-
-        return triton_impl
-    from kernels import torch_impl
-
-    return torch_impl
+def steps(impl: str, gemm: str, like: Tensor) -> tuple[ModuleType, bool]:
+    """The module with the op's steps, PyTorch's or Triton's, and whether to use fused GEMMs."""
+    runs = implementation(impl, like.device, like.dtype)
+    fused = use_fused_gemms(gemm, runs, like.device, like.dtype)
+    return import_module(f"kernels.{runs}_impl"), fused
 
 
 @torch.library.custom_op("tokenflex::projector_forward", mutates_args=())
@@ -46,7 +42,7 @@ def projector_forward(
     pool: str,
     keep: str,
     impl: str,
-    fused: bool,
+    gemm: str,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns (out [M, D], *`Saved`, `TileLayout.table`); x [T, H*W, C], sides int [T] on CPU."""
@@ -56,12 +52,13 @@ def projector_forward(
         return (*_empty_results(x, weights, 0, keep), layout.table)
     pooling = Pooling(layout, (grid[0], grid[1]), pool)
     with _plain_numerics(x):
-        out, saved = forward(steps(impl), x.contiguous(), pooling, weights, keep, fused, eps)
+        do, fused = steps(impl, gemm, x)
+        out, saved = forward(do, x.contiguous(), pooling, weights, keep, fused, eps)
     return (out, *saved, layout.table)
 
 
 @projector_forward.register_fake
-def _(x, sides, norm_weight, norm_bias, w1, b1, w2, b2, w3, b3, grid, pool, keep, impl, fused, eps):
+def _(x, sides, norm_weight, norm_bias, w1, b1, w2, b2, w3, b3, grid, pool, keep, impl, gemm, eps):
     rows = torch.library.get_ctx().new_dynamic_size(min=0)
     weights = Weights(norm_weight, norm_bias, w1, b1, w2, b2, w3, b3)
     table = x.new_empty(rows + 2 * x.shape[0], dtype=torch.int32)
@@ -103,7 +100,7 @@ def projector_backward(
     grid: Sequence[int],
     pool: str,
     impl: str,
-    fused: bool,
+    gemm: str,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x and the eight weights, in that order; empty where `Needs` does not ask."""
@@ -112,11 +109,10 @@ def projector_backward(
     if grad.shape[0] == 0:
         return tuple(gradient.zero_() for gradient in empty)  # type: ignore[return-value]
     pooling = Pooling(TileLayout(sides.tolist(), grad.shape[0], table), (grid[0], grid[1]), pool)
-    saved = Saved(pooled, mean, rstd, gate, value)
+    saved, grad = Saved(pooled, mean, rstd, gate, value), grad.contiguous()
     with _plain_numerics(grad):
-        found = backward(
-            steps(impl), grad.contiguous(), pooling, weights, saved, Needs(*needs), fused
-        )
+        do, fused = steps(impl, gemm, grad)
+        found = backward(do, grad, pooling, weights, saved, Needs(*needs), fused)
     return tuple(  # type: ignore[return-value]
         grad.new_empty(0) if gradient is None else gradient for gradient in found
     )
@@ -125,7 +121,7 @@ def projector_backward(
 @projector_backward.register_fake
 def _(
     grad, sides, table, pooled, mean, rstd, gate, value,
-    norm_weight, norm_bias, w1, b1, w2, b2, w3, b3, grid, pool, impl, fused, needs,
+    norm_weight, norm_bias, w1, b1, w2, b2, w3, b3, grid, pool, impl, gemm, needs,
 ):  # fmt: skip
     weights = Weights(norm_weight, norm_bias, w1, b1, w2, b2, w3, b3)
     return tuple(_empty_gradients(grad, sides, weights, grid, Needs(*needs)))
@@ -152,12 +148,12 @@ def _plain_numerics(tensor: Tensor) -> AbstractContextManager[Any]:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, sides, *weights, grid, pool, _, impl, fused, _ = inputs
+    _, sides, *weights, grid, pool, _, impl, gemm, _ = inputs
     _, *saved, table = output
     ctx.mark_non_differentiable(*saved, table)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(sides, table, *saved, *weights)
-    ctx.settings = (list(grid), pool, impl, fused)
+    ctx.settings = (list(grid), pool, impl, gemm)
 
 
 def _autograd(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:

@@ -50,6 +50,8 @@ def build_model(
     image_token_id = tokenizer.special_id("<IMG_CONTEXT>")
     full = model_config(settings, tokenizer.vocab_size, image_token_id)
     model = TokenFlexForConditionalGeneration._from_config(full, dtype=dtype)
+    model.projector.backward_mode = config.train.projector_backward
+    model.projector.impl = config.train.projector_impl
     if settings.vision.pretrained and pretrained:
         model.vision_model = _pretrained("vision", settings.vision, model, SiglipVisionModel)
     if settings.llm.pretrained and pretrained:

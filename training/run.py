@@ -14,6 +14,8 @@ from data_pipeline.loader import PackBuilder, PackedBatch, StepLoader
 from data_pipeline.plan import Planner
 from data_pipeline.prepare import prepare_demo
 from data_pipeline.tokenizer import load_tokenizer
+from kernels import implementation
+from training.build import DTYPES
 from training.config import PrepareSettings, RunConfig, save_config
 from training.distributed import Ranks, from_main
 from training.evaluate import Evaluation, evaluate
@@ -51,6 +53,7 @@ class Run:
         self.config, self.ranks = config, ranks
         data = config.data
         self.named_bad: set[str] = set()
+        self.projector_impl = self._projector_impl()
         if data.prepare:
             from_main(self._prepare)
         self.tokenizer = load_tokenizer(data.tokenizer)
@@ -63,6 +66,14 @@ class Run:
         self.held_out = self._held_out() if data.eval_shards else None
         self.loss_chunks = self._slices(data.pack.max_tokens)
         self.fingerprints = self._fingerprints()
+
+    def _projector_impl(self) -> str:
+        """What will run the projector; InputError where what was asked for cannot."""
+        train = self.config.train
+        try:
+            return implementation(train.projector_impl, self.ranks.device, DTYPES[train.precision])
+        except ValueError as error:
+            raise InputError(f"train.projector_impl: {error}") from error
 
     def _held_out(self) -> tuple[Planner, PackBuilder]:
         data = self.config.data
@@ -135,6 +146,9 @@ class Run:
             f"of at most {config.data.pack.max_tokens} tokens per rank and step, {len(self.index)} "
             f"samples, token counts {config.data.tokens.counts} at "
             f"{config.data.tokens.probabilities}"
+        )
+        self.say(
+            f"projector: {self.projector_impl}, {config.train.projector_backward} for backward"
         )
         if self.index.bad:
             first = self.index.bad[0]

@@ -28,8 +28,8 @@ def dual_gemm_swiglu(
     """a = normed w1^T + b1, b = normed w2^T + b2, s = silu(a) * b.
 
     normed: [M, C], M >= 1. w1, w2: [F, C]. b1, b2: [F]. All bfloat16 or all float16.
-    Returns (s, a, b), each [M, F] in the weights' dtype; a and b are None unless keep_gates. a and b
-    are accumulated in float32 and rounded; s is computed in float32 from the rounded a and b, so
+    Returns (s, a, b), each [M, F] in the weights' dtype; a and b are None unless keep_gates. a and
+    b are accumulated in float32 and rounded; s is computed in float32 from the rounded a and b, so
     that it is the same with and without keep_gates and as a backward that recomputes it.
 
     Raises ValueError for other dtypes.

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.launch import launch_config
+from kernels.triton_impl.column_sum import column_sum
 from kernels.triton_impl.gemm_tiles import (
     check_operands,
     fits_tma,
@@ -20,7 +21,6 @@ from kernels.triton_impl.gemm_tiles import (
 )
 
 INTERPRET = triton.knobs.runtime.interpret
-SUM_ROWS, SUM_COLUMNS = 32, 64  # the block in which partial sums are added up
 
 
 def gate_gemm_backward(
@@ -73,10 +73,7 @@ def gate_gemm_backward(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    sums = torch.empty(2, hidden, dtype=torch.float32, device=dout.device)
-    _sum_partials[(triton.cdiv(2 * hidden, SUM_COLUMNS),)](
-        partials, sums, row_blocks, WIDTH=2 * hidden, BLOCK_M=SUM_ROWS, BLOCK_N=SUM_COLUMNS
-    )
+    sums = column_sum(partials.view(row_blocks, 2 * hidden)).view(2, hidden)
     return da, db, gated, sums[0], sums[1]
 
 
@@ -194,22 +191,3 @@ def _swiglu_backward(
     # Rows beyond M add nothing: their ds, a and b are zeros.
     tl.store(sums + c, tl.sum(grad_a.to(tl.float32), 0), c < F)
     tl.store(sums + F + c, tl.sum(grad_b.to(tl.float32), 0), c < F)
-
-
-@triton.jit(do_not_specialize=["rows"])
-def _sum_partials(
-    partials,
-    sums,
-    rows,
-    WIDTH: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """Column sums of partials [rows, WIDTH] in a fixed order."""
-    c = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for row in range(0, rows, BLOCK_M):
-        r = row + tl.arange(0, BLOCK_M)
-        mask = (r < rows)[:, None] & (c < WIDTH)[None, :]
-        total += tl.load(partials + r.to(tl.int64)[:, None] * WIDTH + c[None, :], mask, other=0.0)
-    tl.store(sums + c, tl.sum(total, 0), c < WIDTH)

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.launch import architecture
+from kernels import launch
 
 TMA_BYTES = 16  # alignment of a descriptor's base and rows
 DTYPES = (torch.bfloat16, torch.float16)
@@ -67,7 +67,7 @@ def load_tile(
 
 def fits_tma(*tensors: Tensor) -> bool:
     """Whether TMA can load all of these contiguous matrices on their device."""
-    if int(architecture(tensors[0].device).removeprefix("sm_")) < 90:
+    if int(launch.architecture(tensors[0].device).removeprefix("sm_")) < 90:
         return False
     return all(
         t.data_ptr() % TMA_BYTES == 0 and t.shape[1] * t.element_size() % TMA_BYTES == 0

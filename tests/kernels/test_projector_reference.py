@@ -1,65 +1,24 @@
-"""The reference projector and its pooling tables against torch's pooling and float64 modules."""
+"""The op in plain PyTorch, the reference and the pooling tables against torch in float64."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from kernels import POOL_MODES, pooling_table, token_adaptive_projector
+from kernels import POOL_MODES, pooling_table, projector_reference, token_adaptive_projector
+from kernels.tables import axis_tables
+from tests.kernels.inputs import (
+    CHANNELS,
+    HIDDEN,
+    WIDTH,
+    eager,
+    make_tiles,
+    make_weights,
+    relative_error,
+)
 
 SIDES = list(range(1, 25))
-GRIDS = [(8, 8), (27, 27), (5, 9)]
-CHANNELS, HIDDEN, WIDTH = 12, 20, 7
-
-
-def torch_pool(images: Tensor, n: int, pool: str) -> Tensor:
-    """The two modes as torch and the released code write them: [T, C, H, W] -> [T, C, n, n]."""
-    if pool == "adaptive":
-        return F.adaptive_avg_pool2d(images, n)
-    resized = [-(-size // n) * n for size in images.shape[-2:]]
-    if resized != list(images.shape[-2:]):
-        images = F.interpolate(images, size=resized, mode="bilinear", align_corners=True)
-    return F.avg_pool2d(images, kernel_size=[size // n for size in resized])
-
-
-def make_weights(dtype: torch.dtype = torch.float64, seed: int = 0) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    shapes = {
-        "norm_weight": (CHANNELS,),
-        "norm_bias": (CHANNELS,),
-        "w1": (HIDDEN, CHANNELS),
-        "b1": (HIDDEN,),
-        "w2": (HIDDEN, CHANNELS),
-        "b2": (HIDDEN,),
-        "w3": (WIDTH, HIDDEN),
-        "b3": (WIDTH,),
-    }
-    return {
-        name: torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-        for name, shape in shapes.items()
-    }
-
-
-def make_tiles(tiles: int, grid: tuple[int, int], seed: int = 1) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(tiles, grid[0] * grid[1], CHANNELS, generator=generator, dtype=torch.float64)
-
-
-def eager(x: Tensor, sides: list[int], w: dict[str, Tensor], grid, pool: str) -> Tensor:
-    """Tile by tile with torch's pooling and modules, in the dtype of x."""
-    rows = []
-    for tile, n in zip(x, sides, strict=True):
-        image = tile.T.reshape(1, -1, *grid)
-        rows.append(torch_pool(image, n, pool).flatten(2)[0].T)
-    norm = nn.LayerNorm(CHANNELS, dtype=x.dtype)
-    norm.weight.data, norm.bias.data = w["norm_weight"], w["norm_bias"]
-    normed = norm(torch.cat(rows))
-    gate = F.silu(normed @ w["w1"].T + w["b1"]) * (normed @ w["w2"].T + w["b2"])
-    return gate @ w["w3"].T + w["b3"]
-
-
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
+GRIDS = [(8, 8), (27, 27), (5, 9), (3, 32)]
 
 
 @pytest.mark.parametrize("size", [1, 2, 5, 8, 9, 16, 27])
@@ -93,16 +52,39 @@ def test_tables_are_shared_and_cannot_be_written():
 
 @pytest.mark.parametrize("pool", POOL_MODES)
 @pytest.mark.parametrize("grid", GRIDS)
-def test_every_side_mixed_in_one_call_equals_torch(grid, pool):
+def test_spans_hold_the_whole_table_and_its_adjoint(grid, pool):
+    tables = axis_tables(24, grid, pool, torch.device("cpu"))
+    for n in SIDES:
+        for size, there, back in zip(
+            grid, (tables.down, tables.across), (tables.up, tables.back), strict=True
+        ):
+            dense = torch.from_numpy(pooling_table(n, size, pool).copy()).float()
+            first = n * (n - 1) // 2
+            assert torch.equal(filled(there, range(first, first + n), size), dense)
+            assert torch.equal(filled(back, range((n - 1) * size, n * size), n), dense.T)
+
+
+def filled(spans, rows, width) -> Tensor:
+    """The rows as a dense matrix."""
+    dense = torch.zeros(len(rows), width)
+    for line, (first, length, at) in zip(dense, spans.index[list(rows)].tolist(), strict=True):
+        line[first : first + length] = spans.weights[at : at + length]
+    return dense
+
+
+@pytest.mark.parametrize("call", [token_adaptive_projector, projector_reference])
+@pytest.mark.parametrize("pool", POOL_MODES)
+@pytest.mark.parametrize("grid", GRIDS)
+def test_every_side_mixed_in_one_call_equals_torch(grid, pool, call):
     order = torch.randperm(2 * len(SIDES), generator=torch.Generator().manual_seed(3)).tolist()
     sides = [(SIDES * 2)[i] for i in order]
     x, weights = make_tiles(len(sides), grid), make_weights()
     expected = eager(x, sides, weights, grid, pool)
-    found = token_adaptive_projector(x, sides, **weights, grid=grid, pool=pool)
+    found = call(x, sides, **weights, grid=grid, pool=pool)
     assert found.shape == (sum(n * n for n in sides), WIDTH)
     assert relative_error(found, expected) < 1e-12
     single = {name: weight.float() for name, weight in weights.items()}
-    found = token_adaptive_projector(x.float(), torch.tensor(sides), **single, grid=grid, pool=pool)
+    found = call(x.float(), torch.tensor(sides), **single, grid=grid, pool=pool)
     assert found.dtype == torch.float32
     assert relative_error(found, expected) < 1e-5
 

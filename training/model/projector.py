@@ -1,5 +1,7 @@
 """The token-adaptive projector as a module: its parameters, their start values, released names."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -27,7 +29,8 @@ class TokenAdaptiveProjector(nn.Module):
     only the parameters of the module whose forward runs, and the op needs all of them at once.
 
     vision_size: C. hidden_size: F. text_size: D. grid: (rows, columns) of patches. pool: see
-    `kernels.tables`.
+    `kernels.tables`. How it runs, and not what it computes, are the attributes `backward_mode`,
+    "save" or "recompute", and `impl`, "auto", "triton" or "torch": see `kernels`.
     """
 
     def __init__(
@@ -43,6 +46,7 @@ class TokenAdaptiveProjector(nn.Module):
         # For printing: under ZeRO-3 the shapes of the weights are empty.
         self.widths = (vision_size, hidden_size, text_size)
         self.grid, self.pool, self.eps = grid, pool, eps
+        self.backward_mode, self.impl = "save", "auto"
         self.norm_weight = nn.Parameter(torch.empty(vision_size))
         self.norm_bias = nn.Parameter(torch.empty(vision_size))
         self.w1 = nn.Parameter(torch.empty(hidden_size, vision_size))
@@ -61,7 +65,7 @@ class TokenAdaptiveProjector(nn.Module):
         for weight in (self.w1, self.w2, self.w3):
             nn.init.normal_(weight, mean=0.0, std=std)
 
-    def forward(self, patches: Tensor, tile_sides: list[int]) -> Tensor:
+    def forward(self, patches: Tensor, tile_sides: Sequence[int] | Tensor) -> Tensor:
         """patches [T, H*W, C], one side n per tile -> [sum of n^2, D], tile after tile."""
         return token_adaptive_projector(
             patches,
@@ -76,6 +80,8 @@ class TokenAdaptiveProjector(nn.Module):
             self.b3,
             grid=self.grid,
             pool=self.pool,
+            backward=self.backward_mode,
+            impl=self.impl,
             eps=self.eps,
         )
 

@@ -1,0 +1,73 @@
+"""What runs a call: the Triton kernels or PyTorch, cuBLAS or the fused matrix products."""
+
+import importlib.util
+import os
+import warnings
+from functools import cache
+
+import torch
+
+from kernels.launch import fused_gemms
+
+IMPLEMENTATIONS = ("auto", "triton", "torch")
+GEMM_CHOICES = ("auto", "cublas", "fused")
+_TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_HALF = (torch.bfloat16, torch.float16)
+
+
+def implementation(impl: str, device: torch.device, dtype: torch.dtype) -> str:
+    """What runs for `impl`: "triton" or "torch"; ValueError where the one asked for cannot run."""
+    if impl == "torch":
+        return impl
+    if impl == "auto":
+        if device.type != "cuda" or dtype not in _TRITON_DTYPES:
+            return "torch"
+        return "triton" if triton_found() else _without_triton()
+    if not triton_found():
+        raise ValueError("impl is 'triton', but triton is not installed; use impl='auto'")
+    if dtype not in _TRITON_DTYPES:
+        raise ValueError(
+            f"impl is 'triton', x is {dtype}; the kernels take bfloat16, float16 and float32: "
+            "cast x and the weights, or use impl='torch'"
+        )
+    if device.type != "cuda" and not interpreting():
+        raise ValueError(
+            f"impl is 'triton', x is on {device}; move x and the weights to a GPU, use "
+            "impl='torch', or set TRITON_INTERPRET=1 before Python starts"
+        )
+    return impl
+
+
+@cache
+def _without_triton() -> str:
+    warnings.warn(
+        "the projector runs in plain PyTorch on a GPU, tile sides one after the other, because "
+        "triton is not installed; install the version that torch asks for",
+        stacklevel=2,
+    )
+    return "torch"
+
+
+def use_fused_gemms(gemm: str, impl: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the matrix products beside the SwiGLU are the fused kernels, given "triton"/"torch".
+
+    Raises ValueError where they are asked for and cannot run.
+    """
+    possible = impl == "triton" and dtype in _HALF
+    if gemm == "fused" and not possible:
+        raise ValueError(
+            f"gemm is 'fused' with impl {impl!r} and {dtype}; the fused kernels are Triton's "
+            "and take bfloat16 and float16: use gemm='auto'"
+        )
+    return gemm == "fused" or (gemm == "auto" and possible and fused_gemms(device))
+
+
+@cache
+def triton_found() -> bool:
+    """Whether Triton can be imported."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def interpreting() -> bool:
+    """Whether Triton runs its kernels on the CPU, in Python."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
