@@ -26,11 +26,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from kernels.compile_specs import ARCHITECTURES, SPECS, Job, describe, jobs, launches
+from kernels.compile_specs import ARCHITECTURES, SPECS, Job, Launch, describe, jobs, launches
 
 # Dynamic shared memory a program may have. sm_80 itself has 166912 bytes, but its entries serve
 # unknown architectures too, and of those sm_86, sm_89 and sm_120 have this much.
 SHARED_LIMITS = {80: 101376, 90: 232448, 100: 232448}
+HEAD = ("kernel", "dtype", "sm", "regs", "stack", "spills", "shared", "access", "s")
+COLUMNS = (*HEAD, "matrix", "config")
 FULL_ACCESS = 16  # bytes a thread loads or stores at once where addresses and masks allow it
 MATRIX_INSTRUCTIONS = {
     "mma": r"\bmma\.sync\.",
@@ -46,7 +48,8 @@ class CompileResult:
     config: what distinguishes it: rows from which it is taken, channels, constants, warps, stages.
     spill_loads, spill_stores: instructions. shared_bytes: dynamic shared memory per program.
     access_bytes: the widest load or store of global memory; less than 16 where nothing vectorised.
-    matrix_instructions: kind and number. seconds: compile time, less when cached.
+    matrix_instructions: kind and number. varying: arguments for which another number of rows or
+    tiles compiles the kernel again. seconds: compile time, less when cached.
     """
 
     kernel: str
@@ -60,6 +63,7 @@ class CompileResult:
     shared_bytes: int
     access_bytes: int
     matrix_instructions: str
+    varying: str
     seconds: float
 
     def problems(self) -> list[str]:
@@ -72,6 +76,8 @@ class CompileResult:
             found.append(f"{self.shared_bytes} bytes of shared memory, of {limit}")
         if self.access_bytes < FULL_ACCESS:
             found.append(f"no access of global memory is wider than {self.access_bytes} bytes")
+        if self.varying:
+            found.append(f"compiled again for another batch, because of {self.varying}")
         return found
 
 
@@ -98,37 +104,53 @@ def compile_all(
 def _compile_job(job: Job) -> list[CompileResult]:
     """Each launch of the job's kernel, compiled once."""
     results = []
-    for kernel, args, options in launches(job):
+    # As many rows as change whether 16 divides them and their tiles, which Triton specialises on.
+    for at, other in zip(launches(job), launches(job, more_rows=15), strict=True):
         started = time.perf_counter()
-        compiled = _compile(kernel, args, options, job.arch)
+        compiled = _compile(at, job.arch)
         seconds = time.perf_counter() - started
-        usage = _resource_usage(compiled)
         results.append(
             CompileResult(
                 job.name,
                 job.dtype,
                 job.arch,
-                describe(job, options),
+                describe(job, at[2]),
+                **_resource_usage(compiled),
                 shared_bytes=compiled.metadata.shared,
+                varying=_varying(at, other, job.arch),
                 seconds=round(seconds, 2),
-                **usage,
             )
         )
     return results
 
 
-def _compile(kernel: Any, args: tuple[Any, ...], options: dict[str, Any], arch: int) -> Any:
-    """As `JITFunction.run` compiles, for an architecture that need not be present."""
-    target = GPUTarget("cuda", arch, 32)
-    backend = make_backend(target)
+def _bind(made: Launch, arch: int) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
+    """As in `JITFunction.run`: backend, arguments, specialisations, what is left, options."""
+    kernel, args, options = made
+    backend = make_backend(GPUTarget("cuda", arch, 32))
     binder = create_function_from_signature(kernel.signature, kernel.params, backend)
     options = {**options, "debug": False}
-    bound, specialization, rest = binder(*args, **options)
-    parsed, signature, constants, attributes = kernel._pack_args(
+    return backend, *binder(*args, **options), options
+
+
+def _compile(made: Launch, arch: int) -> Any:
+    """As the launch would compile, for an architecture that need not be present."""
+    backend, bound, specialization, rest, options = _bind(made, arch)
+    parsed, signature, constants, attributes = made[0]._pack_args(
         backend, options, bound, specialization, rest
     )
-    source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=target, options=parsed.__dict__)
+    source = ASTSource(made[0], signature, constants, attributes)
+    return triton.compile(source, target=backend.target, options=parsed.__dict__)
+
+
+def _varying(made: Launch, other: Launch, arch: int) -> str:
+    """The arguments that Triton specialises on differently in two launches of a kernel."""
+    pairs = zip(_bind(made, arch)[2], _bind(other, arch)[2], strict=True)
+    return " ".join(
+        parameter.name
+        for parameter, (first, second) in zip(made[0].params, pairs, strict=True)
+        if first != second
+    )
 
 
 def _resource_usage(compiled: Any) -> dict[str, Any]:
@@ -166,17 +188,15 @@ def _cuobjdump(option: str, cubin: bytes) -> str:
 
 def format_report(results: list[CompileResult]) -> str:
     """The results as a table, one line each, with what is beyond a limit at the end of its line."""
-    head = ("kernel", "dtype", "sm", "regs", "stack", "spills", "shared", "access", "s", "matrix")
-    head += ("config",)
-    lines: list[tuple[str, ...]] = [head]
+    lines = [list(COLUMNS)]
     for r in results:
         spills = r.spill_loads + r.spill_stores
         numbers = (r.registers, r.stack_bytes, spills, r.shared_bytes, r.access_bytes, r.seconds)
         config = "; ".join([r.config, *(f"OVER THE LIMIT: {p}" for p in r.problems())])
         lines.append(
-            (r.kernel, r.dtype, str(r.arch), *map(str, numbers), r.matrix_instructions, config)
+            [r.kernel, r.dtype, str(r.arch), *map(str, numbers), r.matrix_instructions, config]
         )
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
         for line in lines

@@ -32,8 +32,8 @@ def _empty(dtype: torch.dtype, *shape: int) -> Tensor:
 
 
 def _pooling(rows: int) -> Pooling:
-    """A batch of `rows` tokens, a power of two."""
-    sides = [16] * (rows // 256) if rows >= 256 else [1] * rows
+    """A batch of `rows` tokens."""
+    sides = [16] * (rows // 256) + [1] * (rows % 256)
     return Pooling(tile_layout(sides, torch.device("cpu")), GRID, "adaptive")
 
 
@@ -142,8 +142,8 @@ def jobs(archs: Iterable[int] = ARCHITECTURES, kernels: Iterable[str] = tuple(SP
 Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]  # kernel, its arguments and options
 
 
-def launches(job: Job) -> list[Launch]:
-    """What the job's step would launch on its architecture."""
+def launches(job: Job, more_rows: int = 0) -> list[Launch]:
+    """What the job's step would launch on its architecture, for its fewest rows and some more."""
     spec, recorded = SPECS[job.name], list[Launch]()
 
     def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
@@ -154,7 +154,7 @@ def launches(job: Job) -> list[Launch]:
         mock.patch.object(JITFunction, "run", record),
         mock.patch.object(launch, "architecture", lambda _: f"sm_{job.arch}"),
     ):
-        spec.run(DTYPES[job.dtype], 1 << job.bucket, job.channels)
+        spec.run(DTYPES[job.dtype], (1 << job.bucket) + more_rows, job.channels)
     if not recorded:
         raise RuntimeError(f"the step of {job.name} launched no {spec.kernel}; correct SPECS")
     return recorded

@@ -7,7 +7,7 @@ from functools import cache
 
 import torch
 
-from kernels.launch import fused_gemms
+from kernels.launch import fused_by_default
 
 IMPLEMENTATIONS = ("auto", "triton", "torch")
 GEMM_CHOICES = ("auto", "cublas", "fused")
@@ -48,10 +48,10 @@ def _without_triton() -> str:
     return "torch"
 
 
-def use_fused_gemms(gemm: str, impl: str, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the matrix products beside the SwiGLU are the fused kernels, given "triton"/"torch".
+def use_fused(kernel: str, gemm: str, impl: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this fused GEMM, "dual_gemm" or "gate_gemm", runs, where `impl` does the rest.
 
-    Raises ValueError where they are asked for and cannot run.
+    Raises ValueError where it is asked for and cannot run.
     """
     possible = impl == "triton" and dtype in _HALF
     if gemm == "fused" and not possible:
@@ -59,7 +59,7 @@ def use_fused_gemms(gemm: str, impl: str, device: torch.device, dtype: torch.dty
             f"gemm is 'fused' with impl {impl!r} and {dtype}; the fused kernels are Triton's "
             "and take bfloat16 and float16: use gemm='auto'"
         )
-    return gemm == "fused" or (gemm == "auto" and possible and fused_gemms(device))
+    return gemm == "fused" or (gemm == "auto" and possible and fused_by_default(kernel, device))
 
 
 @cache

@@ -8,10 +8,12 @@ a table; naming that file in TOKENFLEX_TILES, on every rank, replaces entries of
 import json
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -74,8 +76,9 @@ TABLE: dict[str, dict[str, Buckets]] = {
         },
     },
 }
-# What gemm="auto" takes: no fused GEMM has been measured to beat cuBLAS yet, so none is on.
-FUSED_GEMMS: dict[str, bool] = {"sm_80": False, "sm_90": False, "sm_100": False}
+# The fused GEMMs that gemm="auto" takes. None has been measured to beat cuBLAS and an elementwise
+# kernel yet, so none is on.
+FUSED: dict[str, tuple[str, ...]] = {"sm_80": (), "sm_90": (), "sm_100": ()}
 SAFE_DEFAULT = "sm_80"  # fits the shared memory of everything newer
 INTERPRETED = "sm_90"  # whose entries the interpreter runs
 
@@ -111,35 +114,63 @@ def known_architecture(name: str, device_name: str) -> str:
 
 def launch_config(kernel: str, rows: int, device: torch.device) -> LaunchConfig:
     """The entry of the largest bucket that `rows` (M, >= 1) reaches."""
+    if kernel in _trial:
+        return _trial[kernel]
     buckets = _table()[architecture(device)][kernel]
     reached = [bucket for bucket in buckets if bucket < max(rows, 1).bit_length()]
     return buckets[max(reached)]
 
 
-def fused_gemms(device: torch.device) -> bool:
-    """Whether gemm="auto" takes the fused GEMMs on this device."""
-    return FUSED_GEMMS[architecture(device)]
+_trial: dict[str, LaunchConfig] = {}
+
+
+@contextmanager
+def trial(kernel: str, config: LaunchConfig) -> Iterator[None]:
+    """Launch `kernel` with `config` while this is open, whatever the table says; for tuning."""
+    _trial[kernel] = config
+    try:
+        yield
+    finally:
+        del _trial[kernel]
+
+
+def fused_by_default(kernel: str, device: torch.device) -> bool:
+    """Whether gemm="auto" takes this fused GEMM, "dual_gemm" or "gate_gemm", on this device."""
+    chosen = FUSED | {arch: tuple(names) for arch, names in _tiles_file().get("fused", {}).items()}
+    return kernel in chosen.get(architecture(device), ())
 
 
 @cache
-def _table() -> dict[str, dict[str, Buckets]]:
-    """The shipped table, with the entries of the file in TOKENFLEX_TILES in place of its own."""
+def _tiles_file() -> dict[str, Any]:
+    """What the file in TOKENFLEX_TILES says, configurations read; empty where there is none."""
     path = os.environ.get(TILES_VARIABLE)
     if not path:
-        return TABLE
+        return {}
     try:
-        entries = json.loads(Path(path).read_text())["tiles"]
-        read = {
+        content = json.loads(Path(path).read_text())
+        tiles = {
             arch: {
                 kernel: {int(bucket): LaunchConfig(**config) for bucket, config in buckets.items()}
                 for kernel, buckets in kernels.items()
             }
-            for arch, kernels in entries.items()
+            for arch, kernels in content["tiles"].items()
         }
+        return {"tiles": tiles, "fused": dict(content.get("fused", {}))}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{TILES_VARIABLE} names {path}, which is no table of launch configurations "
             f"({error!r}); write one with python -m kernels.tune, or unset the variable"
         ) from error
-    defaults = dict.fromkeys(read, TABLE[SAFE_DEFAULT]) | TABLE
-    return {arch: kernels | read.get(arch, {}) for arch, kernels in defaults.items()}
+
+
+@cache
+def _table() -> dict[str, dict[str, Buckets]]:
+    """The shipped table, with the entries of the file in TOKENFLEX_TILES in place of its own."""
+    read = _tiles_file().get("tiles", {})
+    known: dict[str, dict[str, Buckets]] = dict.fromkeys(read, TABLE[SAFE_DEFAULT]) | TABLE
+    return {
+        arch: {
+            name: {**buckets, **read.get(arch, {}).get(name, {})} for name, buckets in own.items()
+        }
+        for arch, own in known.items()
+    }

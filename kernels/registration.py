@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.dispatch import implementation, use_fused_gemms
+from kernels.dispatch import implementation, use_fused
 from kernels.layout import TileLayout, tile_layout
 from kernels.passes import Needs, Pooling, Saved, Weights, backward, forward
 
 
-def steps(impl: str, gemm: str, like: Tensor) -> tuple[ModuleType, bool]:
-    """The module with the op's steps, PyTorch's or Triton's, and whether to use fused GEMMs."""
+def steps(impl: str, gemm: str, kernel: str, like: Tensor) -> tuple[ModuleType, bool]:
+    """The module with the op's steps, PyTorch's or Triton's, and whether to use a fused GEMM."""
     runs = implementation(impl, like.device, like.dtype)
-    fused = use_fused_gemms(gemm, runs, like.device, like.dtype)
+    fused = use_fused(kernel, gemm, runs, like.device, like.dtype)
     return import_module(f"kernels.{runs}_impl"), fused
 
 
@@ -52,7 +52,7 @@ def projector_forward(
         return (*_empty_results(x, weights, 0, keep), layout.table)
     pooling = Pooling(layout, (grid[0], grid[1]), pool)
     with _plain_numerics(x):
-        do, fused = steps(impl, gemm, x)
+        do, fused = steps(impl, gemm, "dual_gemm", x)
         out, saved = forward(do, x.contiguous(), pooling, weights, keep, fused, eps)
     return (out, *saved, layout.table)
 
@@ -111,7 +111,7 @@ def projector_backward(
     pooling = Pooling(TileLayout(sides.tolist(), grad.shape[0], table), (grid[0], grid[1]), pool)
     saved, grad = Saved(pooled, mean, rstd, gate, value), grad.contiguous()
     with _plain_numerics(grad):
-        do, fused = steps(impl, gemm, grad)
+        do, fused = steps(impl, gemm, "gate_gemm", grad)
         found = backward(do, grad, pooling, weights, saved, Needs(*needs), fused)
     return tuple(  # type: ignore[return-value]
         grad.new_empty(0) if gradient is None else gradient for gradient in found

@@ -69,6 +69,7 @@ def sound(**changes) -> CompileResult:
         "shared_bytes": 101376,
         "access_bytes": 16,
         "matrix_instructions": "",
+        "varying": "",
         "seconds": 0.1,
     }
     return CompileResult(**(values | changes))
@@ -83,6 +84,7 @@ def sound(**changes) -> CompileResult:
         ({"shared_bytes": 101377}, "shared memory"),
         ({"arch": 90, "shared_bytes": 232449}, "shared memory"),
         ({"access_bytes": 2}, "wider than 2 bytes"),
+        ({"varying": "tile_sides"}, "because of tile_sides"),
     ],
 )
 def test_what_is_beyond_a_limit_is_named(changes, problem):

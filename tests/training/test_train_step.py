@@ -65,6 +65,18 @@ def test_sliced_and_checkpointed_loss_gives_the_same_gradients(
         assert_same(result, reference)
 
 
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("backward", ["save", "recompute"])
+def test_the_projector_with_nothing_resident_gives_the_same_gradients(
+    two_ranks: RankPool, digits_corpus: Path, reference: tuple, impl: str, backward: str
+) -> None:
+    """Every parameter partitioned to nothing; Triton's kernels run in its interpreter."""
+    how = [f"train.projector_impl={impl}", f"train.projector_backward={backward}"]
+    packs = [[0, 1, 2, 3, 4], [5, 6, 7]]
+    for result in two_ranks.run(scenarios.step_gradients, digits_corpus, packs, [*FP32, *how]):
+        assert_same(result, reference)
+
+
 @pytest.mark.parametrize(
     ("preset", "trained"),
     [
