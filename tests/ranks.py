@@ -75,7 +75,6 @@ def _serve(connection: Connection, rank: int, world_size: int, port: int) -> Non
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
-        "TRITON_INTERPRET": "1",
     }
     from training.distributed import init_distributed
     from training.train import quiet_libraries

@@ -11,7 +11,7 @@ from kernels.tables import axis_tables
 from kernels.triton_impl.rows import row_blocks, store_row
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["first_rows", "tile_sides"])
 def pool_backward_kernel(
     grad,  # [M, C], of pooled
     first_rows,  # [T]

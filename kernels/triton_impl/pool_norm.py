@@ -17,7 +17,8 @@ from kernels.triton_impl.rows import (
 )
 
 
-@triton.jit
+# Where the parts of the layout's table start depends on T, which must not compile the kernel anew.
+@triton.jit(do_not_specialize_on_alignment=["first_rows", "tile_sides", "tile_of_row"])
 def pool_norm_kernel(
     x,  # [T, H*W, C]
     first_rows,  # [T]
