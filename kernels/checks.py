@@ -11,20 +11,12 @@ from kernels.tables import POOL_MODES
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
-def check_inputs(
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    w1: Tensor,
-    b1: Tensor,
-    w2: Tensor,
-    b2: Tensor,
-    w3: Tensor,
-    b3: Tensor,
-    grid: tuple[int, int],
-    pool: str,
-) -> None:
-    """Raise ValueError naming what does not fit in shapes, dtypes, devices, grid or pool mode."""
+def check_inputs(x: Tensor, weights: Sequence[Tensor], grid: tuple[int, int], pool: str) -> None:
+    """Raise ValueError naming what does not fit in shapes, dtypes, devices, grid or pool mode.
+
+    weights: norm_weight, norm_bias, w1, b1, w2, b2, w3, b3.
+    """
+    norm_weight, norm_bias, w1, b1, w2, b2, w3, b3 = weights
     check_choice("pool", pool, POOL_MODES)
     if x.ndim != 3:
         raise ValueError(f"x has shape {tuple(x.shape)}; expected [tiles, H*W, C]")

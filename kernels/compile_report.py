@@ -196,9 +196,31 @@ def format_report(results: list[CompileResult]) -> str:
         lines.append(
             [r.kernel, r.dtype, str(r.arch), *map(str, numbers), r.matrix_instructions, config]
         )
-    widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
+    return _aligned(lines)
+
+
+def format_summary(results: list[CompileResult]) -> str:
+    """One line per kernel and architecture: the most that any of its configurations uses."""
+    lines = [["kernel", "sm", "configurations", "registers", "stack", "spills", "shared", "matrix"]]
+    groups: dict[tuple[str, int], list[CompileResult]] = {}
+    for result in results:
+        groups.setdefault((result.kernel, result.arch), []).append(result)
+    for (kernel, arch), group in groups.items():
+        spills = max(r.spill_loads + r.spill_stores for r in group)
+        most = (max(r.registers for r in group), max(r.stack_bytes for r in group), spills)
+        kinds = sorted({r.matrix_instructions.split()[0] for r in group if r.matrix_instructions})
+        shared = max(r.shared_bytes for r in group)
+        numbers = (arch, len(group), *most, shared)
+        lines.append([kernel, *map(str, numbers), " ".join(kinds)])
+        lines += [[f"  beyond a limit: {p} ({r.config})"] for r in group for p in r.problems()]
+    return _aligned(lines)
+
+
+def _aligned(lines: list[list[str]]) -> str:
+    whole = [line for line in lines if len(line) > 1]
+    widths = [max(len(line[i]) for line in whole) for i in range(len(whole[0]))]
     return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=False)).rstrip()
         for line in lines
     )
 

@@ -59,7 +59,7 @@ def token_adaptive_projector(
     weights: tuple[Tensor, ...] = (norm_weight, norm_bias, w1, b1, w2, b2, w3, b3)
     if torch.is_autocast_enabled(x.device.type):
         x, weights = _autocast(x, weights)
-    check_inputs(x, *weights, grid, pool)
+    check_inputs(x, weights, grid, pool)
     sides = sides_tensor(tile_sides, x.shape[0])
     needs_backward = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights))
     out, *_ = projector_forward(

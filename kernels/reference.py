@@ -49,7 +49,7 @@ def projector_reference(
 
     Raises ValueError when shapes, dtypes, devices, sides, grid or pool mode do not fit.
     """
-    check_inputs(x, norm_weight, norm_bias, w1, b1, w2, b2, w3, b3, grid, pool)
+    check_inputs(x, (norm_weight, norm_bias, w1, b1, w2, b2, w3, b3), grid, pool)
     layout = tile_layout(sides_tensor(tile_sides, len(x)).numpy(), torch.device("cpu"))
     wide = torch.promote_types(x.dtype, torch.float32)
     pooled = pool_tiles(x, layout.sides, grid, pool).to(x.dtype).to(wide)

@@ -110,13 +110,19 @@ def build_steps(rows: int, shape: Shape, device: torch.device) -> dict[str, Step
         # Writes over its first argument; the copy's time is in every candidate's.
         "swiglu_backward": lambda: do.swiglu_backward(product.clone(), gate, value),
         "column_sum": lambda: (column_sum(parts),),
-        "dual_gemm": lambda: do.dual_gemm_swiglu(
-            pooled, w1, hidden_bias, w2, hidden_bias, keep_gates=True
-        ),
+        "dual_gemm": lambda: _fused_dual(pooled, w1, w2, hidden_bias),
         "gate_gemm": lambda: do.gate_gemm_backward(grad, w3, gate, value),
         "cublas dual_gemm": lambda: _cublas_dual(pooled, w1, w2, hidden_bias),
         "cublas gate_gemm": lambda: do.swiglu_backward(torch.mm(grad, w3), gate, value),
     }
+
+
+def _fused_dual(normed: Tensor, w1: Tensor, w2: Tensor, bias: Tensor) -> Results:
+    from kernels import triton_impl as do
+
+    product, gate, value = do.dual_gemm_swiglu(normed, w1, bias, w2, bias, keep_gates=True)
+    assert gate is not None and value is not None
+    return product, gate, value
 
 
 def _cublas_dual(normed: Tensor, w1: Tensor, w2: Tensor, bias: Tensor) -> Results:

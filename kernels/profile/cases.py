@@ -1,0 +1,188 @@
+"""What is profiled: tiles, sides, widths, pooling mode, dtype, and how `--shape` says so."""
+
+import math
+import random
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from kernels.tables import POOL_MODES
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+SHAPE_HELP = """\
+A shape is a comma-separated list of KEY=VALUE without spaces; only n must be given:
+  n=12           every tile becomes 12 x 12 tokens
+  n=8/12/16      mixed: tiles differ in n, in equal shares, in a fixed random order
+  p=.2/.3/.5     the shares of the sides, in the order of n
+  T=64           tiles
+  pool=adaptive  pooling mode: adaptive or resize
+  grid=27x27     rows x columns of patches of a tile
+  C=1152 F=3456 D=2048   channels of a patch, hidden width, width of the language model
+  dtype=bf16     bf16, fp16 or fp32
+For example: --shape T=64,n=12 --shape T=64,n=8/12/16,p=.2/.3/.5,pool=resize
+Without --shape: 64 tiles with n = 8, 12, 16 and with the three mixed at .2/.3/.5, in both modes.
+"""
+_SEED = 0  # of the order of mixed sides, the same in every run
+
+
+@dataclass(frozen=True)
+class Case:
+    """T tiles of H x W patches and C channels -> M = sum of n^2 rows; F hidden, D output.
+
+    ns: the different sides. shares: their shares of the tiles, which sum to 1.
+    """
+
+    ns: tuple[int, ...]
+    shares: tuple[float, ...]
+    tiles: int = 64
+    pool: str = "adaptive"
+    grid: tuple[int, int] = (27, 27)
+    channels: int = 1152
+    hidden: int = 3456
+    width: int = 2048
+    dtype: str = "bf16"
+
+    @property
+    def uniform(self) -> bool:
+        """Whether every tile has the same side."""
+        return len(set(self.sides)) == 1
+
+    @cached_property
+    def sides(self) -> tuple[int, ...]:
+        """n of each tile: exact shares (largest remainders get the tiles left over), shuffled."""
+        wanted = [share * self.tiles for share in self.shares]
+        counts = [math.floor(value + 1e-9) for value in wanted]
+        by_remainder = sorted(range(len(wanted)), key=lambda i: counts[i] - wanted[i])
+        for i in by_remainder[: self.tiles - sum(counts)]:
+            counts[i] += 1
+        sides = [n for n, count in zip(self.ns, counts, strict=True) for _ in range(count)]
+        random.Random(_SEED).shuffle(sides)
+        return tuple(sides)
+
+    @cached_property
+    def rows(self) -> int:
+        """M, the tokens of all tiles."""
+        return sum(n * n for n in self.sides)
+
+    @property
+    def patches(self) -> int:
+        """H * W."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype of x and the weights."""
+        return DTYPES[self.dtype]
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of one element of x."""
+        return self.torch_dtype.itemsize
+
+    @property
+    def name(self) -> str:
+        """The case as `--shape` takes it, widths only where they are not the usual ones."""
+        usual = Case(self.ns, self.shares)
+        parts = [f"T={self.tiles}", f"n={_joined(self.ns)}"]
+        if len(self.ns) > 1:
+            parts.append(f"p={_joined(tuple(f'{share:.4g}' for share in self.shares))}")
+        parts.append(f"pool={self.pool}")
+        if self.grid != usual.grid:
+            parts.append(f"grid={self.grid[0]}x{self.grid[1]}")
+        for key, field in (("C", "channels"), ("F", "hidden"), ("D", "width"), ("dtype", "dtype")):
+            if getattr(self, field) != getattr(usual, field):
+                parts.append(f"{key}={getattr(self, field)}")
+        return ",".join(parts)
+
+
+def _joined(values: tuple[object, ...]) -> str:
+    return "/".join(map(str, values))
+
+
+def default_cases() -> list[Case]:
+    """64 tiles: n = 8, 12, 16 and the three mixed, in both pooling modes."""
+    mixed = ((8, 12, 16), (0.2, 0.3, 0.5))
+    sides = [*(((n,), (1.0,)) for n in mixed[0]), mixed]
+    return [Case(ns, shares, pool=pool) for pool in POOL_MODES for ns, shares in sides]
+
+
+def parse_shape(text: str) -> Case:
+    """Read one `--shape`; ValueError says what was found, what is expected and what to do."""
+    values: dict[str, str] = {}
+    for part in text.split(","):
+        key, equals, value = part.partition("=")
+        if not equals or not value:
+            raise ValueError(f"{part!r} in {text!r} is not KEY=VALUE; write for example T=64,n=12")
+        if key not in _READERS:
+            known = ", ".join(_READERS)
+            raise ValueError(f"unknown key {key!r} in {text!r}; expected one of {known}")
+        if key in values:
+            raise ValueError(f"{key} is given twice in {text!r}; give it once")
+        values[key] = value
+    if "n" not in values:
+        raise ValueError(f"no side n in {text!r}; add for example n=12, or n=8/12/16 for a mix")
+    read = {_FIELDS[key]: _READERS[key](key, value) for key, value in values.items()}
+    ns = read["ns"]
+    shares = read.pop("shares", (1.0,) * len(ns))
+    if len(shares) != len(ns):
+        raise ValueError(
+            f"{len(shares)} shares in p for {len(ns)} sides in n of {text!r}; give one for each"
+        )
+    return Case(shares=tuple(share / sum(shares) for share in shares), **read)
+
+
+def _whole(key: str, value: str) -> int:
+    if not value.isdecimal() or int(value) < 1:
+        raise ValueError(f"{key} is {value!r}; expected a whole number >= 1, such as {key}=64")
+    return int(value)
+
+
+def _sides(key: str, value: str) -> tuple[int, ...]:
+    return tuple(_whole(key, part) for part in value.split("/"))
+
+
+def _shares(key: str, value: str) -> tuple[float, ...]:
+    try:
+        shares = tuple(float(part) for part in value.split("/"))
+    except ValueError:
+        shares = ()
+    if not shares or not all(0 < share < math.inf for share in shares):
+        raise ValueError(f"{key} is {value!r}; expected positive numbers, such as p=.2/.3/.5")
+    return shares
+
+
+def _grid(key: str, value: str) -> tuple[int, int]:
+    rows, times, columns = value.partition("x")
+    if not times:
+        raise ValueError(f"{key} is {value!r}; expected rows x columns, such as grid=27x27")
+    return _whole(key, rows), _whole(key, columns)
+
+
+def _one_of(*choices: str):
+    def read(key: str, value: str) -> str:
+        if value not in choices:
+            raise ValueError(f"{key} is {value!r}; expected one of {', '.join(choices)}")
+        return value
+
+    return read
+
+
+_READERS = {
+    "T": _whole,
+    "n": _sides,
+    "p": _shares,
+    "pool": _one_of(*POOL_MODES),
+    "grid": _grid,
+    "C": _whole,
+    "F": _whole,
+    "D": _whole,
+    "dtype": _one_of(*DTYPES),
+}
+_FIELDS = dict(
+    zip(
+        _READERS,
+        ("tiles", "ns", "shares", "pool", "grid", "channels", "hidden", "width", "dtype"),
+        strict=True,
+    )
+)

@@ -1,0 +1,178 @@
+"""What is printed: a table per case, the targets, and the calculated floors."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from kernels.profile.bench import CaseResult, Measured
+from kernels.profile.cases import Case
+from kernels.profile.providers import PROVIDERS
+from kernels.profile.results import speedup, worst
+from kernels.profile.roofline import WAYS, Peaks, floor_s, model_flops, saved_bytes
+from kernels.profile.targets import Target
+from kernels.profile.timing import Timing
+
+LABELS = {"forward": "forward", "backward": "backward", "both": "fwd+bwd"}
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns as wide as their widest entry; the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in (header, *rows)
+    )
+
+
+def format_case(result: CaseResult) -> str:
+    """Times with their 20 % and 80 % quantiles, ratios of one mode, memory, error."""
+    case = result.case
+    modes = [m for m in LABELS if any(m in found.timings for found in result.measured.values())]
+    lines = [
+        f"{case.name}: {case.rows} tokens, {model_flops(case, 'forward') / 1e9:.0f} GFLOP forward"
+        + (", x without gradient" if result.frozen else "")
+    ]
+    if modes:
+        main = modes[-1]
+        header = [
+            "",
+            *(f"{LABELS[mode]} ms (y20 .. y80)" for mode in modes),
+            *(f"{LABELS[main]}: vs loop", "vs eager", "vs compile", "TFLOP/s", "roofline"),
+            *("host ms", "saved MB", "peak MB", "error", "gradients'"),
+        ]
+        rows = [
+            _case_row(result, name, found, modes, main)
+            for name, found in result.measured.items()
+            if main in found.timings
+        ]
+        lines.append(table(header, rows))
+    if result.noise:
+        ratios = ", ".join(f"{LABELS[mode]} {ratio:.3f}" for mode, ratio in result.noise.items())
+        lines.append(f"A/A, {result.repeated} timed again after all others: {ratios}")
+    if result.pool_norm:
+        lines.append(f"pool + norm kernel alone: {_timing(result.pool_norm)} ms")
+    lines += [f"{name} FAILED: {why}" for name, why in result.failed.items()]
+    return "\n".join(lines)
+
+
+def _case_row(
+    result: CaseResult, name: str, found: Measured, modes: Sequence[str], main: str
+) -> list[str]:
+    seconds, memory = found.timings[main].median_ms / 1e3, found.memory
+    floor = floor_s(result.case, "fused", main, result.peaks, result.frozen)
+    return [
+        name,
+        *(_timing(found.timings[mode]) for mode in modes),
+        *(
+            _ratio(speedup(result, other, name, main))
+            for other in ("eager_loop", "eager_grouped", "compile")
+        ),
+        f"{model_flops(result.case, main) / seconds / 1e12:.0f}",
+        f"{floor / seconds:.0%}",
+        f"{found.timings[main].host_ms:.3f}",
+        f"{(memory.saved + memory.saved_x) / 1e6:.0f}",
+        "-" if memory.peak is None else f"{memory.peak / 1e6:.0f}",
+        f"{found.errors['out']:.1e}",
+        f"{worst(error for of, error in found.errors.items() if of != 'out'):.1e}",
+    ]
+
+
+def _timing(timing: Timing) -> str:
+    return f"{timing.median_ms:.3f} ({timing.y20_ms:.3f} .. {timing.y80_ms:.3f})"
+
+
+def _ratio(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{ratio:.2f}x"
+
+
+EXPLANATION = """\
+vs: how many times faster, side by side in this run; eager is eager_grouped. roofline: time of
+perfect fusion at the measured ceilings over time taken. host ms: what issuing one call costs the
+host; where it is above the time, the host is the limit. saved: what autograd keeps for backward, x
+included where it is kept. error: of the result against float64, gradients': of the worst gradient.
+A ratio closer to 1 than A/A is noise."""
+
+
+def format_targets(targets: Sequence[Target]) -> str:
+    """Every target with what was measured."""
+    verdicts = {True: "met", False: "NOT MET", None: "not measured"}
+    rows = [
+        [
+            target.case,
+            target.what,
+            f"{'>=' if target.at_least else '<='} {target.limit:g}",
+            "-" if target.measured is None else f"{target.measured:.3g}",
+            verdicts[target.met],
+        ]
+        for target in targets
+    ]
+    count = Counter(target.met for target in targets)
+    return (
+        table(["targets", "", "limit", "measured", ""], rows)
+        + f"\n{count[True]} met, {count[False]} not met, {count[None]} not measured"
+    )
+
+
+def format_providers() -> str:
+    """Name and meaning of every provider."""
+    return "\n".join(f"  {p.name:<14} {p.says}" for p in PROVIDERS.values())
+
+
+def calculated_rows(cases: Sequence[Case], peaks: Peaks, frozen: bool) -> list[dict[str, object]]:
+    """Floors in microseconds and bytes kept for backward, by case."""
+    return [
+        {
+            "case": case.name,
+            "tokens": case.rows,
+            "gflop_forward": model_flops(case, "forward") / 1e9,
+            "frozen_vit": frozen,
+            **{
+                f"floor_us_{mode}_{way}": 1e6 * floor_s(case, way, mode, peaks, frozen)
+                for mode in LABELS
+                for way in WAYS
+            },
+            **{f"saved_bytes_{way}": saved_bytes(case, way, frozen) for way in WAYS},
+        }
+        for case in cases
+    ]
+
+
+def format_calculated(cases: Sequence[Case], peaks: Peaks, frozen: bool) -> str:
+    """The calculated floors; every way, and how they compare."""
+    header = [
+        "calculated",
+        *("tokens", "GFLOP fwd"),
+        *("forward us", "backward us", "cublas over eager", "over compile"),
+        *("fused over eager", "over compile"),
+        *("kept for backward MB", "of eager"),
+    ]
+    rows = []
+    for case in cases:
+        floors = {
+            mode: [floor_s(case, way, mode, peaks, frozen) for way in WAYS] for mode in LABELS
+        }
+        kept = [saved_bytes(case, way, frozen) for way in WAYS]
+        eager, compiled, cublas, fused, _ = floors["both"]
+        rows.append(
+            [
+                case.name,
+                str(case.rows),
+                f"{model_flops(case, 'forward') / 1e9:.0f}",
+                _slashed(1e6 * value for value in floors["forward"][:4]),
+                _slashed(1e6 * value for value in floors["backward"]),
+                *(
+                    f"{theirs / ours:.2f}x"
+                    for ours in (cublas, fused)
+                    for theirs in (eager, compiled)
+                ),
+                _slashed(kept[i] / 1e6 for i in (0, 1, 2, 4)),
+                f"{kept[2] / kept[0]:.0%} / {kept[4] / kept[0]:.0%}",
+            ]
+        )
+    return table(header, rows)
+
+
+def _slashed(values: Iterable[float]) -> str:
+    return " / ".join(f"{value:.0f}" for value in values)
