@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 MAX_ROWS = 2**31 - 1
+MAX_SIDE = 1024  # a million tokens per tile; the pooling tables hold every side up to the largest
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,10 @@ def tile_layout(sides: Sequence[int] | np.ndarray, device: torch.device) -> Tile
         )
     counts = array * array
     rows = int(counts.sum())
-    if array.size and (array.max() > 2**15 or rows > MAX_ROWS):
+    if array.size and (array.max() > MAX_SIDE or rows > MAX_ROWS):
         raise ValueError(
-            f"tile_sides ask for {rows} tokens, the largest side is {array.max()}; expected fewer "
-            f"than 2^31 tokens and sides up to 2^15: pass fewer tiles at once"
+            f"tile_sides ask for {rows} tokens, the largest side is {array.max()}; expected sides "
+            f"up to {MAX_SIDE} and fewer than 2^31 tokens: pass smaller sides or fewer tiles"
         )
     parts = [np.cumsum(counts) - counts, array, np.repeat(np.arange(array.size), counts)]
     table = torch.from_numpy(np.concatenate(parts).astype(np.int32))

@@ -42,6 +42,16 @@ SMALLER: dict[str, str | None] = {
     "python -m data_pipeline.index data/mine --tokenizer Qwen/Qwen2.5-7B-Instruct": (
         "python -m data_pipeline.index data/mine --tokenizer data/digits/tokenizer.model"
     ),
+    "python -m kernels.profile": "python -m kernels.profile --no-compile-report",
+    "python -m kernels.profile --shape T=64,n=8/12/16,p=.2/.3/.5,pool=resize --out runs/profile": (
+        "python -m kernels.profile --shape T=64,n=8/12/16,p=.2/.3/.5,pool=resize "
+        "--out runs/profile --no-compile-report"
+    ),
+    "sbatch slurm/profile_projector.sh --shape T=64,n=12": None,  # tests/slurm/test_profile.py
+    "python -m kernels.compile_report --arch 90": (
+        "python -m kernels.compile_report --arch 90 --kernel swiglu"
+    ),
+    "python -m kernels.tune --out tiles.json": "python -m kernels.tune --help",
 }
 
 
@@ -88,6 +98,7 @@ def test_command_runs(command: str, clone: Path) -> None:
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
         "DS_ACCELERATOR": "cpu",
+        "TRITON_INTERPRET": "0",
     }
     result = subprocess.run(
         shlex.split(command),
@@ -122,3 +133,23 @@ def test_the_numbers_are_those_recorded(demo: str) -> None:
     training = f"{recorded['steps']} steps in {recorded['training_s']:.0f} s"
     assert f"{training}, the whole command {recorded['wall_s']:.0f} s" in " ".join(readme.split())
     assert recorded["machine"] in readme
+
+
+def test_the_projector_table_is_the_recorded_calculation() -> None:
+    readme = (ROOT / "README.md").read_text()
+    recorded = json.loads((ROOT / "kernels/results/calculated.json").read_text())
+    assert f"{recorded['assumed']['tflops']:g} TFLOP/s" in readme
+    cases = {row["case"]: row for row in recorded["cases"]}
+    rows = (
+        ("adaptive, as it ships", "adaptive", "cublas", " of eager's"),
+        ("adaptive, fused products as fast as cuBLAS", "adaptive", "fused", ""),
+        ("resize, as it ships", "resize", "cublas", ""),
+        ("adaptive, `train.projector_backward=recompute`", "adaptive", "recompute", ""),
+    )
+    for label, pool, way, unit in rows:
+        case = cases[f"T=64,n=12,pool={pool}"]
+        ours = case[f"floor_us_both_{way}"]
+        eager, compiled = (case[f"floor_us_both_{other}"] / ours for other in ("eager", "compile"))
+        kept = case[f"saved_bytes_{way}"] / case["saved_bytes_eager"]
+        line = f"| n = 12, {label} | {eager:.2f}x | {compiled:.2f}x | {kept:.0%}".replace("%", " %")
+        assert f"{line}{unit} |" in readme

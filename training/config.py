@@ -131,11 +131,29 @@ class CheckpointSettings(Settings):
     """When to save, what to keep, where to resume from."""
 
     every_steps: int = Field(1000, gt=0)
-    keep: int = Field(2, ge=1)
+    keep: int = Field(2, ge=2)
+    """Newest checkpoints to keep; two at least, should the newest be damaged."""
+    keep_every_steps: int = Field(0, ge=0)
+    """Also keep every checkpoint whose step is a multiple of this; 0: none."""
+    background: bool = True
+    """Write while training goes on; false: each save waits until its checkpoint is published."""
     resume: str = "auto"
     """`auto` (newest checkpoint of output_dir, if any), `never`, or a checkpoint folder."""
     init_from: str | None = None
     """Weights of an earlier stage to start a new run from: a checkpoint, or a folder of them."""
+
+
+class FaultSettings(Settings):
+    """When a rank is taken for stuck, and what happens to a loss that is not finite or leaps."""
+
+    startup_timeout_s: float = Field(1800, gt=0)
+    """Longest wait for another rank until the first step is done, and while saving."""
+    step_timeout_s: float = Field(300, gt=0)
+    """Longest wait afterwards; above the longest step, and its wait for data."""
+    max_skipped_steps: int = Field(0, ge=0)
+    """Steps with a non-finite loss or gradient to leave out at most; 0: stop at the first."""
+    spike_sigma: float = Field(6.0, ge=0)
+    """Report a loss this many standard deviations above the recent mean; 0: never."""
 
 
 class EvalSettings(Settings):
@@ -157,6 +175,7 @@ class RunConfig(Settings):
     train: TrainSettings
     deepspeed: DeepSpeedSettings = DeepSpeedSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
+    faults: FaultSettings = FaultSettings()
     eval: EvalSettings = EvalSettings()
 
     @model_validator(mode="after")

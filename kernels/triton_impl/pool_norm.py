@@ -52,8 +52,9 @@ def pool_norm_kernel(
     across = across_index + 3 * (spans + token % side)
     top, height, down_at = tl.load(down), tl.load(down + 1), tl.load(down + 2)
     left, width, across_at = tl.load(across), tl.load(across + 1), tl.load(across + 2)
-    corner = x + (tile.to(tl.int64) * HEIGHT * WIDTH + top * WIDTH + left) * C
+    corner = x + (tile.to(tl.int64) * (HEIGHT * WIDTH) + top * WIDTH + left) * C
 
+    stride = tl.full((), C, tl.int64)  # a single tile may have more than 2^31 elements
     main = tl.zeros([BLOCK], tl.float32)
     tail = tl.zeros([TAIL if TAIL > 0 else 1], tl.float32)
     main_channels = tl.arange(0, BLOCK)
@@ -67,7 +68,7 @@ def pool_norm_kernel(
                 weight = line_weight * tl.load(
                     across_weights + across_at + column + ahead, mask=inside, other=0.0
                 )
-                patch = corner + (line * WIDTH + column + ahead) * C
+                patch = corner + (line * WIDTH + column + ahead) * stride
                 values = tl.load(patch + main_channels, mask=inside, other=0.0)
                 main += weight * values.to(tl.float32)
                 if TAIL > 0:

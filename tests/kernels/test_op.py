@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels import POOL_MODES, dispatch, launch, projector_reference, token_adaptive_projector
 from kernels import registration as ops
+from kernels.layout import tile_layout
 from tests.kernels.inputs import (
     CHANNELS,
     DEVICE,
@@ -268,14 +269,18 @@ def test_a_norm_in_float32_beside_half_precision():
         ({"sides": torch.tensor([2.0, 5.0, 3.0])}, "tile_sides is torch.float32"),
         ({"sides": torch.tensor([2, 5, -3])}, r"tile_sides\[2\] is -3"),
         ({"sides": torch.tensor([[2, 5, 3]])}, r"tile_sides has shape \(1, 3\)"),
-        ({"sides": [2**15] * 3}, r"ask for 3221225472 tokens.*fewer than 2\^31 tokens"),
-        ({"sides": [2, 5, 2**16]}, r"the largest side is 65536"),
+        ({"sides": [2, 5, 1025]}, r"the largest side is 1025; expected sides up to 1024"),
     ],
 )
 def test_bad_choices_and_sides(options, message):
     x, weights = inputs()
     with pytest.raises(ValueError, match=message):
         call(x, weights, **options)
+
+
+def test_more_tokens_than_an_int32_counts_are_refused():
+    with pytest.raises(ValueError, match=r"ask for 2148532224 tokens.*fewer than 2\^31 tokens"):
+        tile_layout([1024] * 2049, torch.device("cpu"))
 
 
 def test_triton_says_what_it_cannot_run(monkeypatch):
