@@ -105,7 +105,8 @@ class TrainSettings(Settings):
     eps: float = Field(1e-8, gt=0)
     clip_grad_norm: float = Field(1.0, ge=0)
     """Largest gradient norm; 0 does not clip."""
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Literal["auto", "bf16", "fp32"] = "bf16"
+    """auto: bf16 where the device computes it at full speed (GPUs, new CPUs), else fp32."""
     gradient_checkpointing: bool = False
     projector_backward: Literal["save", "recompute"] = "save"
     """Keep the projector's gates for backward, or compute them again: a seventh of the memory."""

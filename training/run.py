@@ -21,6 +21,7 @@ from training.distributed import Ranks, from_main
 from training.evaluate import Evaluation, evaluate
 from training.metrics import MetricsLog
 from training.plots import plot_run
+from training.precision import has_fast_bf16
 from training.stages import module_table
 
 
@@ -148,8 +149,14 @@ class Run:
             f"{config.data.tokens.probabilities}"
         )
         self.say(
-            f"projector: {self.projector_impl}, {config.train.projector_backward} for backward"
+            f"precision: {config.train.precision}; projector: {self.projector_impl}, "
+            f"{config.train.projector_backward} for backward"
         )
+        if config.train.precision == "bf16" and not has_fast_bf16(self.ranks.device):
+            self.say(
+                "warning: this processor is tens of times slower in bf16 than in fp32; set "
+                "train.precision=fp32, or auto to leave it to the machine"
+            )
         if self.index.bad:
             first = self.index.bad[0]
             self.say(

@@ -26,12 +26,14 @@ from training.distributed import Ranks, all_reduce_sum, from_main, init_distribu
 from training.engine import build_engine
 from training.inputs import model_inputs
 from training.metrics import MetricsLog, StepMeter, weight_sum
+from training.precision import settle_precision
 from training.run import Run
 from training.stages import learning_rate_factor
 
 
 def train(config: RunConfig, ranks: Ranks) -> None:
     """Run, or go on with, the training that the config describes; evaluate it at the end."""
+    config = settle_precision(config, ranks)
     run = Run(config, ranks)
     folder, earlier = config.output_dir / "checkpoints", config.checkpoint.init_from
     # Decided by one rank: on a shared file system others may not see the newest folder yet.
