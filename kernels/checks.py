@@ -70,7 +70,9 @@ def sides_tensor(tile_sides: Sequence[int] | Tensor, tiles: int) -> Tensor:
                     f"tile_sides[{tile}] is {n!r}; expected a whole number >= 1, "
                     "the side n of the tile's n x n tokens"
                 )
-        tile_sides = torch.tensor([int(n) for n in tile_sides], dtype=torch.int64)
+        # Beyond an int64 it is too large anyhow: what says so comes with the other sides.
+        bounded = [max(-1, min(int(n), 2**31)) for n in tile_sides]
+        tile_sides = torch.tensor(bounded, dtype=torch.int64, device="cpu")
     if tile_sides.device.type != "cpu":
         raise ValueError(f"tile_sides is on {tile_sides.device}; pass a list or a CPU tensor")
     if tile_sides.is_floating_point() or tile_sides.is_complex() or tile_sides.dtype == torch.bool:
@@ -88,7 +90,10 @@ def sides_tensor(tile_sides: Sequence[int] | Tensor, tiles: int) -> Tensor:
 def _check_grid(x: Tensor, grid: tuple[int, int]) -> None:
     try:
         height, width = grid
-        fits = height >= 1 and width >= 1 and height * width == x.shape[1]
+        whole = all(
+            isinstance(n, numbers.Integral) and not isinstance(n, bool) for n in (height, width)
+        )
+        fits = whole and height >= 1 and width >= 1 and height * width == x.shape[1]
     except (TypeError, ValueError):
         fits = False
     if not fits:

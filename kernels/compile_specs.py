@@ -54,8 +54,11 @@ def _norm(dtype: torch.dtype, rows: int, channels: int) -> None:
 def _norm_backward(dtype: torch.dtype, rows: int, channels: int) -> None:
     statistic, weight = _empty(torch.float32, rows), _empty(dtype, channels)
     row = _empty(dtype, rows, channels)
-    for keep in (True, False):
-        triton_impl.norm_backward(row, row, statistic, statistic, weight, weight, keep)
+    for frozen in (True, False):
+        for keep in (True, False):
+            triton_impl.norm_backward(
+                row, row, statistic, statistic, weight, weight, not frozen, keep
+            )
 
 
 def _pool_backward(dtype: torch.dtype, rows: int, channels: int) -> None:

@@ -12,6 +12,7 @@ from kernels.launch import fused_by_default
 IMPLEMENTATIONS = ("auto", "triton", "torch")
 GEMM_CHOICES = ("auto", "cublas", "fused")
 _TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+OLDEST = (8, 0)  # sm_80: bfloat16, cp.async
 _HALF = (torch.bfloat16, torch.float16)
 
 
@@ -22,7 +23,8 @@ def implementation(impl: str, device: torch.device, dtype: torch.dtype) -> str:
     if impl == "auto":
         if device.type != "cuda" or dtype not in _TRITON_DTYPES:
             return "torch"
-        return "triton" if triton_found() else _without_triton()
+        obstacle = _obstacle(device)
+        return "torch" if obstacle else "triton"
     if not triton_found():
         raise ValueError("impl is 'triton', but triton is not installed; use impl='auto'")
     if dtype not in _TRITON_DTYPES:
@@ -39,13 +41,22 @@ def implementation(impl: str, device: torch.device, dtype: torch.dtype) -> str:
 
 
 @cache
-def _without_triton() -> str:
+def _obstacle(device: torch.device) -> str | None:
+    """Why the kernels cannot run on this GPU, or None; warns once."""
+    if not triton_found():
+        obstacle = "triton is not installed; install the version that torch asks for"
+    elif torch.version.hip is not None:
+        obstacle = "the kernels were written and compiled for NVIDIA GPUs only"
+    elif torch.cuda.get_device_capability(device) < OLDEST:
+        obstacle = f"the GPU is older than compute capability {OLDEST[0]}.{OLDEST[1]}"
+    else:
+        return None
     warnings.warn(
-        "the projector runs in plain PyTorch on a GPU, tile sides one after the other, because "
-        "triton is not installed; install the version that torch asks for",
+        f"the projector runs in plain PyTorch on {device}, tile sides one after the other: "
+        f"{obstacle}",
         stacklevel=2,
     )
-    return "torch"
+    return obstacle
 
 
 def use_fused(kernel: str, gemm: str, impl: str, device: torch.device, dtype: torch.dtype) -> bool:

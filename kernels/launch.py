@@ -86,6 +86,13 @@ SAFE_DEFAULT = "sm_80"  # fits the shared memory of everything newer
 INTERPRETED = "sm_90"  # whose entries the interpreter runs
 
 
+def device_architecture(device: torch.device) -> str:
+    """Name of the device's own architecture, whether the table knows it or not."""
+    if device.type != "cuda":
+        return INTERPRETED
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
+
 def architecture(device: torch.device) -> str:
     """Name of the device's architecture as in the table, "sm_90" for one; the interpreter's on CPU.
 

@@ -115,21 +115,26 @@ def backward(
         grad_normed = torch.mm(grad_gate, w.w1).addmm_(grad_value, w.w2)
         keep_normed = needs.gates and normed is None
         grad_pooled, sum_weight, sum_bias, again = do.norm_backward(
-            grad_normed, pooled, mean, rstd, w.norm_weight, w.norm_bias, keep_normed
+            grad_normed, pooled, mean, rstd, w.norm_weight, w.norm_bias, needs.x, keep_normed
         )
         del grad_normed
         normed = again if keep_normed else normed
         if needs.norm:
-            found["norm_weight"] = sum_weight.to(w.norm_weight.dtype)
-            found["norm_bias"] = sum_bias.to(w.norm_bias.dtype)
+            found["norm_weight"] = _own(sum_weight, w.norm_weight)
+            found["norm_bias"] = _own(sum_bias, w.norm_bias)
         if needs.x:
             found["x"] = do.pool_backward(grad_pooled, pooling)
     if needs.gates:
         if normed is None:
             normed = do.norm(pooled, mean, rstd, w.norm_weight, w.norm_bias)
-        found["w1"], found["b1"] = grad_gate.t() @ normed, sum_gate.to(grad.dtype)
-        found["w2"], found["b2"] = grad_value.t() @ normed, sum_value.to(grad.dtype)
+        found["w1"], found["b1"] = grad_gate.t() @ normed, _own(sum_gate, grad)
+        found["w2"], found["b2"] = grad_value.t() @ normed, _own(sum_value, grad)
     return Gradients(**found)
+
+
+def _own(total: Tensor, like: Tensor) -> Tensor:
+    """In the dtype of `like`, and a copy: a custom op may not return parts of one tensor."""
+    return total.to(like.dtype, copy=True)
 
 
 def _gates(

@@ -18,9 +18,9 @@ def pool_tiles(x: Tensor, sides: Sequence[int], grid: tuple[int, int], pool: str
     if len(groups) == 1:
         return _pool_group(x, sides[0], grid, pool).flatten(0, 1)
     pooled = [
-        _pool_group(x[torch.tensor(tiles).to(x.device, non_blocking=True)], n, grid, pool).flatten(
-            0, 1
-        )
+        _pool_group(
+            x[torch.tensor(tiles, device="cpu").to(x.device, non_blocking=True)], n, grid, pool
+        ).flatten(0, 1)
         for n, tiles in groups.items()
     ]
     order = torch.from_numpy(_rows_in_tile_order(sides, groups))
@@ -37,7 +37,8 @@ def unpool_tiles(rows: Tensor, sides: Sequence[int], grid: tuple[int, int], pool
         [len(tiles) * n * n for n, tiles in groups.items()]
     )
     patches = [_unpool_group(piece, n, grid, pool) for n, piece in zip(groups, pieces, strict=True)]
-    order = torch.tensor([tile for tiles in groups.values() for tile in tiles]).argsort()
+    tiles = [tile for group in groups.values() for tile in group]
+    order = torch.tensor(tiles, device="cpu").argsort()
     return torch.cat(patches)[order.to(rows.device, non_blocking=True)]
 
 

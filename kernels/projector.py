@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kernels.checks import check_choice, check_inputs, sides_tensor
 from kernels.dispatch import GEMM_CHOICES, IMPLEMENTATIONS
-from kernels.registration import projector_forward
+from kernels.registration import Options, projector_forward
 
 BACKWARD_MODES = ("save", "recompute")
 
@@ -34,8 +34,9 @@ def token_adaptive_projector(
     """Pool each tile to its own n x n tokens and project them, any mix of n in one launch.
 
     TokenFLEX (arXiv 2504.03154), section 3: pool -> LayerNorm(C) -> silu(. w1 + b1) * (. w2 + b2)
-    -> w3 + b3. Sums are accumulated in float32 (float64 for float64) and rounded to x's dtype
-    between the steps. Forward and backward give the same bits every time.
+    -> w3 + b3. Everything between the matrix products is computed in float32 (float64 for float64)
+    and rounded once to x's dtype; the products are torch's own, and accumulate as those do. Forward
+    and backward give the same bits every time.
 
     x: [T, H*W, C], patches row by row, of bfloat16, float16, float32 or float64. T may be 0: the
         result is then empty, but still part of the graph.
@@ -62,17 +63,8 @@ def token_adaptive_projector(
     check_inputs(x, weights, grid, pool)
     sides = sides_tensor(tile_sides, x.shape[0])
     needs_backward = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights))
-    out, *_ = projector_forward(
-        x,
-        sides,
-        *weights,
-        list(grid),
-        pool,
-        backward if needs_backward else "none",
-        impl,
-        gemm,
-        eps,
-    )
+    options = Options(grid, pool, backward if needs_backward else "none", impl, gemm, eps)
+    out, *_ = projector_forward(x, sides, *weights, options.encode())
     return out
 
 

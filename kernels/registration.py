@@ -7,9 +7,10 @@ The parameters themselves are saved for backward, never a copy, since ZeRO-3 fre
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
+from functools import lru_cache
 from importlib import import_module
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,7 +27,37 @@ def steps(impl: str, gemm: str, kernel: str, like: Tensor) -> tuple[ModuleType, 
     return import_module(f"kernels.{runs}_impl"), fused
 
 
-@torch.library.custom_op("tokenflex::projector_forward", mutates_args=())
+class Options(NamedTuple):
+    """What a call asks for besides its tensors.
+
+    One string as an argument of the ops: the dispatcher's time per call grows with every argument.
+    """
+
+    grid: tuple[int, int]
+    pool: str
+    keep: str  # "save", "recompute" or "none"
+    impl: str
+    gemm: str
+    eps: float
+
+    def encode(self) -> str:
+        """As a string that `decode` reads."""
+        height, width = self.grid
+        return f"{height} {width} {self.pool} {self.keep} {self.impl} {self.gemm} {self.eps}"
+
+    @staticmethod
+    @lru_cache(maxsize=256)
+    def decode(text: str) -> "Options":
+        """The options that were encoded."""
+        height, width, pool, keep, impl, gemm, eps = text.split()
+        return Options((int(height), int(width)), pool, keep, impl, gemm, float(eps))
+
+
+# The layout is made on the host, anew in every call: nothing of it may be captured and replayed.
+_TAGS = (torch.Tag.cudagraph_unsafe,)
+
+
+@torch.library.custom_op("tokenflex::projector_forward", mutates_args=(), tags=_TAGS)
 def projector_forward(
     x: Tensor,
     sides: Tensor,
@@ -38,31 +69,30 @@ def projector_forward(
     b2: Tensor,
     w3: Tensor,
     b3: Tensor,
-    grid: Sequence[int],
-    pool: str,
-    keep: str,
-    impl: str,
-    gemm: str,
-    eps: float,
+    options: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns (out [M, D], *`Saved`, `TileLayout.table`); x [T, H*W, C], sides int [T] on CPU."""
+    """Returns (out [M, D], *`Saved`, `TileLayout.table`); x [T, H*W, C], sides int [T] on CPU.
+
+    options: `Options.encode()`.
+    """
+    o = Options.decode(options)
     layout = tile_layout(sides.numpy(), x.device)
     weights = Weights(norm_weight, norm_bias, w1, b1, w2, b2, w3, b3)
     if layout.rows == 0:
-        return (*_empty_results(x, weights, 0, keep), layout.table)
-    pooling = Pooling(layout, (grid[0], grid[1]), pool)
+        return (*_empty_results(x, weights, 0, o.keep), layout.table)
+    pooling = Pooling(layout, o.grid, o.pool)
     with _plain_numerics(x):
-        do, fused = steps(impl, gemm, "dual_gemm", x)
-        out, saved = forward(do, x.contiguous(), pooling, weights, keep, fused, eps)
+        do, fused = steps(o.impl, o.gemm, "dual_gemm", x)
+        out, saved = forward(do, x.contiguous(), pooling, weights, o.keep, fused, o.eps)
     return (out, *saved, layout.table)
 
 
 @projector_forward.register_fake
-def _(x, sides, norm_weight, norm_bias, w1, b1, w2, b2, w3, b3, grid, pool, keep, impl, gemm, eps):
+def _(x, sides, norm_weight, norm_bias, w1, b1, w2, b2, w3, b3, options):
     rows = torch.library.get_ctx().new_dynamic_size(min=0)
     weights = Weights(norm_weight, norm_bias, w1, b1, w2, b2, w3, b3)
     table = x.new_empty(rows + 2 * x.shape[0], dtype=torch.int32)
-    return (*_empty_results(x, weights, rows, keep), table)
+    return (*_empty_results(x, weights, rows, Options.decode(options).keep), table)
 
 
 def _empty_results(x: Tensor, w: Weights, rows: Any, keep: str) -> tuple[Any, ...]:
@@ -79,7 +109,7 @@ def _empty_results(x: Tensor, w: Weights, rows: Any, keep: str) -> tuple[Any, ..
     )
 
 
-@torch.library.custom_op("tokenflex::projector_backward", mutates_args=())
+@torch.library.custom_op("tokenflex::projector_backward", mutates_args=(), tags=_TAGS)
 def projector_backward(
     grad: Tensor,
     sides: Tensor,
@@ -97,21 +127,19 @@ def projector_backward(
     b2: Tensor,
     w3: Tensor,
     b3: Tensor,
-    grid: Sequence[int],
-    pool: str,
-    impl: str,
-    gemm: str,
+    options: str,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x and the eight weights, in that order; empty where `Needs` does not ask."""
     weights = Weights(norm_weight, norm_bias, w1, b1, w2, b2, w3, b3)
-    empty = _empty_gradients(grad, sides, weights, grid, Needs(*needs))
+    o = Options.decode(options)
     if grad.shape[0] == 0:
+        empty = _empty_gradients(grad, sides, weights, o.grid, Needs(*needs))
         return tuple(gradient.zero_() for gradient in empty)  # type: ignore[return-value]
-    pooling = Pooling(TileLayout(sides.tolist(), grad.shape[0], table), (grid[0], grid[1]), pool)
+    pooling = Pooling(TileLayout(sides.tolist(), grad.shape[0], table), o.grid, o.pool)
     saved, grad = Saved(pooled, mean, rstd, gate, value), grad.contiguous()
     with _plain_numerics(grad):
-        do, fused = steps(impl, gemm, "gate_gemm", grad)
+        do, fused = steps(o.impl, o.gemm, "gate_gemm", grad)
         found = backward(do, grad, pooling, weights, saved, Needs(*needs), fused)
     return tuple(  # type: ignore[return-value]
         grad.new_empty(0) if gradient is None else gradient for gradient in found
@@ -121,9 +149,10 @@ def projector_backward(
 @projector_backward.register_fake
 def _(
     grad, sides, table, pooled, mean, rstd, gate, value,
-    norm_weight, norm_bias, w1, b1, w2, b2, w3, b3, grid, pool, impl, gemm, needs,
+    norm_weight, norm_bias, w1, b1, w2, b2, w3, b3, options, needs,
 ):  # fmt: skip
     weights = Weights(norm_weight, norm_bias, w1, b1, w2, b2, w3, b3)
+    grid = Options.decode(options).grid
     return tuple(_empty_gradients(grad, sides, weights, grid, Needs(*needs)))
 
 
@@ -148,21 +177,21 @@ def _plain_numerics(tensor: Tensor) -> AbstractContextManager[Any]:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, sides, *weights, grid, pool, _, impl, gemm, _ = inputs
+    _, sides, *weights, options = inputs
     _, *saved, table = output
     ctx.mark_non_differentiable(*saved, table)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(sides, table, *saved, *weights)
-    ctx.settings = (list(grid), pool, impl, gemm)
+    ctx.options = options
 
 
 def _autograd(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     x, _, *weights = ctx.needs_input_grad[:10]
-    nothing = (None,) * 16
+    nothing = (None,) * 11
     if grad is None:
         return nothing
     needs = Needs(x, any(weights[:2]), any(weights[2:6]), any(weights[6:]))
-    found = projector_backward(grad, *ctx.saved_tensors, *ctx.settings, list(needs))
+    found = projector_backward(grad, *ctx.saved_tensors, ctx.options, list(needs))
     asked = (x, *weights)
     grad_x, *grad_weights = (
         gradient if wanted else None for gradient, wanted in zip(found, asked, strict=True)

@@ -73,22 +73,23 @@ def norm_backward(
     rstd: Tensor,
     norm_weight: Tensor,
     norm_bias: Tensor,
+    keep_grad: bool,
     keep_normed: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of pooled [M, C], the weight and the bias (float32 or wider, [C]); normed again.
 
-    grad: of normed, [M, C]. The last is [0, C] unless `keep_normed`.
+    grad: of normed, [M, C]. The first is [0, C] unless `keep_grad`, the last unless `keep_normed`.
     """
     upstream = _wide(grad)
     unit = (_wide(pooled) - mean[:, None]) * rstd[:, None]
-    weighted = upstream * norm_weight.to(unit.dtype)
-    along = (weighted * unit).mean(1, keepdim=True)
-    shift = weighted.mean(1, keepdim=True)
-    grad_pooled = ((weighted - unit * along - shift) * rstd[:, None]).to(pooled.dtype)
+    grad_pooled, normed = (pooled.new_empty(0, pooled.shape[1]) for _ in range(2))
+    if keep_grad:
+        weighted = upstream * norm_weight.to(unit.dtype)
+        along = (weighted * unit).mean(1, keepdim=True)
+        shift = weighted.mean(1, keepdim=True)
+        grad_pooled = ((weighted - unit * along - shift) * rstd[:, None]).to(pooled.dtype)
     if keep_normed:
         normed = norm(pooled, mean, rstd, norm_weight, norm_bias)
-    else:
-        normed = pooled.new_empty(0, pooled.shape[1])
     return grad_pooled, (upstream * unit).sum(0), upstream.sum(0), normed
 
 

@@ -5,7 +5,8 @@
 
 Tuning is a separate step, never part of a run: the order of a sum follows the block sizes, so every
 rank must launch the same. An entry replaces the shipped one only where its results are the same to
-rounding and it is faster by more than two measurements of the shipped one differ.
+rounding and it is faster, in two measurements, by more than two measurements of the shipped one
+differ. Most of the time goes into compiling; --kernel and --rows choose less.
 """
 
 import argparse
@@ -21,13 +22,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from kernels.launch import TILES_VARIABLE, LaunchConfig, architecture, launch_config, trial
+from kernels.launch import TILES_VARIABLE, LaunchConfig, device_architecture, launch_config, trial
 from kernels.layout import tile_layout
 from kernels.passes import Pooling
 from kernels.profile.system import describe_machine
 from kernels.profile.timing import time_call
 
 ROWS = (1024, 4096, 16384, 65536)
+MAX_ACCUMULATORS = 128  # float32 registers per thread; with more, a kernel spills
 LEAST_GAIN = 0.02  # below this a change of the table is not worth its difference in bits
 Results = tuple[Tensor, ...]
 Step = Callable[[], Results]
@@ -67,7 +69,11 @@ def candidates(kernel: str) -> Iterator[LaunchConfig]:
     }
     if kernel in ("dual_gemm", "gate_gemm"):
         blocks = {"BLOCK_M": (64, 128, 256), "BLOCK_N": (64, 128, 256), "BLOCK_K": (32, 64)}
-        yield from _product({**blocks, "GROUP_M": (8,)}, warps=(4, 8), stages=(2, 3, 4))
+        accumulators = 2 if kernel == "dual_gemm" else 1
+        for config in _product({**blocks, "GROUP_M": (8,)}, warps=(4, 8), stages=(2, 3, 4)):
+            elements = config.constants["BLOCK_M"] * config.constants["BLOCK_N"] * accumulators
+            if elements <= MAX_ACCUMULATORS * 32 * config.num_warps:
+                yield config
     else:
         yield from _product(choices.get(kernel, {}), warps=(1, 2, 4, 8), stages=(1,))
 
@@ -103,7 +109,7 @@ def build_steps(rows: int, shape: Shape, device: torch.device) -> dict[str, Step
         "pool_norm": lambda: do.pool_norm(x, pooling, weight, bias, 1e-5),
         "norm": lambda: (do.norm(pooled, mean, rstd, weight, bias),),
         "norm_backward": lambda: do.norm_backward(
-            grad_pooled, pooled, mean, rstd, weight, bias, True
+            grad_pooled, pooled, mean, rstd, weight, bias, True, True
         ),
         "pool_backward": lambda: (do.pool_backward(grad_pooled, pooling),),
         "swiglu": lambda: (do.swiglu(gate, value),),
@@ -149,6 +155,8 @@ def tune_kernel(kernel: str, step: Step, rows: int, device: torch.device, min_ms
                 found = median_ms(step, device, min_ms)
                 if found < best_ms:
                     best, best_ms = config, found
+    with trial(kernel, best):  # again: the fastest of many may only have been lucky
+        best_ms = max(best_ms, median_ms(step, device, min_ms)) if best != shipped else math.inf
     second = median_ms(step, device, min_ms)
     noise = abs(first - second) / min(first, second)
     shipped_ms = min(first, second)
@@ -215,7 +223,7 @@ def tiles_file(
             bucket = str(tuned.rows.bit_length() - 1)
             tiles.setdefault(tuned.kernel, {})[bucket] = asdict(tuned.best)
     # On only where it wins at every size that was measured: the choice has one answer per GPU.
-    arch = architecture(device)
+    arch = device_architecture(device)
     fused = [name for name, by_rows in ratios.items() if min(by_rows.values()) > 1 + LEAST_GAIN]
     return {
         "tiles": {arch: tiles},

@@ -224,7 +224,10 @@ def _cublas_backward(s: _Sizes, frozen: bool, recompute: bool = False) -> list[S
         Step("sum of the two dnormed, in the second product", s.mc),
         Step("db3: dout", s.md),
         Step("swiglu backward: ds, a, b to da, db, s", 6 * s.mf),
-        Step("norm backward: dnormed, pooled to dpooled, normed", 3 * s.mc + normed),
+        Step(
+            "norm backward: dnormed, pooled to dpooled, normed",
+            (2 if frozen else 3) * s.mc + normed,
+        ),
     ]
     return found if frozen else [*found, Step("pool backward: dpooled to dx", s.mc + s.x)]
 

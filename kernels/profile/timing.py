@@ -18,6 +18,7 @@ from kernels.profile.providers import Call
 from kernels.profile.roofline import Peaks
 
 WARMUP_MS = 100.0
+LEAD_CYCLES = 4_000_000  # about 2 ms
 MIN_REPEATS, MAX_REPEATS = 10, 5000
 
 
@@ -84,13 +85,19 @@ def quantiles(samples: Sequence[float]) -> tuple[float, float, float]:
 
 
 def sample(prepare: Prepare, timed: Timed, device: torch.device, count: int) -> list[float]:
-    """Milliseconds of each of `count` calls, by CUDA events; the host does not wait in between."""
+    """Milliseconds of each of `count` calls, by CUDA events; the host does not wait in between.
+
+    The GPU first idles for LEAD_CYCLES, in which the host gets ahead: without that, the time of a
+    short call would be the time it takes to launch. A call that takes the host longer still counts
+    in full, and `Timing.host_ms` tells.
+    """
     if device.type != "cuda":
         return [_host_sample(prepare(i), timed) for i in range(count)]
     events = []
     for i in range(count):
         state = prepare(i)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(LEAD_CYCLES)
         start.record()
         result = timed(state)
         end.record()

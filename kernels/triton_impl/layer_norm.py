@@ -71,9 +71,9 @@ def norm_backward_kernel(
     norm_bias,  # [C]
     grad_pooled,  # [M, C]
     normed,  # [M, C]
-    weight_parts,  # [programs, C]
-    bias_parts,  # [programs, C]
+    parts,  # [programs, 2, C], sums of the weight's and the bias's gradient
     M,
+    KEEP_GRAD: tl.constexpr,
     KEEP_NORMED: tl.constexpr,
     C: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -106,24 +106,26 @@ def norm_backward_kernel(
             weight_sum_tail += grad_tail * unit_tail
             bias_sum_tail += grad_tail
         along, shift = along / C, shift / C
-        found = (weighted_main - unit_main * along - shift) * row_rstd
-        store_row(grad_pooled + at, found, 0, BLOCK, C)
+        if KEEP_GRAD:
+            found = (weighted_main - unit_main * along - shift) * row_rstd
+            store_row(grad_pooled + at, found, 0, BLOCK, C)
         if KEEP_NORMED:
             again = unit_main * weight_main + load_row(norm_bias, 0, BLOCK, C)
             store_row(normed + at, again, 0, BLOCK, C)
         if TAIL > 0:
-            found = (weighted_tail - unit_tail * along - shift) * row_rstd
-            store_row(grad_pooled + at, found, BLOCK, TAIL, C)
+            if KEEP_GRAD:
+                found = (weighted_tail - unit_tail * along - shift) * row_rstd
+                store_row(grad_pooled + at, found, BLOCK, TAIL, C)
             if KEEP_NORMED:
                 again = unit_tail * load_row(norm_weight, BLOCK, TAIL, C)
                 again += load_row(norm_bias, BLOCK, TAIL, C)
                 store_row(normed + at, again, BLOCK, TAIL, C)
-    part = program.to(tl.int64) * C
-    store_row(weight_parts + part, weight_sum_main, 0, BLOCK, C)
-    store_row(bias_parts + part, bias_sum_main, 0, BLOCK, C)
+    part = parts + program.to(tl.int64) * (2 * C)
+    store_row(part, weight_sum_main, 0, BLOCK, C)
+    store_row(part + C, bias_sum_main, 0, BLOCK, C)
     if TAIL > 0:
-        store_row(weight_parts + part, weight_sum_tail, BLOCK, TAIL, C)
-        store_row(bias_parts + part, bias_sum_tail, BLOCK, TAIL, C)
+        store_row(part, weight_sum_tail, BLOCK, TAIL, C)
+        store_row(part + C, bias_sum_tail, BLOCK, TAIL, C)
 
 
 def norm_backward(
@@ -133,20 +135,21 @@ def norm_backward(
     rstd: Tensor,
     norm_weight: Tensor,
     norm_bias: Tensor,
+    keep_grad: bool,
     keep_normed: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of pooled [M, C], the weight and the bias (float32, [C]); normed again.
 
-    grad: of normed, [M, C]. The last is [0, C] unless `keep_normed`.
+    grad: of normed, [M, C]. The first is [0, C] unless `keep_grad`, the last unless `keep_normed`.
     """
     rows, channels = pooled.shape
     grad, pooled, norm_weight, norm_bias = contiguous(grad, pooled, norm_weight, norm_bias)
     programs = min(PROGRAMS, rows)
-    grad_pooled = torch.empty((rows, channels), dtype=pooled.dtype, device=pooled.device)
-    normed = torch.empty(
-        (rows if keep_normed else 0, channels), dtype=pooled.dtype, device=pooled.device
+    grad_pooled, normed = (
+        torch.empty((rows if keep else 0, channels), dtype=pooled.dtype, device=pooled.device)
+        for keep in (keep_grad, keep_normed)
     )
-    parts = torch.empty((2, programs, channels), dtype=torch.float32, device=pooled.device)
+    parts = torch.empty((programs, 2 * channels), dtype=torch.float32, device=pooled.device)
     config = launch_config("norm_backward", rows, pooled.device)
     norm_backward_kernel[(programs,)](
         grad,
@@ -157,13 +160,14 @@ def norm_backward(
         norm_bias,
         grad_pooled,
         normed,
-        parts[0],
-        parts[1],
+        parts,
         rows,
+        KEEP_GRAD=keep_grad,
         KEEP_NORMED=keep_normed,
         **row_blocks(channels),
         **config.constants,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    return grad_pooled, column_sum(parts[0]), column_sum(parts[1]), normed
+    sums = column_sum(parts)
+    return grad_pooled, sums[:channels], sums[channels:], normed

@@ -44,8 +44,7 @@ def swiglu_backward_kernel(
     value,  # [M, F]
     grad_gate,  # [M, F]
     grad_value,  # [M, F]
-    gate_parts,  # [M / ROWS, F]
-    value_parts,  # [M / ROWS, F]
+    parts,  # [M / ROWS, 2, F], column sums of both gradients
     M,
     F,
     ROWS: tl.constexpr,
@@ -72,9 +71,9 @@ def swiglu_backward_kernel(
         tl.store(grad + at, (a * sigmoid * b).to(element), mask=mask)
         gate_sums += found_gate.to(tl.float32)
         value_sums += found_value.to(tl.float32)
-    at = part.to(tl.int64) * F + column
-    tl.store(gate_parts + at, tl.sum(gate_sums, axis=0), mask=column < F)
-    tl.store(value_parts + at, tl.sum(value_sums, axis=0), mask=column < F)
+    at = part.to(tl.int64) * (2 * F) + column
+    tl.store(parts + at, tl.sum(gate_sums, axis=0), mask=column < F)
+    tl.store(parts + at + F, tl.sum(value_sums, axis=0), mask=column < F)
 
 
 def swiglu_backward(
@@ -90,15 +89,14 @@ def swiglu_backward(
     grad_value = value if overwrite else torch.empty_like(value)
     config = launch_config("swiglu_backward", rows, gate.device)
     row_parts = triton.cdiv(rows, ROWS)
-    parts = torch.empty((2, row_parts, hidden), dtype=torch.float32, device=gate.device)
+    parts = torch.empty((row_parts, 2 * hidden), dtype=torch.float32, device=gate.device)
     swiglu_backward_kernel[(row_parts, triton.cdiv(hidden, config.constants["BLOCK_N"]))](
         grad,
         gate,
         value,
         grad_gate,
         grad_value,
-        parts[0],
-        parts[1],
+        parts,
         rows,
         hidden,
         ROWS=ROWS,
@@ -106,4 +104,5 @@ def swiglu_backward(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    return grad_gate, grad_value, grad, column_sum(parts[0]), column_sum(parts[1])
+    sums = column_sum(parts)
+    return grad_gate, grad_value, grad, sums[:hidden], sums[hidden:]

@@ -43,8 +43,8 @@ def call(x: Tensor, weights: dict[str, Tensor], sides=(2, 5, 3), **options) -> T
 def op_arguments(keep: str, sides: list[int]) -> tuple:
     x, weights = inputs(len(sides))
     leaves = [tensor.requires_grad_() for tensor in (x, *weights.values())]
-    settings = ([*GRID], "adaptive", keep, "torch", "auto", 1e-5)
-    return (leaves[0], torch.tensor(sides, dtype=torch.int64), *leaves[1:], *settings)
+    options = ops.Options(GRID, "adaptive", keep, "torch", "auto", 1e-5).encode()
+    return (leaves[0], torch.tensor(sides, dtype=torch.int64), *leaves[1:], options)
 
 
 @pytest.mark.parametrize("keep", ["save", "recompute"])
@@ -57,12 +57,12 @@ def test_registration_of_the_backward():
     arguments = [
         a.detach() if isinstance(a, Tensor) else a for a in op_arguments("save", [2, 3, 1])
     ]
-    _, sides, *weights, grid, pool, _, impl, gemm, _ = arguments
+    _, sides, *weights, options = arguments
     out, *saved, table = ops.projector_forward(*arguments)
     for needs in ([True] * 4, [False, True, False, True], [False, False, True, False]):
         opcheck(
             ops.projector_backward,
-            (torch.ones_like(out), sides, table, *saved, *weights, grid, pool, impl, gemm, needs),
+            (torch.ones_like(out), sides, table, *saved, *weights, options, needs),
         )
 
 
@@ -293,8 +293,28 @@ def test_triton_says_what_it_cannot_run(monkeypatch):
     monkeypatch.setattr(dispatch, "triton_found", lambda: False)
     with pytest.raises(ValueError, match="triton is not installed"):
         dispatch.implementation("triton", torch.device("cpu"), torch.float32)
-    with pytest.warns(UserWarning, match="plain PyTorch on a GPU"):
-        assert dispatch.implementation("auto", torch.device("cuda"), torch.float32) == "torch"
+
+
+@pytest.mark.parametrize(
+    ("triton", "capability", "expected", "reason"),
+    [
+        (False, (9, 0), "torch", "triton is not installed"),
+        (True, (7, 5), "torch", "older than compute capability 8.0"),
+        (True, (8, 0), "triton", None),
+    ],
+)
+def test_auto_runs_triton_where_it_can(monkeypatch, triton, capability, expected, reason):
+    monkeypatch.setattr(dispatch, "triton_found", lambda: triton)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    dispatch._obstacle.cache_clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            found = dispatch.implementation("auto", torch.device("cuda", 0), torch.float32)
+            assert found == expected
+    dispatch._obstacle.cache_clear()
+    assert len(caught) == (1 if reason else 0)
+    assert not reason or reason in str(caught[0].message)
 
 
 def test_an_unknown_architecture_gets_the_safe_default_and_one_warning(monkeypatch):

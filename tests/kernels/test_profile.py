@@ -253,14 +253,16 @@ def fake_gpu(monkeypatch):
     return torch.device("cuda", 0)
 
 
-def test_events_enclose_the_timed_part_only(fake_gpu):
+def test_events_enclose_the_timed_part_only(fake_gpu, monkeypatch):
+    """The GPU idles after what is prepared and before the clock starts: the host gets ahead."""
     log = FakeEvent.log
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append("idle"))
     samples = timing.sample(
         lambda i: log.append(f"prepare {i}"), lambda state: log.append("timed"), fake_gpu, 3
     )
     assert samples == [2.0] * 3  # start, timed, end
     assert [entry for entry in log if isinstance(entry, str)] == [
-        f"{what}" for i in range(3) for what in (f"prepare {i}", "timed")
+        f"{what}" for i in range(3) for what in (f"prepare {i}", "idle", "timed")
     ]
 
 
