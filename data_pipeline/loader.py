@@ -2,8 +2,8 @@
 
 import time
 from collections import deque
-from collections.abc import Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import islice
 from typing import TypeVar
@@ -31,6 +31,7 @@ _Item = TypeVar("_Item")
 # Early on, a few bad samples say little about their rate: it is taken over this many at least.
 _RATE_SAMPLES = 1000
 _NAMED_BAD_SAMPLES = 5
+_STOP_POLL_S = 0.2
 
 
 class LoaderSettings(BaseModel):
@@ -85,10 +86,13 @@ class StepLoader:
         self._planner, self._builder, self._settings = planner, builder, settings
         self._rank, self._world_size = rank, world_size
 
-    def steps(self, state: PlanState | None = None) -> Generator[StepBatch, None, None]:
-        """Steps from `state` on, without end; closing the iterator ends its threads.
+    def steps(
+        self, state: PlanState | None = None, stop: Callable[[], bool] | None = None
+    ) -> Generator[StepBatch, None, None]:
+        """Steps from `state` on; closing the iterator ends its threads.
 
-        Whatever goes wrong in a thread is raised here.
+        Whatever goes wrong in a thread is raised here. Without end, unless `stop` is true while a
+        step is waited for.
 
         Raises:
             InputError: too many samples could not be used, or the state is not one of this plan.
@@ -101,20 +105,24 @@ class StepLoader:
         try:
             begun = (
                 self._begin(step, after, workers, device)
-                for step, after in _one_ahead(planning, self._planner.steps(state))
+                for step, after in _one_ahead(planning, self._planner.steps(state), stop)
             )
             pending = deque(islice(begun, self._settings.prefetch_steps))
-            while True:
+            while pending:
                 start = time.perf_counter()
-                batch = pending.popleft().result()
-                pending.append(next(begun))
+                step = pending.popleft()
+                if not all(_wait(pack, stop) for pack in step.packs):
+                    return
+                batch = step.result()
+                pending.extend(islice(begun, 1))
                 batch.wait_s = time.perf_counter() - start
                 bad_rate.count(batch.packs)
                 yield batch
         finally:
             for pool in (planning, workers):
                 pool.shutdown(wait=False, cancel_futures=True)
-            for pool in (planning, workers):
+            # A read that hangs may be why the run was asked to stop.
+            for pool in () if stop is not None and stop() else (planning, workers):
                 pool.shutdown(wait=True)
 
     def _begin(
@@ -170,10 +178,22 @@ class _BadRate:
         )
 
 
-def _one_ahead(pool: ThreadPoolExecutor, items: Iterator[_Item]) -> Iterator[_Item]:
+def _one_ahead(
+    pool: ThreadPoolExecutor, items: Iterator[_Item], stop: Callable[[], bool] | None
+) -> Iterator[_Item]:
     """The items of an endless iterator, each computed in the pool while the one before is used."""
     following = pool.submit(next, items)
-    while True:
+    while _wait(following, stop):
         item = following.result()
         following = pool.submit(next, items)
         yield item
+
+
+def _wait(future: Future[_Item], stop: Callable[[], bool] | None) -> bool:
+    """Wait until the future is done; False if `stop` was true before."""
+    if stop is None:
+        return True  # its result() waits
+    while not wait([future], timeout=_STOP_POLL_S).done:
+        if stop():
+            return False
+    return True

@@ -10,6 +10,16 @@
 
 set -euo pipefail
 
+# Slurm runs a copy of this script from its spool folder: only where it was submitted tells where the
+# repository is.
+cd "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/..}"
+if [[ ! -f slurm/lib.sh || ! -d kernels ]]; then
+    echo "error: $PWD is not the root of the repository: run sbatch there" >&2
+    exit 2
+fi
+# shellcheck source=slurm/lib.sh
+source slurm/lib.sh
+
 usage() {
     cat <<'TEXT'
 Usage, from the root of the repository:
@@ -35,39 +45,14 @@ slurm/site.sh and run `source slurm/site.sh` before sbatch.
 TEXT
 }
 
-die() {
-    echo "error: $*" >&2
-    exit 2
-}
-
 if [[ ${1:-} == --help || ${1:-} == -h ]]; then
     usage
     exit 0
 fi
-if [[ -z ${SLURM_JOB_ID:-} ]]; then
-    usage >&2
-    die "not in a Slurm job: submit this script with sbatch"
-fi
-
-# Slurm runs a copy of this script from its spool folder: only where it was submitted tells where the
-# repository is.
-cd "$SLURM_SUBMIT_DIR"
-[[ -f slurm/profile_projector.sh && -d kernels ]] ||
-    die "$SLURM_SUBMIT_DIR is not the root of the repository: run sbatch there"
-
-site=${SITE:-slurm/site.sh}
-[[ -f $site ]] || die "no site settings at $site: unset SITE, or set it to your copy of slurm/site.sh"
-set +u # `module` and `conda activate` read variables that are not set
-# shellcheck source=slurm/site.sh
-source "$site"
-set -u
-
-python=${PYTHON:-}
-if [[ -z $python ]]; then
-    python=python3
-    [[ ! -x .venv/bin/python ]] || python=.venv/bin/python
-fi
-command -v "$python" >/dev/null || die "no Python at $python: create .venv, or set PYTHON"
+require_job
+load_site
+unset CONTAINER # not for this script
+find_python
 
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
 export PYTHONUNBUFFERED=1

@@ -1,6 +1,7 @@
 """Persistent groups of gloo ranks, so that many multi-rank tests share one start-up."""
 
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import socket
 import traceback
@@ -44,7 +45,7 @@ class RankPool:
         return results
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = forkserver()
         with socket.socket() as server:
             server.bind(("127.0.0.1", 0))
             port = server.getsockname()[1]
@@ -63,6 +64,32 @@ class RankPool:
             process.kill()
             process.join()
         self.connections, self.processes = [], []
+
+
+# Imported once, in the process that ranks are forked from: for each anew it takes half a minute.
+PRELOAD = [
+    "training.train",
+    "transformers.models.qwen2.modeling_qwen2",
+    "transformers.models.siglip.modeling_siglip",
+]
+
+
+def forkserver() -> Any:
+    """The context that makes ranks; their parent sees no GPU and has imported the trainer."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    hidden = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    before = {name: os.environ.get(name) for name in hidden}
+    os.environ |= hidden
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+    return context
 
 
 def _serve(connection: Connection, rank: int, world_size: int, port: int) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from data_pipeline.chat import ChatSettings
 from data_pipeline.draw import TokenCountSettings
@@ -178,6 +178,16 @@ class RunConfig(Settings):
     checkpoint: CheckpointSettings = CheckpointSettings()
     faults: FaultSettings = FaultSettings()
     eval: EvalSettings = EvalSettings()
+
+    @field_validator("output_dir")
+    @classmethod
+    def _no_pattern(cls, folder: Path) -> Path:
+        if found := set("[]*?") & set(str(folder)):
+            raise ValueError(
+                f"{folder} holds {' '.join(sorted(found))}, which DeepSpeed takes for a pattern "
+                "when it looks for checkpoints; use another name"
+            )
+        return folder
 
     @model_validator(mode="after")
     def _tiles_fit_the_tower(self) -> "RunConfig":

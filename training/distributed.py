@@ -44,7 +44,7 @@ def init_distributed(timeout_s: float = 1800.0) -> Ranks:
     Raises:
         InputError: if the environment is incomplete or there are fewer GPUs than local ranks.
     """
-    _rank_from_slurm()
+    rank_from_slurm()
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if world_size == 1:
@@ -56,7 +56,7 @@ def init_distributed(timeout_s: float = 1800.0) -> Ranks:
             f"{world_size} ranks but {' and '.join(missing)} not set; start with torchrun, the "
             "deepspeed launcher, or slurm/pretrain.sh"
         )
-    device = _device(local_rank)
+    device = local_device(local_rank)
     local_rank = device.index if device.type == "cuda" else local_rank
     for name, value in (("RANK", rank), ("WORLD_SIZE", world_size), ("LOCAL_RANK", local_rank)):
         os.environ[name] = str(value)  # DeepSpeed looks for all of them
@@ -77,7 +77,7 @@ def init_distributed(timeout_s: float = 1800.0) -> Ranks:
     return Ranks(rank, world_size, local_rank, device)
 
 
-def _rank_from_slurm() -> None:
+def rank_from_slurm() -> None:
     """Translate srun's task numbers, unless another launcher has set RANK."""
     if "RANK" in os.environ or "SLURM_PROCID" not in os.environ or "SLURM_NTASKS" not in os.environ:
         return
@@ -88,7 +88,7 @@ def _rank_from_slurm() -> None:
     os.environ["LOCAL_RANK"] = os.environ.get("SLURM_LOCALID", "0")
 
 
-def _device(local_rank: int) -> torch.device:
+def local_device(local_rank: int) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     # Slurm may show each task its own GPU only.

@@ -8,6 +8,7 @@ included, if and only if every position's most likely token is the reference's.
 
 import json
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from data_pipeline.index import Index
 from data_pipeline.loader import IGNORE, PackBuilder, PackedBatch
 from data_pipeline.plan import PackPlan, Planner
-from training.distributed import Ranks, all_reduce_sum
+from training.distributed import Ranks, all_reduce_max, all_reduce_sum
 from training.inputs import model_inputs
 
 ALL = "all"
@@ -100,8 +101,11 @@ def evaluate(
     sides: list[int],
     ranks: Ranks,
     loss_chunks: int = 1,
-) -> Evaluation:
+    stop: Callable[[], bool] | None = None,
+) -> Evaluation | None:
     """Score every sample of the planner's index at every side; all ranks must call this.
+
+    None if `stop` was true on some rank between two batches.
 
     Args:
         engine: the DeepSpeed engine (its module is put in evaluation mode and back).
@@ -110,6 +114,7 @@ def evaluate(
         sides: token grid sides n; n^2 tokens per tile.
         ranks: packs are shared out over them.
         loss_chunks: slices of a pack's logits.
+        stop: whether this rank was asked to stop; given on all ranks or on none.
     """
     details = sample_details(builder.index)
     names = sorted({ALL, *details})
@@ -118,6 +123,10 @@ def evaluate(
     for side in sorted(set(sides)):
         sums: dict[str, Score] = defaultdict(Score)
         for pack in _share(planner.evaluation_packs(side), ranks):
+            # Together: a rank that left alone would leave the others in a collective.
+            if stop is not None and all_reduce_max([float(stop())], ranks.device)[0]:
+                engine.train()
+                return None
             batch = builder.build(pack)
             with torch.no_grad():
                 output = engine(**model_inputs(batch, ranks.device, loss_chunks))

@@ -1,5 +1,6 @@
 """The run as a picture: loss curves per token count, accuracy per level of detail."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def plot_run(metrics_path: Path, accuracy: dict[str, dict[int, float]], out: Pat
 def _plot_losses(axes: Any, rows: list[dict[str, Any]]) -> None:
     counts = sorted({int(k.removeprefix("loss_")) for row in rows for k in row if k[5:].isdigit()})
     for key, label in [("loss", "all"), *((f"loss_{c}", f"{c} tokens") for c in counts)]:
-        points = [(row["step"], row[key]) for row in rows if key in row]
+        points = [(row["step"], row[key]) for row in rows if math.isfinite(row.get(key, math.nan))]
         steps, values = zip(*points, strict=True) if points else ((), ())
         style = {"color": "black", "linewidth": 1.8} if key == "loss" else {"linewidth": 1.0}
         axes.plot(steps, smooth(list(values)), label=label, **style)

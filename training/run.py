@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -179,13 +180,20 @@ class Run:
                 self.named_bad.add(name)
                 tqdm.write(f"warning: left out {name}: {bad.reason}")
 
-    def evaluate(self, engine: Any, step: int, log: MetricsLog) -> Evaluation | None:
-        """Accuracy on the held-out shards at every trained token count, if there are any."""
+    def evaluate(
+        self, engine: Any, step: int, log: MetricsLog, stop: Callable[[], bool] | None = None
+    ) -> Evaluation | None:
+        """Accuracy on the held-out shards at every trained token count, if there are any.
+
+        None without held-out shards, and when `stop` was true on some rank.
+        """
         if self.held_out is None:
             return None
         config = self.config
         sides, slices = config.data.tokens.sides, self._slices(config.eval.max_tokens)
-        result = evaluate(engine, *self.held_out, sides, self.ranks, slices)
+        result = evaluate(engine, *self.held_out, sides, self.ranks, slices, stop)
+        if result is None:
+            return None
         for row in result.to_json():
             name = f"accuracy/{row['detail']}/{row['num_image_tokens']}"
             log.scalar(name, row["accuracy"], step)

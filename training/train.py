@@ -10,7 +10,7 @@ checkpoint of `output_dir` unless checkpoint.resume=never.
 
 import argparse
 import logging
-import math
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -19,26 +19,83 @@ from typing import Any
 import torch.distributed
 
 from data_pipeline.errors import InputError
-from data_pipeline.loader import StepBatch
-from training import checkpoint
+from training import checkpoint, exit_codes
 from training.config import RunConfig, load_config
-from training.distributed import Ranks, all_reduce_sum, from_main, init_distributed
+from training.distributed import Ranks, from_main, init_distributed
 from training.engine import build_engine
-from training.inputs import model_inputs
-from training.metrics import MetricsLog, StepMeter, weight_sum
+from training.health import Monitor, StopRequest
+from training.metrics import MetricsLog, StepMeter, read_metrics
 from training.precision import settle_precision
 from training.run import Run
-from training.stages import learning_rate_factor
+from training.step import shared_denominator, train_step
 
 
-def train(config: RunConfig, ranks: Ranks) -> None:
-    """Run, or go on with, the training that the config describes; evaluate it at the end."""
+def train(config: RunConfig, ranks: Ranks, stop: StopRequest | None = None) -> int:
+    """Run, or go on with, the training that the config describes; evaluate it at the end.
+
+    Returns an exit code: a run that was asked to stop has saved, and can be started again.
+    """
     config = settle_precision(config, ranks)
-    run = Run(config, ranks)
-    folder, earlier = config.output_dir / "checkpoints", config.checkpoint.init_from
-    # Decided by one rank: on a shared file system others may not see the newest folder yet.
-    saved = from_main(lambda: checkpoint.find(config.checkpoint.resume, folder))
-    engine = build_engine(config, run.tokenizer, ranks, pretrained=not (saved or earlier))
+    # The saver first: it locks the folder that the monitor writes to.
+    with (
+        checkpoint.Saver(config.output_dir / "checkpoints", config.checkpoint, ranks) as saver,
+        Monitor(config, ranks, stop) as monitor,
+    ):
+        return _train(Run(config, ranks), saver, monitor)
+
+
+def _train(run: Run, saver: checkpoint.Saver, monitor: Monitor) -> int:
+    """The loop; its side jobs are calls."""
+    config, ranks, last = run.config, run.ranks, run.config.train.steps
+    engine, progress = start(run, saver, monitor)
+    first = progress.step
+    log = MetricsLog(config.output_dir, ranks, last, first)
+    meter = StepMeter(config.data.tokens.sides, config.data.pack.max_tokens, ranks)
+    batches = run.loader.steps(progress.plan, monitor.stop)
+    monitor.ready(first)
+    for step in range(first + 1, last + 1):
+        meter.start()
+        with monitor.phase("data_wait"):
+            batch = next(batches, None)  # None: asked to stop while waiting
+        denominator = shared_denominator(batch, monitor.stop.requested, ranks)
+        if batch is None or denominator is None:
+            break
+        run.name_bad_samples(batch.packs)
+        metrics = train_step(engine, batch, denominator, step, meter, run, monitor.guard)
+        progress = checkpoint.Progress(step, batch.state)
+        monitor.step_done(step)
+        log.write(step, metrics, show=step == last or step % config.train.log_every == 0)
+        if step == last or step % config.checkpoint.every_steps == 0:
+            with monitor.phase("checkpoint_stall"):
+                saver.save(engine, progress, run.fingerprints, wait=step == last)
+        if step < last and config.eval.every_steps and step % config.eval.every_steps == 0:
+            with monitor.phase("evaluation"):
+                run.evaluate(engine, step, log, monitor.between_batches())
+    batches.close()
+    result = None
+    if progress.step == last:
+        with monitor.phase("evaluation"):
+            result = run.evaluate(engine, last, log, monitor.between_batches())
+    stopping = monitor.stop.agree(ranks.device)
+    with monitor.phase("checkpoint_stall"):
+        if stopping and progress.step > first:
+            saver.save(engine, progress, run.fingerprints, wait=True)
+        saved = saver.wait()
+    log.close()
+    if stopping:
+        run.say(f"asked to stop after step {progress.step}; the newest checkpoint is {saved}")
+        monitor.outcome = "preempted"
+        return exit_codes.PREEMPTED
+    run.finish(result, saved)
+    return exit_codes.OK
+
+
+def start(run: Run, saver: checkpoint.Saver, monitor: Monitor) -> tuple[Any, checkpoint.Progress]:
+    """The engine, with the weights that the config says, and where the run goes on from."""
+    config, folder, earlier = run.config, saver.folder, run.config.checkpoint.init_from
+    saved = checkpoint.find(config.checkpoint.resume, folder)
+    pretrained = not (saved or earlier)
+    engine = build_engine(config, run.tokenizer, run.ranks, pretrained)
     progress = checkpoint.Progress()
     if saved:
         progress = checkpoint.load(engine, saved, run.fingerprints)
@@ -46,73 +103,11 @@ def train(config: RunConfig, ranks: Ranks) -> None:
     elif earlier:
         run.say(f"weights from {checkpoint.start_from(engine, Path(earlier))}")
     from_main(lambda: checkpoint.refuse_later(folder, progress.step))
+    saver.check_space(engine)
+    rows = from_main(lambda: read_metrics(config.output_dir / "metrics.jsonl"))
+    monitor.guard.restore(row for row in rows if row["step"] <= progress.step)
     run.announce(engine)
-    log = MetricsLog(config.output_dir, ranks, config.train.steps, progress.step)
-    meter = StepMeter(config.data.tokens.sides, config.data.pack.max_tokens, ranks)
-    batches = run.loader.steps(progress.plan)
-    for step in range(progress.step + 1, config.train.steps + 1):
-        meter.start()
-        batch = next(batches)
-        run.name_bad_samples(batch.packs)
-        metrics = train_step(engine, batch, step, meter, run)
-        progress = checkpoint.Progress(step, batch.state)
-        last = step == config.train.steps
-        log.write(step, metrics, show=last or step % config.train.log_every == 0)
-        if last or step % config.checkpoint.every_steps == 0:
-            keep = config.checkpoint.keep
-            saved = checkpoint.save(engine, folder, progress, run.fingerprints, keep)
-        if not last and config.eval.every_steps and step % config.eval.every_steps == 0:
-            run.evaluate(engine, step, log)
-    batches.close()
-    result = run.evaluate(engine, progress.step, log)
-    log.close()
-    run.finish(result, saved)
-
-
-def train_step(
-    engine: Any, batch: StepBatch, step: int, meter: StepMeter, run: Run
-) -> dict[str, float]:
-    """One optimizer step over this rank's packs; returns the metrics of all ranks.
-
-    The loss has one denominator per step, the sum of loss weights over all ranks and packs, so
-    that it does not depend on how packs are shared out.
-    """
-    device, settings = run.ranks.device, run.config.train
-    denominator = all_reduce_sum([weight_sum(batch)], device)[0] or 1.0
-    # DeepSpeed averages gradients over ranks; the loss is a sum.
-    scale = run.ranks.world_size / denominator
-    factor = learning_rate_factor(step - 1, settings)
-    for group in engine.optimizer.param_groups:
-        group["lr"] = factor * group["peak_lr"]
-    for number, pack in enumerate(batch.packs, start=1):
-        output = engine(**model_inputs(pack, device, run.loss_chunks))
-        engine.backward(output.loss * scale, scale_wrt_gas=False)
-        meter.add(pack, output.token_losses)
-        if number == len(batch.packs):
-            metrics = meter.reduce()
-            stop_if_not_finite("loss", metrics["loss"], batch, step, run)
-        engine.step()
-    # DeepSpeed has skipped the update if the norm is not finite.
-    norm = float(engine.get_global_grad_norm())
-    stop_if_not_finite("gradient norm", norm, batch, step, run)
-    peak = max(group["peak_lr"] for group in engine.optimizer.param_groups)
-    metrics |= {"lr": factor * peak, "grad_norm": norm}
-    return metrics | {"epoch": batch.epoch} | meter.timing(metrics, batch.wait_s)
-
-
-def stop_if_not_finite(name: str, value: float, batch: StepBatch, step: int, run: Run) -> None:
-    """Stop every rank before a NaN or infinite loss or gradient spoils the weights."""
-    if math.isfinite(value):
-        return
-    ids = [sample for pack in batch.packs for sample in pack.sample_ids]
-    everyone: list[Any] = [None] * run.ranks.world_size
-    torch.distributed.all_gather_object(everyone, ids)
-    names = [run.index.name(sample) for ids in everyone for sample in ids]
-    raise InputError(
-        f"the {name} of step {step} is {value}; the weights are those of step {step - 1}. Samples "
-        f"of the step: {', '.join(names[:20])}{', ...' if len(names) > 20 else ''}. Lower "
-        "train.modules.*.lr or inspect these samples"
-    )
+    return engine, progress
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -139,13 +134,18 @@ def main(argv: list[str] | None = None) -> int:
     quiet_libraries()
     try:
         config = load_config(args.config, args.overrides)
-        train(config, init_distributed())
+        with StopRequest() as stop:
+            code = train(config, init_distributed(config.faults.startup_timeout_s), stop)
     except InputError as error:
         # Every rank says so: another may end the job before rank 0 has come this far.
         print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+        return exit_codes.BAD_INPUT
+    if code == exit_codes.PREEMPTED:
+        # A thread that waits for a file system that hangs must not keep the process.
+        sys.stdout.flush()
+        os._exit(code)
     torch.distributed.destroy_process_group()
-    return 0
+    return code
 
 
 if __name__ == "__main__":

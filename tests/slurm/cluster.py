@@ -104,6 +104,7 @@ class Cluster:
         self.env = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
         self.env["SLURM_CONF"] = str(folder / "slurm.conf")
         self.daemons: list[subprocess.Popen[bytes]] = []
+        self.nodes: dict[str, subprocess.Popen[bytes]] = {}
 
     def __enter__(self) -> "Cluster":
         try:
@@ -206,6 +207,33 @@ class Cluster:
             texts[f"job {job_id}"] = self.log(job_id)
         return "\n".join(f"--- {name}\n{text[-6000:]}" for name, text in sorted(texts.items()))
 
+    def kill_node(self, name: str, tasks: bool = True) -> None:
+        """Kill a node's daemon and, unless not `tasks`, all that runs there: a power cut."""
+        daemon = self.nodes.pop(name)
+        daemon.kill()
+        daemon.wait()
+        self.daemons.remove(daemon)
+        for process in self.processes() if tasks else ():
+            with contextlib.suppress(OSError):
+                environment = Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
+                if f"SLURMD_NODENAME={name}".encode() in environment:
+                    parent = int(
+                        Path(f"/proc/{process}/stat").read_text().rsplit(")")[1].split()[1]
+                    )
+                    if b"slurmstepd" in Path(f"/proc/{parent}/cmdline").read_bytes():
+                        self._kill(parent)
+                    self._kill(process)
+
+    def start_node(self, name: str) -> None:
+        """Start a node's daemon."""
+        self._launch("slurmd", "-D", "-N", name, log=f"slurmd-{name}.log")
+        self.nodes[name] = self.daemons[-1]
+
+    @staticmethod
+    def _kill(process: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+
     def stop(self) -> None:
         """End the daemons, then kill the jobs that are left."""
         for daemon in reversed(self.daemons):
@@ -219,8 +247,7 @@ class Cluster:
         deadline = time.monotonic() + 10
         while (left := self.processes()) and time.monotonic() < deadline:
             for process in left:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(process, signal.SIGKILL)
+                self._kill(process)
             time.sleep(0.05)
 
     def processes(self) -> list[int]:
@@ -252,7 +279,7 @@ class Cluster:
         self._wait_until((self.folder / "munge.socket").exists, 10, "munged")
         self._launch("slurmctld", "-D", log="slurmctld.log")
         for node in NODES:
-            self._launch("slurmd", "-D", "-N", node, log=f"slurmd-{node}.log")
+            self.start_node(node)
         self._wait_until(self._all_idle, 60, "both nodes to be idle")
 
     def _write_config(self) -> None:

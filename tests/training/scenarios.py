@@ -14,9 +14,10 @@ from training import checkpoint
 from training.config import RunConfig, load_config
 from training.distributed import Ranks
 from training.engine import build_engine
+from training.health import LossGuard
 from training.metrics import StepMeter
 from training.run import Run
-from training.train import train_step
+from training.step import shared_denominator, train_step
 
 DIGITS = "training/configs/digits.yaml"
 
@@ -55,6 +56,15 @@ def full_parameters(engine: Any) -> dict[str, np.ndarray]:
     return values
 
 
+def one_step(
+    engine: Any, batch: StepBatch, step: int, meter: StepMeter, run: Run
+) -> dict[str, float]:
+    """What the training loop does for a step."""
+    denominator = shared_denominator(batch, False, run.ranks)
+    assert denominator is not None
+    return train_step(engine, batch, denominator, step, meter, run, LossGuard(run.config.faults))
+
+
 def step_gradients(
     ranks: Ranks, corpus: Path, packs: list[list[int]], overrides: list[str]
 ) -> tuple[float, dict[str, np.ndarray]]:
@@ -78,7 +88,7 @@ def step_gradients(
     plans = [pack_plan(run.index, ids) for ids in packs[ranks.rank :: ranks.world_size]]
     batch = StepBatch([builder.build(plan) for plan in plans], PlanState(), 0, 0.0)
     meter = StepMeter(config.data.tokens.sides, config.data.pack.max_tokens, ranks)
-    metrics = train_step(engine, batch, 1, meter, run)
+    metrics = one_step(engine, batch, 1, meter, run)
     return metrics["loss"], gradients
 
 
@@ -101,7 +111,7 @@ def train_steps(
     batches = run.loader.steps(PlanState())
     for step in range(1, steps + 1):
         meter.start()
-        train_step(engine, next(batches), step, meter, run)
+        one_step(engine, next(batches), step, meter, run)
     batches.close()
     return before, full_parameters(engine)
 
@@ -117,9 +127,10 @@ def save_checkpoint(
     batches = run.loader.steps(PlanState())
     for step in (1, 2):
         meter.start()
-        train_step(engine, next(batches), step, meter, run)
+        one_step(engine, next(batches), step, meter, run)
     batches.close()
-    checkpoint.save(engine, folder, checkpoint.Progress(2), run.fingerprints, keep=2)
+    with checkpoint.Saver(folder, config.checkpoint, ranks) as saver:
+        saver.save(engine, checkpoint.Progress(2), run.fingerprints, wait=True)
     return full_parameters(engine)
 
 
@@ -134,7 +145,7 @@ def start_from(
     meter = StepMeter(config.data.tokens.sides, config.data.pack.max_tokens, ranks)
     parameters = full_parameters(engine)
     batches = run.loader.steps(PlanState())
-    loss = train_step(engine, next(batches), 1, meter, run)["loss"]
+    loss = one_step(engine, next(batches), 1, meter, run)["loss"]
     batches.close()
     return parameters, loss
 
@@ -160,7 +171,7 @@ def nan_step(ranks: Ranks, corpus: Path) -> tuple[str, bool]:
     meter = StepMeter(config.data.tokens.sides, config.data.pack.max_tokens, ranks)
     message = ""
     try:
-        train_step(engine, batch, 1, meter, run)
+        one_step(engine, batch, 1, meter, run)
     except ValueError as error:
         message = str(error)
     after = full_parameters(engine)

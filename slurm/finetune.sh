@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Stage 3 on Slurm: instruction tuning. `slurm/finetune.sh --help` explains.
+#
+# The log goes to the submit folder: Slurm does not create a folder for it, and a job whose log cannot
+# be opened ends without a word of explanation. After a requeue it is appended to.
+#SBATCH --job-name=finetune
+#SBATCH --output=%x-%j.out
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@120
+
+set -euo pipefail
+
+# Slurm runs a copy of this script from its spool folder: only where it was submitted tells where the
+# repository is.
+cd "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/..}"
+if [[ ! -f slurm/lib.sh || ! -d training ]]; then
+    echo "error: $PWD is not the root of the repository: run sbatch there" >&2
+    exit 2
+fi
+# shellcheck source=slurm/stage.sh
+source slurm/stage.sh
+
+stage_main finetune "Stage 3, instruction tuning" training/configs/stage3_finetune.yaml "$@"

@@ -1,0 +1,277 @@
+# shellcheck shell=bash
+# What the scripts of this folder share; they source it from the root of the repository.
+# `slurm/pretrain.sh --help` says what it does for a user. Functions hand on what they find in variables,
+# which their comments name.
+
+# The trainer's exit code for a wrong setting (training/exit_codes.py): no restart helps. Any other
+# code than 0 means: start again.
+BAD_INPUT=2
+
+die() {
+    echo "error: $*" >&2
+    exit 2
+}
+
+say() {
+    echo "$(date +%H:%M:%S) $*"
+}
+
+# The words, quoted so that they can be pasted into a shell.
+quoted() {
+    local words
+    printf -v words ' %q' "$@"
+    echo "${words# }"
+}
+
+in_job() {
+    [[ -n ${SLURM_JOB_ID:-} ]]
+}
+
+# End unless in a job.
+require_job() {
+    in_job || die "not in a Slurm job: submit this script with sbatch (--help explains)"
+}
+
+load_site() {
+    local site=${SITE:-slurm/site.sh}
+    [[ -f $site ]] || die "no site settings at $site: unset SITE, or set it to your copy of slurm/site.sh"
+    set +u # `module` and `conda activate` read variables that are not set
+    # shellcheck source=slurm/site.sh
+    source "$site"
+    set -u
+}
+
+# Sets `python`. In a container it is the container's.
+find_python() {
+    python=${PYTHON:-python3}
+    [[ -z ${CONTAINER:-} ]] || return 0
+    [[ -n ${PYTHON:-} || ! -x .venv/bin/python ]] || python=.venv/bin/python
+    command -v "$python" >/dev/null || die "no Python at $python: create .venv, or set PYTHON"
+}
+
+# Sets `config` and `overrides` from the arguments; the config's default is `default_config`.
+take_config() {
+    config=${CONFIG:-$default_config}
+    if (($#)) && [[ -f $1 || $1 != *=* ]]; then
+        config=$1
+        shift
+    fi
+    overrides=("$@")
+    [[ -f $config ]] || die "no configuration at $config (in $PWD)"
+}
+
+# Sets `nodes`, `tasks` (on each node), `cpus` (of each task) and `hosts` from the job.
+take_resources() {
+    local cpus_on_node=${SLURM_JOB_CPUS_PER_NODE%%[(,]*} # "16(x2),8" is 16 on each of the first two
+    nodes=$SLURM_JOB_NUM_NODES
+    tasks=${SLURM_GPUS_ON_NODE:-${TASKS_PER_NODE:-1}}
+    cpus=$((cpus_on_node / tasks))
+    ((cpus)) || die "$cpus_on_node CPU for $tasks tasks on each node: ask sbatch for more, for example" \
+        "with --cpus-per-gpu=8, --ntasks-per-node=$tasks or --exclusive"
+    mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+}
+
+# The environment of the tasks (needs take_resources).
+set_environment() {
+    # training.train takes its rank from what srun sets (SLURM_PROCID, SLURM_NTASKS, SLURM_LOCALID),
+    # unless it finds these.
+    unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE
+    # Every task sees all GPUs of its node and picks its own. What sbatch was told would bind them
+    # otherwise, or contradict the options of srun below.
+    unset SLURM_GPUS_PER_TASK SLURM_GPU_BIND SLURM_NTASKS_PER_GPU SLURM_CPUS_PER_GPU
+    unset SLURM_CPUS_PER_TASK SLURM_TRES_PER_TASK
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cpus}
+    export TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
+    export PYTHONUNBUFFERED=1
+    export MASTER_ADDR=${hosts[0]}
+    export JOB_NODES=${hosts[*]} # for training.preflight, to name a node that is silent
+}
+
+# A port for each start of the tasks: that of the last may still be in use. Taken from the job every
+# time, since a value left over in the shell that ran sbatch would be another job's; below the ports
+# that the kernel hands out itself.
+set_port() {
+    local start=$1
+    export MASTER_PORT=$((20000 + (SLURM_JOB_ID + 1009 * start) % 10000))
+}
+
+# Sets `launcher`, what comes before the program of every task; the counts are words in a dry run
+# outside a job.
+set_launcher() {
+    # Without --kill-on-bad-exit the other ranks of a dead one wait in a collective until the time
+    # limit. --export: sbatch --export=NONE would otherwise keep the environment from the tasks.
+    launcher=(srun "--nodes=$nodes" "--ntasks=$1" "--ntasks-per-node=$tasks"
+        "--cpus-per-task=$cpus" --kill-on-bad-exit=1 --export=ALL --label)
+    [[ -n ${CONTAINER:-} ]] || return 0
+    local mounts=$PWD:$PWD${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}
+    if [[ $(srun --help 2>/dev/null) == *--container-image* ]]; then # pyxis
+        launcher+=("--container-image=$CONTAINER" "--container-mounts=$mounts"
+            "--container-workdir=$PWD")
+        return 0
+    fi
+    local runtime
+    runtime=$(command -v apptainer || command -v singularity) ||
+        die "CONTAINER is set, but srun has no --container-image (pyxis) and there is no apptainer"
+    launcher+=("$runtime" exec --bind "$mounts" --pwd "$PWD")
+    [[ -z ${SLURM_GPUS_ON_NODE:-} ]] || launcher+=(--nv)
+    launcher+=("$CONTAINER")
+}
+
+# Start the program on every rank and wait for its end, with its errors in the log. Sets `code`: 0,
+# BAD_INPUT if any rank ended with it (another may have been ended for that before it could), else
+# the exit code of the first rank that failed; `first` is what srun said of that one.
+run_tasks() {
+    local errors=$scratch/errors pipe=$scratch/pipe copier
+    local ended='^srun: error: .*: tasks? .*: '
+    rm -f "$pipe"
+    mkfifo "$pipe"
+    # `scancel --full --signal` reaches every process of the script, this one too.
+    (trap '' USR1 TERM && exec tee "$errors" <"$pipe" >&2) &
+    copier=$!
+    "$@" 2>"$pipe" &
+    tasks_pid=$!
+    interrupted=1
+    while ((interrupted)); do # a trap ends `wait` early
+        interrupted=0 code=0
+        wait "$tasks_pid" || code=$?
+    done
+    tasks_pid=
+    while kill -0 "$copier" 2>/dev/null; do wait "$copier" || true; done
+    first=$(grep -m1 -E "$ended" "$errors") || first=
+    first=${first#srun: error: }
+    ((code == 0)) || ! grep -q -E "${ended}Exited with exit code $BAD_INPUT\$" "$errors" ||
+        code=$BAD_INPUT
+    if ((code != 0 && code != BAD_INPUT)) && [[ $first =~ Exited\ with\ exit\ code\ ([0-9]+)$ ]]; then
+        code=${BASH_REMATCH[1]}
+    fi
+}
+
+# Traps: the tasks are to save and end. Only USR1 may be sent to srun; TERM makes it kill the tasks at
+# once. The trainer takes a second signal for the same request.
+stop_tasks() {
+    interrupted=1
+    stopping=$1
+    say "job $SLURM_JOB_ID: SIG$1: asking the tasks to save and end"
+    [[ -z $tasks_pid ]] || kill -USR1 "$tasks_pid" 2>/dev/null || true
+}
+
+# Ctrl-C, in a shell of salloc.
+kill_tasks() {
+    [[ -z $tasks_pid ]] || kill -TERM "$tasks_pid" 2>/dev/null || true
+    exit 130
+}
+
+# Folders for what run_tasks and the restart loop note; the second outlives a requeue.
+make_notes() {
+    scratch=$(mktemp -d)
+    notes=$PWD/runs/.slurm/$SLURM_JOB_ID
+    keep_notes=
+    tasks_pid='' stopping='' interrupted=0
+    mkdir -p "$notes" || die "cannot write to $notes: submit from a folder that the nodes can write to"
+    # Those of jobs that were cancelled.
+    find runs/.slurm -mindepth 1 -maxdepth 1 -mtime +30 -exec rm -rf {} + 2>/dev/null || true
+    export PROGRESS_FILE=$notes/progress # training.checkpoint writes the newest step there
+    trap 'rm -rf "$scratch"; [[ -n $keep_notes ]] || rm -rf "$notes"' EXIT
+    trap 'stop_tasks USR1' USR1
+    trap 'stop_tasks TERM' TERM
+    trap kill_tasks INT
+}
+
+# The step of the newest checkpoint that rank 0 has noted.
+progress() {
+    cat "$PROGRESS_FILE" 2>/dev/null || echo 0
+}
+
+# End this script and have Slurm start it again, on nodes that work. A job that is already ending
+# (cancelled, out of time, preempted) is left alone: Slurm has decided what becomes of it.
+requeue_job() {
+    local state
+    state=$(scontrol show job --oneliner "$SLURM_JOB_ID" | grep -o 'JobState=[A-Z_]*') || state=unknown
+    keep_notes=1
+    if [[ $state != JobState=RUNNING ]]; then
+        say "job $SLURM_JOB_ID: not requeued from here: Slurm is ending it (${state#*=})"
+    elif scontrol requeue "$SLURM_JOB_ID"; then
+        say "job $SLURM_JOB_ID: requeued; it goes on at step $(progress)"
+    else
+        keep_notes=
+        say "job $SLURM_JOB_ID: Slurm did not requeue it; submit it again to go on at step $(progress)"
+    fi
+    exit "$code"
+}
+
+# The nodes of the job on which no task starts; none if the controller does not answer either.
+silent_nodes() {
+    local answers host
+    answers=$(timeout --kill-after=5 "${NODE_CHECK_S:-30}" srun --overlap "--nodes=$nodes" \
+        "--ntasks=$nodes" --ntasks-per-node=1 --cpus-per-task=1 --export=ALL \
+        printenv SLURMD_NODENAME 2>/dev/null) || true
+    [[ -n $answers ]] || return 0
+    for host in "${hosts[@]}"; do
+        grep -q -x -F "$host" <<<"$answers" || echo "$host"
+    done
+}
+
+# Seconds to wait; a signal ends it.
+pause() {
+    sleep "$1" &
+    wait $! || true
+}
+
+# Run the program of every rank until it is done (exit code 0 or BAD_INPUT), out of time (requeue), a
+# node is lost (requeue), or too many starts in a row saved nothing; exits.
+run_until_done() {
+    local start=0 fruitless=0 before now silent most=${MAX_RESTARTS_WITHOUT_PROGRESS:-3}
+    [[ ! -f $notes/fruitless ]] || fruitless=$(<"$notes/fruitless")
+    while true; do
+        before=$(progress)
+        set_port "$start"
+        run_tasks "$@"
+        now=$(progress)
+        ((code != 0 && code != BAD_INPUT)) || exit "$code"
+        say "job $SLURM_JOB_ID: the tasks ended with exit code $code at step $now${first:+; first: $first}"
+        [[ $now == "$before" ]] || fruitless=0
+        if ((fruitless >= most)); then
+            say "error: $most restarts in a row saved no checkpoint: given up. Look above for the" \
+                "first error; slurm/preflight.sh finds a bad node" >&2
+            exit "$code"
+        fi
+        fruitless=$((fruitless + 1))
+        echo "$fruitless" >"$notes/fruitless"
+        [[ -z $stopping ]] || requeue_job
+        # At once the first time, then later and later: a file system may need a moment.
+        ((fruitless == 1)) || pause $(((fruitless - 1) * ${RESTART_WAIT_S:-5}))
+        silent=$(silent_nodes)
+        if [[ -n $silent ]]; then
+            say "job $SLURM_JOB_ID: no answer from ${silent//$'\n'/, }"
+            requeue_job
+        fi
+        [[ -z $stopping ]] || requeue_job
+        start=$((start + 1))
+        say "job $SLURM_JOB_ID: start $((start + 1)) in this allocation, restart $fruitless of at" \
+            "most $most without a checkpoint"
+    done
+}
+
+# Run training.preflight on every rank. Sets `code`: 0, BAD_INPUT for a setting, else a node is bad.
+run_preflight() {
+    local limit=${PREFLIGHT_TIMEOUT_S:-60}
+    set_port 0
+    # Python ends itself in time; `timeout` is for a file system that keeps it from starting.
+    run_tasks "${launcher[@]}" timeout --kill-after=5 "$((limit + 15))" \
+        "$python" -m training.preflight --timeout "$limit" "$config" "${overrides[@]}"
+}
+
+# Site, Python and configuration of a stage or of preflight.sh.
+prepare_stage() {
+    load_site
+    find_python
+    take_config "$@"
+}
+
+prepare_tasks() {
+    take_resources
+    set_environment
+    set_launcher $((nodes * tasks))
+    echo "job $SLURM_JOB_ID (restart ${SLURM_RESTART_COUNT:-0}): $nodes nodes x $tasks tasks x" \
+        "$cpus CPUs, rendezvous $MASTER_ADDR:$((20000 + SLURM_JOB_ID % 10000))"
+}

@@ -1,0 +1,29 @@
+"""Sharded checkpoints around DeepSpeed's: written aside, published by rename, verified on resume.
+
+`Saver` writes them, `find` picks the newest whole one, `load` resumes from it, `start_from` takes
+only its weights. `layout.py` describes the folder; `python -m training.checkpoint --help` looks
+after one offline.
+"""
+
+from training.checkpoint.find import find, refuse_later
+from training.checkpoint.layout import MANIFEST, TEMPORARY, finished, read_manifest
+from training.checkpoint.load import load, start_from
+from training.checkpoint.pickles import scan_pickle
+from training.checkpoint.progress import Progress
+from training.checkpoint.saver import Saver
+from training.checkpoint.verify import verify_files
+
+__all__ = [
+    "MANIFEST",
+    "TEMPORARY",
+    "Progress",
+    "Saver",
+    "find",
+    "finished",
+    "load",
+    "read_manifest",
+    "refuse_later",
+    "scan_pickle",
+    "start_from",
+    "verify_files",
+]

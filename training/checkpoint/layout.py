@@ -1,0 +1,158 @@
+"""What a checkpoint folder looks like: names, the manifest, what is finished, pruning.
+
+`DIR/step-00000100/` holds DeepSpeed's shards and `manifest.json`, which is written last;
+`DIR/latest` names the newest, for people: finished folders decide. `DIR/tmp-...` is being written
+or removed and never read; `DIR/bad-step-...` is a damaged checkpoint that a resume set aside.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from data_pipeline.errors import InputError
+from data_pipeline.files import write_atomically
+
+TEMPORARY = "tmp-"
+BAD = "bad-"
+MANIFEST = "manifest.json"
+LATEST = "latest"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint holds: `files` maps a name to `{"bytes": n, "sha256": hex}`.
+
+    `frozen` maps a frozen parameter's name to the sha256 of its bytes.
+    """
+
+    step: int
+    plan: dict[str, Any]
+    world_size: int
+    fingerprints: dict[str, Any]
+    files: dict[str, dict[str, Any]]
+    frozen: dict[str, str]
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(entry["bytes"] for entry in self.files.values())
+
+    def to_json(self) -> bytes:
+        fields = {"format": FORMAT, **asdict(self)}
+        return json.dumps({**fields, "checksum": _checksum(fields)}, indent=1).encode()
+
+
+def _checksum(fields: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest of a checkpoint.
+
+    Raises:
+        InputError: if it is missing, damaged, or not of the folder it lies in.
+    """
+    file = path / MANIFEST
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+        checksum, version = fields.pop("checksum"), fields.pop("format")
+        whole = checksum == _checksum({"format": version, **fields})
+        manifest = Manifest(**fields) if whole and version == FORMAT else None
+    except FileNotFoundError:
+        raise InputError(f"{file} is missing, so {path.name} was never finished") from None
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        raise InputError(f"{file} cannot be read: {error!r}") from error
+    if not whole:
+        raise InputError(f"{file} is damaged: its content does not have the checksum it names")
+    if manifest is None:
+        raise InputError(f"{file} has format {version}; this version reads {FORMAT}")
+    for name in manifest.files:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise InputError(f"{file} names {name!r}, which lies outside the checkpoint")
+    if path.name.startswith("step-") and path.name != step_name(manifest.step):
+        raise InputError(f"{file} is of step {manifest.step}, not of {path.name}")
+    return manifest
+
+
+def step_name(step: int) -> str:
+    """The folder name of the checkpoint after `step` optimizer steps."""
+    return f"step-{step:08d}"
+
+
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's folder name."""
+    return int(path.name.removeprefix("step-"))
+
+
+def candidates(folder: Path) -> list[Path]:
+    """All `step-*` folders, oldest first, whether finished or not."""
+    found = [p for p in folder.glob("step-*") if re.fullmatch(r"step-\d+", p.name) and p.is_dir()]
+    return sorted(found, key=step_of)
+
+
+def finished(folder: Path) -> list[Path]:
+    """The checkpoints of a folder that have a manifest, oldest first."""
+    return [path for path in candidates(folder) if (path / MANIFEST).is_file()]
+
+
+def to_prune(folder: Path, keep: int, keep_every_steps: int) -> list[Path]:
+    """The finished checkpoints beyond the newest `keep`, without every m-th step's."""
+    return [
+        path
+        for path in finished(folder)[:-keep]
+        if not keep_every_steps or step_of(path) % keep_every_steps
+    ]
+
+
+def remove(path: Path) -> None:
+    """Delete a checkpoint; a kill half-way leaves a temporary folder, never half a checkpoint."""
+    doomed = path.with_name(f"{TEMPORARY}old-{path.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    path.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a damaged checkpoint, so that pruning and later resumes do not count it."""
+    aside = path.with_name(BAD + path.name)
+    shutil.rmtree(aside, ignore_errors=True)
+    return path.rename(aside)
+
+
+def leftovers(folder: Path) -> Iterator[Path]:
+    """What a killed process left half-written or half-removed."""
+    return folder.glob(TEMPORARY + "*")
+
+
+def publish(temporary: Path, final: Path, manifest: Manifest) -> None:
+    """Make a written folder the checkpoint `final`: manifest, fsync, rename, `latest`."""
+    write_atomically(temporary / MANIFEST, manifest.to_json())
+    sync_folder(temporary)
+    if final.exists():
+        remove(final)
+    temporary.rename(final)
+    sync_folder(final.parent)
+    write_atomically(final.parent / LATEST, final.name.encode())
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's names to disk, so that a rename never outlives what it names."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def warn(text: str) -> None:
+    """Print a warning on this rank, above a progress bar."""
+    tqdm.write(f"warning: {text}", file=sys.stderr)

@@ -1,0 +1,79 @@
+"""What lies in the shards of a ZeRO-3 checkpoint, read without opening more than is needed."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+
+from data_pipeline.errors import InputError
+
+
+class Shards:
+    """The files of a checkpoint, each mapped into memory when it is first needed."""
+
+    def __init__(self, path: Path, world_size: int) -> None:
+        self.path, self.world_size = path, world_size
+        self._loaded: dict[Path, dict[str, Any]] = {}
+
+    def model(self, rank: int) -> dict[str, Any]:
+        """The module, frozen fragments, buffers and client state of one saved rank."""
+        return self._load(self.path / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt")
+
+    def own(self) -> dict[str, Any]:
+        """What this rank saved, or rank 0 where there were fewer ranks."""
+        rank = torch.distributed.get_rank()
+        return self.model(rank if rank < self.world_size else 0)
+
+    def optimizer(self) -> dict[str, Any]:
+        """The optimizer's state dict of saved rank 0; steps and options are the same on all."""
+        (path,) = self.path.glob("*zero_pp_rank_0_mp_rank_00_optim_states.pt")
+        return self._load(path)["optimizer_state_dict"]["optimizer_state_dict"]
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every trained parameter."""
+        return {
+            name: tuple(shape)
+            for sub_group in self.model(0)["param_shapes"]
+            for name, shape in sub_group.items()
+        }
+
+    def steps(self) -> dict[str, Any]:
+        """Adam's step of every trained parameter."""
+        state = self.optimizer()["state"]
+        return {
+            name: state[number]["step"]
+            for number, sub_group in enumerate(self.model(0)["param_shapes"])
+            for name in sub_group
+        }
+
+    def groups(self) -> list[dict[str, Any]]:
+        """Options of every parameter group."""
+        return [options_of(group) for group in self.optimizer()["param_groups"]]
+
+    def frozen(self, name: str, size: int, start: int, stop: int) -> Iterator[torch.Tensor]:
+        """Elements `start` to `stop` of a frozen parameter of `size` elements, in order."""
+        part = -(-size // self.world_size)
+        while start < stop:
+            rank, offset = divmod(start, part)
+            end = min(stop, (rank + 1) * part)
+            fragments = self.model(rank)["frozen_param_fragments"] or {}
+            if name not in fragments:
+                raise InputError(
+                    f"{self.path} holds no frozen parameter {name}; resume with the model and the "
+                    "trained modules that saved it"
+                )
+            yield fragments[name].flatten()[offset : offset + end - start]
+            start = end
+
+    def _load(self, path: Path) -> dict[str, Any]:
+        if path not in self._loaded:
+            # The caller has scanned these pickles.
+            self._loaded[path] = torch.load(path, "cpu", weights_only=False, mmap=True)
+        return self._loaded[path]
+
+
+def options_of(group: dict[str, Any]) -> dict[str, Any]:
+    """A parameter group without its parameters: learning rate, weight decay and the like."""
+    return {key: value for key, value in group.items() if key != "params"}

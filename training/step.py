@@ -1,0 +1,83 @@
+"""One optimizer step over all ranks: the loss's one denominator, the gradients, the update."""
+
+from typing import Any
+
+import torch.distributed
+
+from data_pipeline.errors import InputError
+from data_pipeline.loader import StepBatch
+from training.distributed import Ranks, all_reduce_sum
+from training.health import LossGuard, Verdict
+from training.health.loss_guard import SKIPPED
+from training.inputs import model_inputs
+from training.metrics import StepMeter, weight_sum
+from training.run import Run
+from training.stages import learning_rate_factor
+
+
+def shared_denominator(batch: StepBatch | None, stop: bool, ranks: Ranks) -> float | None:
+    """Sum of the loss weights over all ranks; None if any of them was asked to stop.
+
+    One collective for both: a rank that left without the others would leave them waiting.
+    """
+    own = weight_sum(batch) if batch else 0.0
+    weights, stops = all_reduce_sum([own, float(stop or batch is None)], ranks.device)
+    return None if stops else weights or 1.0
+
+
+def train_step(
+    engine: Any,
+    batch: StepBatch,
+    denominator: float,
+    step: int,
+    meter: StepMeter,
+    run: Run,
+    guard: LossGuard,
+) -> dict[str, float]:
+    """One optimizer step over this rank's packs; returns the metrics of all ranks.
+
+    The loss has one denominator per step, the sum of loss weights over all ranks and packs, so
+    that it does not depend on how packs are shared out.
+    """
+    settings = run.config.train
+    # DeepSpeed averages gradients over ranks; the loss is a sum.
+    scale = run.ranks.world_size / denominator
+    factor = learning_rate_factor(step - 1, settings)
+    for group in engine.optimizer.param_groups:
+        group["lr"] = factor * group["peak_lr"]
+    for number, pack in enumerate(batch.packs, start=1):
+        output = engine(**model_inputs(pack, run.ranks.device, run.loss_chunks))
+        engine.backward(output.loss * scale, scale_wrt_gas=False)
+        meter.add(pack, output.token_losses)
+        if number < len(batch.packs):
+            engine.step()  # accumulates; the last one is the update, if the guard allows it
+    metrics = meter.reduce()
+    verdict = guard.update(engine, metrics["loss"])
+    if verdict.fault:
+        report_fault(verdict, batch, step, run)
+    if spike := guard.spike(metrics["loss"]):
+        run.say(f"warning: step {step}: {spike}; its samples: {sample_names(batch, run)}")
+    peak = max(group["peak_lr"] for group in engine.optimizer.param_groups)
+    metrics |= {"lr": factor * peak, "grad_norm": verdict.norm, SKIPPED: guard.skipped}
+    return metrics | {"epoch": batch.epoch} | meter.timing(metrics, batch.wait_s)
+
+
+def report_fault(verdict: Verdict, batch: StepBatch, step: int, run: Run) -> None:
+    """Name the samples of a step that was left out; InputError if no more may be (all ranks)."""
+    text = f"{verdict.fault} in step {step}, which changed no weight; its samples: "
+    text += sample_names(batch, run)
+    if verdict.stop:
+        raise InputError(
+            f"{text}. Inspect them, lower train.modules.*.lr, or leave such steps out: "
+            f"faults.max_skipped_steps is {run.config.faults.max_skipped_steps}"
+        )
+    run.say(f"warning: {text}")
+
+
+def sample_names(batch: StepBatch, run: Run) -> str:
+    """The first samples of the step over all ranks, as shard:key (all ranks must call this)."""
+    ids = [sample for pack in batch.packs for sample in pack.sample_ids]
+    everyone: list[Any] = [None] * run.ranks.world_size
+    torch.distributed.all_gather_object(everyone, ids)
+    names = [run.index.name(sample) for ids in everyone for sample in ids]
+    return f"{', '.join(names[:20])}{', ...' if len(names) > 20 else ''}"
