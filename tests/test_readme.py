@@ -52,6 +52,13 @@ SMALLER: dict[str, str | None] = {
         "python -m kernels.compile_report --arch 90 --kernel swiglu"
     ),
     "python -m kernels.tune --out tiles.json": "python -m kernels.tune --help",
+    "slurm/pretrain.sh --dry-run training/configs/digits.yaml": "",
+    "sbatch slurm/preflight.sh training/configs/digits.yaml": None,  # tests/slurm/test_preflight.py
+    "slurm/chain.sh --dry-run --nodes=2 --gpus-per-node=8": "",
+    "python -m training.checkpoint list runs/digits/checkpoints": "",
+    "python -m training.checkpoint verify runs/digits/checkpoints": "",
+    "python -m training.goodput runs/digits --failures-per-day 1": "",
+    "make chaos": f"{MAKE} -n chaos",  # tests/training/test_chaos.py
 }
 
 

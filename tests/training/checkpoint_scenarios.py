@@ -3,6 +3,7 @@
 import errno
 import os
 import statistics
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -88,16 +89,32 @@ def settings(**changes: Any) -> CheckpointSettings:
 def save_steps(
     ranks: Ranks, folder: Path, steps: list[int], options: dict[str, Any], wait: bool = False
 ) -> tuple[str | None, list[torch.Tensor]]:
-    """Save at these step numbers, training in between; the newest, and the state saved last."""
-    engine = build()
-    with checkpoint.Saver(folder, settings(**options), ranks) as saver:
-        saver.check_space(engine)
-        for step in steps:
+    """Save at these step numbers, training in between; the newest, and the state saved last.
+
+    A save in the background writes nothing before the next step is done.
+    """
+    engine, stepped = build(), threading.Event()
+    at_once = wait or not options.get("background", True)
+    real = publication.write_shards
+
+    def write_late(*args: Any) -> Any:
+        assert at_once or stepped.wait(60)
+        return real(*args)
+
+    publication.write_shards = write_late
+    try:
+        with checkpoint.Saver(folder, settings(**options), ranks) as saver:
+            saver.check_space(engine)
             train(engine, ranks.rank)
-            saver.save(engine, progress(step), FINGERPRINTS, wait)
-            saved = state(engine)
-        train(engine, ranks.rank, 2)  # overwrites the live tensors while the last one is written
-        newest = saver.wait()
+            for step in steps:
+                stepped.clear()
+                saver.save(engine, progress(step), FINGERPRINTS, wait)
+                saved = state(engine)
+                train(engine, ranks.rank)  # overwrites the live tensors
+                stepped.set()
+            newest = saver.wait()
+    finally:
+        publication.write_shards = real
     return newest.name if newest else None, saved
 
 
