@@ -11,12 +11,13 @@ NPROC ?= $(if $(filter 1,$(GPUS)),1,2)
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup pretrain test lint clean
+.PHONY: help setup pretrain test chaos lint clean
 
 help:
 	@echo "make pretrain   set up, then train and evaluate the demo (CONFIG=training/configs/grid.yaml"
 	@echo "                for the colours; NPROC=2; ARGS=\"train.steps=200\"); again: continues"
 	@echo "make test       set up, then run all tests"
+	@echo "make chaos      ten faults of different kinds on a small run, about 3 minutes"
 	@echo "make lint       ruff and mypy"
 	@echo "make setup      only the virtual environment"
 
@@ -39,6 +40,9 @@ pretrain: setup
 test: setup
 	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then bash tests/slurm/install.sh; fi
 	$(PY) -m pytest $(ARGS)
+
+chaos: setup
+	$(PY) -m tests.training.chaos $(ARGS)
 
 lint: setup
 	$(VENV)/bin/ruff check .

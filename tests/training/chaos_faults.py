@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.training.chaos_ranks import EVERY, RANKS, Job, Start
+from tests.training.chaos_ranks import EVERY, RANKS, Start
 from training import exit_codes
 from training.checkpoint import finished, layout
 
@@ -24,7 +24,7 @@ class Fault:
 
     strike: does it, once the step is reached; returns the rank it struck, None for all of them.
     codes: how the struck rank must end, and the other one.
-    says: what the ranks must have said; `{rank}` is the struck one, `{other}` the other.
+    says: what the ranks must have said; `{rank}` in the pattern is the struck one, `{other}` not.
     damage: done to the checkpoints before the next start; what that one must say of it.
     lost_checkpoints: how many of the newest checkpoints the damage makes unusable.
     """
@@ -32,18 +32,14 @@ class Fault:
     name: str
     strike: Callable[[Start, random.Random], int | None]
     codes: tuple[int, int | str] = (KILLED, CRASHED)
-    says: str = ""
+    says: tuple[str, ...] = ()
     damage: Callable[[Path, random.Random], str] | None = None
     lost_checkpoints: int = 0
 
     @property
-    def saves(self) -> bool:
+    def asks(self) -> bool:
         """Whether the job is asked to stop, so that no step may be lost."""
         return self.codes[0] == exit_codes.PREEMPTED
-
-    def ready(self, job: Job, start: Start, step: int) -> bool:
-        """Whether it may strike: the step is done, and an older checkpoint to go on from exists."""
-        return start.steps()[-1:] >= [] and start.last_step() >= step and len(job.saved()) >= 2
 
     def check(self, rank: int | None, codes: list[int], said: str) -> None:
         """AssertionError unless the ranks ended as this fault makes them."""
@@ -55,8 +51,9 @@ class Fault:
             assert other not in (exit_codes.OK, exit_codes.BAD_INPUT, exit_codes.PREEMPTED), text
         else:
             assert other == self.codes[1], text
-        pattern = self.says.format(rank=struck, other=1 - struck)
-        assert re.search(pattern, said, re.DOTALL), f"no {pattern!r} in {text}"
+        for pattern in self.says:
+            pattern = pattern.format(rank=struck, other=1 - struck)
+            assert re.search(pattern, said, re.MULTILINE), f"no {pattern!r} in {text}"
 
 
 def kill(*victims: int) -> Callable[[Start, random.Random], int | None]:
@@ -149,19 +146,22 @@ def delete_manifest(checkpoints: Path, chance: random.Random) -> str:
 
 
 STOPPED = (exit_codes.PREEMPTED, exit_codes.PREEMPTED)
-ASKED = r"asked to stop after step (\d+); the newest checkpoint is \S*/step-0*\1$"
+ASKED = r"^asked to stop after step (\d+); the newest checkpoint is \S*/step-0*\1$"
+FIRST = "^{}: stopping at the next step boundary"
 STUCK = (
-    r"error: rank {other} on \S+ made no progress for \d+ s in step .*No longer alive: rank {rank} "
-    r"on .* silent for"
+    r"^error: rank {other} on \S+ made no progress for \d+ s in step .* No longer alive: "
+    r"rank {rank} on .* silent for"
 )
 
 FAULTS = [
     Fault("kill -9 of rank 0", kill(0)),
     Fault("kill -9 of rank 1", kill(1)),
     Fault("kill -9 inside a save", kill_in_save),
-    Fault("USR1 to one rank", ask_one, STOPPED, "SIGUSR1: stopping at the next.*" + ASKED),
-    Fault("TERM to all, again in the save", ask_all_twice, STOPPED, ASKED),
-    Fault("SIGSTOP of a rank", stop_process, (KILLED, exit_codes.STUCK), STUCK),
+    Fault("USR1 to one rank", ask_one, STOPPED, (FIRST.format("SIGUSR1"), ASKED)),
+    Fault(
+        "TERM to all, again in the save", ask_all_twice, STOPPED, (FIRST.format("SIGTERM"), ASKED)
+    ),
+    Fault("SIGSTOP of a rank", stop_process, (KILLED, exit_codes.STUCK), (STUCK,)),
     Fault("newest truncated", kill(0, 1), damage=truncate, lost_checkpoints=1),
     Fault("bit flipped in the newest", kill(0, 1), damage=flip_bit, lost_checkpoints=1),
     Fault("latest empty, partial tags left", kill(0, 1), damage=leave_partial),

@@ -19,14 +19,15 @@ from typing import Any
 from tests.ranks import PRELOAD, forkserver
 from tests.training.scenarios import DIGITS, tiny_overrides
 from training import exit_codes, train
-from training.checkpoint import finished, publication
+from training.checkpoint import TEMPORARY, finished, publication
 from training.checkpoint.layout import step_of
 
 # What a rank would import after the fork: five seconds of each start.
 PRELOAD += ["deepspeed.runtime.zero.stage3", "deepspeed.runtime.zero.muon.original_muon"]
 
 RANKS, EVERY = 2, 4
-STEP_TIMEOUT_S = 5.0
+# The longer one also holds while saving: a rank that is stopped there is noticed late.
+STEP_TIMEOUT_S, STARTUP_TIMEOUT_S = 5.0, 40.0
 START_LIMIT_S = 120.0
 # How long a launcher lets the other ranks live once one has ended: those that were asked to stop
 # end by themselves; one that is stopped cannot.
@@ -47,18 +48,14 @@ class Job:
             f"train.steps={steps}",
             "train.log_every=1",
             f"checkpoint.every_steps={EVERY}",
-            f"faults.startup_timeout_s={START_LIMIT_S}",
+            f"faults.startup_timeout_s={STARTUP_TIMEOUT_S}",
             f"faults.step_timeout_s={STEP_TIMEOUT_S}",
         ]
 
     def start(self) -> "Start":
         folder = self.out.with_suffix(".starts") / f"{len(self.starts):02d}"
-        self.starts.append(Start(folder, self.argv))
+        self.starts.append(Start(folder, self.checkpoints, self.argv))
         return self.starts[-1]
-
-    def saved(self) -> list[int]:
-        """The steps of the finished checkpoints, oldest first."""
-        return [step_of(path) for path in finished(self.checkpoints)]
 
     def close(self) -> None:
         for start in self.starts:
@@ -68,8 +65,9 @@ class Job:
 class Start:
     """The ranks of one start of the job."""
 
-    def __init__(self, folder: Path, argv: list[str]) -> None:
-        self.folder, self.limit = folder, time.monotonic() + START_LIMIT_S
+    def __init__(self, folder: Path, checkpoints: Path, argv: list[str]) -> None:
+        self.folder, self.checkpoints = folder, checkpoints
+        self.limit = time.monotonic() + START_LIMIT_S
         folder.mkdir(parents=True)
         with socket.socket() as server:
             server.bind(("127.0.0.1", 0))
@@ -139,6 +137,15 @@ class Start:
     def resumed_at(self) -> int:
         found = re.search(r"^resumed from .* at step (\d+)$", self.said(0), re.MULTILINE)
         return int(found[1]) if found else 0
+
+    def saved(self) -> list[int]:
+        """The steps of the finished checkpoints, oldest first."""
+        return [step_of(path) for path in finished(self.checkpoints)]
+
+    def saving(self) -> list[int]:
+        """The steps of saves that are under way, or were cut short."""
+        found = self.checkpoints.glob(TEMPORARY + "step-*")
+        return [int(path.name.rpartition("-")[2]) for path in found]
 
     def hold_saves(self, ranks: list[int]) -> None:
         """Let these ranks stop within the first shard that they write from now on."""
