@@ -69,6 +69,8 @@ class RankPool:
 # Imported once, in the process that ranks are forked from: for each anew it takes half a minute.
 PRELOAD = [
     "training.train",
+    "deepspeed.runtime.zero.stage3",
+    "deepspeed.runtime.zero.muon.original_muon",
     "transformers.models.qwen2.modeling_qwen2",
     "transformers.models.siglip.modeling_siglip",
 ]

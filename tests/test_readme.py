@@ -160,3 +160,22 @@ def test_the_projector_table_is_the_recorded_calculation() -> None:
         kept = case[f"saved_bytes_{way}"] / case["saved_bytes_eager"]
         line = f"| n = 12, {label} | {eager:.2f}x | {compiled:.2f}x | {kept:.0%}".replace("%", " %")
         assert f"{line}{unit} |" in readme
+
+
+def test_the_reliability_table_is_the_record() -> None:
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    record = json.loads((ROOT / "training/results/reliability.json").read_text())
+    ours, stock = record["kills_inside_a_save"], record["kills_inside_stock_save"]
+    assert f"{ours['broken']} of {ours['trials']} broken" in readme
+    assert f"{stock['broken']} of {stock['trials']}" in readme
+    stall = record["checkpoint_stall"]
+    assert (
+        f"{stall['background_stall_s']:.2f} s instead of {stall['synchronous_s']:.2f} s" in readme
+    )
+    rows = record["chaos"]["rows"]
+    assert len({row["fault"] for row in rows}) == 10
+    crashes = [row["lost"] for row in rows if row["exit_codes"] != [75, 75]]
+    assert f"at most {max(crashes)} steps" in readme
+    assert not any(row["lost"] for row in rows if row["exit_codes"] == [75, 75])
+    hung = next(row for row in rows if 76 in row["exit_codes"])
+    assert f"after {hung['seconds']:.1f} s" in readme

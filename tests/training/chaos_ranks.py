@@ -16,14 +16,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.ranks import PRELOAD, forkserver
+from tests.ranks import forkserver
 from tests.training.scenarios import DIGITS, tiny_overrides
 from training import exit_codes, train
 from training.checkpoint import TEMPORARY, finished, publication
 from training.checkpoint.layout import step_of
-
-# What a rank would import after the fork: five seconds of each start.
-PRELOAD += ["deepspeed.runtime.zero.stage3", "deepspeed.runtime.zero.muon.original_muon"]
 
 RANKS, EVERY = 2, 4
 # The longer one also holds while saving: a rank that is stopped there is noticed late.

@@ -191,6 +191,29 @@ def with_progress_file(ranks: Ranks, folder: Path, file: Path) -> None:
         del os.environ["PROGRESS_FILE"]
 
 
+def save_with_the_disk_held_up(ranks: Ranks, folder: Path) -> tuple[int, str]:
+    """How many checkpoints there are when `save` returns and no byte is written; the one later."""
+    engine = build()
+    train(engine, ranks.rank)
+    disk, write = threading.Event(), publication.write_shards
+
+    def write_later(*args: Any) -> Any:
+        disk.wait(60)
+        return write(*args)
+
+    publication.write_shards = write_later
+    try:
+        with checkpoint.Saver(folder, settings(), ranks) as saver:
+            saver.save(engine, progress(1), FINGERPRINTS)
+            before = len(checkpoint.finished(folder))
+            torch.distributed.barrier()
+            disk.set()
+            published = saver.wait()
+    finally:
+        publication.write_shards = write
+    return before, published.name if published else ""
+
+
 def stalls(ranks: Ranks, folder: Path, width: int, trials: int = 3) -> tuple[float, float]:
     """Median seconds of a background save's stall and of a synchronous save."""
     engine = build(width)

@@ -302,8 +302,11 @@ def test_keep_and_keep_every(two_ranks: RankPool, tmp_path: Path) -> None:
     steps = [2, 3, 4, 5, 6, 7]
     two_ranks.run(scenarios.save_steps, tmp_path / "c", steps, {"keep_every_steps": 4})
     assert [path.name[-1] for path in finished(tmp_path / "c")] == ["4", "6", "7"]
+    for step in (1, 3):  # what resumes have set aside
+        (tmp_path / "c" / f"bad-step-0000000{step}").mkdir()
     two_ranks.run(scenarios.save_steps, tmp_path / "c", [8], {"background": False})
     assert [path.name[-1] for path in finished(tmp_path / "c")] == ["7", "8"]
+    assert [path.name[-1] for path in (tmp_path / "c").glob("bad-*")] == ["3"]
 
 
 def test_the_same_step_is_saved_once(two_ranks: RankPool, tmp_path: Path) -> None:
@@ -361,10 +364,12 @@ def test_a_requeued_job_waits_for_its_own_end(
     holder.wait()
 
 
-def test_a_background_save_hardly_holds_training_up(two_ranks: RankPool, tmp_path: Path) -> None:
-    background, synchronous = two_ranks.run(scenarios.stalls, tmp_path, 1024)[0]
-    # The target is 0.2, measured by bench_checkpoint; other tests may share these cores.
-    assert background < 0.5 * synchronous
+def test_a_background_save_returns_before_anything_is_written(
+    two_ranks: RankPool, tmp_path: Path
+) -> None:
+    """How much time that saves, bench_checkpoint measures."""
+    for before, published in two_ranks.run(scenarios.save_with_the_disk_held_up, tmp_path):
+        assert before == 0 and published == "step-00000001"
 
 
 def test_the_command_runs(copy: Path) -> None:

@@ -105,8 +105,13 @@ def finished(folder: Path) -> list[Path]:
 
 
 def to_prune(folder: Path, keep: int, keep_every_steps: int) -> list[Path]:
-    """The finished checkpoints beyond the newest `keep`, without every m-th step's."""
-    return [
+    """The finished checkpoints beyond the newest `keep`, without every m-th step's.
+
+    And of the damaged ones that resumes have set aside all but the newest: each is a whole one's
+    size.
+    """
+    damaged = sorted(folder.glob(BAD + "*"))[:-1]
+    return damaged + [
         path
         for path in finished(folder)[:-keep]
         if not keep_every_steps or step_of(path) % keep_every_steps

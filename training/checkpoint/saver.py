@@ -20,7 +20,9 @@ from training.config import CheckpointSettings
 from training.distributed import Ranks, all_reduce_sum, from_main
 
 EXIT_WAIT_S = 60.0
-"""Longest wait for a publication when the run ends with an error: other ranks may be gone."""
+"""Longest wait for this rank's own shards when the run ends with an error."""
+OTHERS_WAIT_S = 5.0
+"""Longest wait for those of the others then: they may be gone."""
 
 
 class Saver:
@@ -65,7 +67,8 @@ class Saver:
                 self.wait()
             elif self._pending is not None:
                 # No collectives: this may be the only rank that fails.
-                self._pending.join(EXIT_WAIT_S)
+                self._pending.written.wait(EXIT_WAIT_S)
+                self._pending.join(OTHERS_WAIT_S)
         finally:
             self._lock.release()
 
