@@ -24,6 +24,7 @@ from training.config import RunConfig, load_config
 from training.distributed import Ranks, from_main, init_distributed
 from training.engine import build_engine
 from training.health import Monitor, StopRequest
+from training.health.loss_guard import WINDOW
 from training.metrics import MetricsLog, StepMeter, read_metrics
 from training.precision import settle_precision
 from training.run import Run
@@ -104,10 +105,15 @@ def start(run: Run, saver: checkpoint.Saver, monitor: Monitor) -> tuple[Any, che
         run.say(f"weights from {checkpoint.start_from(engine, Path(earlier))}")
     from_main(lambda: checkpoint.refuse_later(folder, progress.step))
     saver.check_space(engine)
-    rows = from_main(lambda: read_metrics(config.output_dir / "metrics.jsonl"))
-    monitor.guard.restore(row for row in rows if row["step"] <= progress.step)
+    monitor.guard.restore(from_main(lambda: rows_before(config.output_dir, progress.step)))
     run.announce(engine)
     return engine, progress
+
+
+def rows_before(output_dir: Path, step: int) -> list[dict[str, Any]]:
+    """The metrics of the last steps up to `step`, as many as the guard compares with."""
+    rows = read_metrics(output_dir / "metrics.jsonl")
+    return [row for row in rows if row["step"] <= step][-WINDOW:]
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -280,7 +280,7 @@ def test_two_nodes_survive_faults(cluster: Cluster, tmp_path: Path, digits_corpu
             PRETRAIN,
             DIGITS,
             f"output_dir={tmp_path}/{run}",
-            "train.steps=60",
+            "train.steps=24",
             "train.precision=fp32",
             "checkpoint.every_steps=2",
             "data.prepare=null",

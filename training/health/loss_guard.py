@@ -13,7 +13,7 @@ import torch
 
 from training.config import FaultSettings
 
-_WINDOW = 100  # finite losses that a new one is compared with
+WINDOW = 100  # finite losses that a new one is compared with
 _FEWEST = 20  # fewer say too little about their spread
 SKIPPED = "skipped_steps"  # the metric that tells a resumed run how many it has left out
 
@@ -38,7 +38,7 @@ class LossGuard:
     def __init__(self, settings: FaultSettings) -> None:
         self.settings = settings
         self.skipped = 0
-        self._recent: deque[float] = deque(maxlen=_WINDOW)
+        self._recent: deque[float] = deque(maxlen=WINDOW)
 
     def restore(self, rows: Iterable[dict[str, Any]]) -> None:
         """Go on from the metrics of earlier steps, in order (the same on every rank)."""
