@@ -106,8 +106,8 @@ def architecture(device: torch.device) -> str:
 
 @cache
 def _cuda_architecture(index: int) -> str:
-    major, minor = torch.cuda.get_device_capability(index)
-    return known_architecture(f"sm_{major}{minor}", torch.cuda.get_device_name(index))
+    name = device_architecture(torch.device("cuda", index))
+    return known_architecture(name, torch.cuda.get_device_name(index))
 
 
 def known_architecture(name: str, device_name: str) -> str:
