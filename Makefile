@@ -38,7 +38,8 @@ pretrain: setup
 	$(PY) -m torch.distributed.run --standalone --nproc-per-node $(NPROC) -m training.train $(CONFIG) $(ARGS)
 
 test: setup
-	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then bash tests/slurm/install.sh; fi
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  bash tests/slurm/install.sh; bash tests/install_chromium.sh || true; fi
 	$(PY) -m pytest $(ARGS)
 
 chaos: setup

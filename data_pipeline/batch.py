@@ -6,13 +6,13 @@ from typing import Literal
 import numpy as np
 import torch
 
-from data_pipeline.chat import ChatSettings, expand_images, parse_sample, tokenize_chat
-from data_pipeline.draw import tiles_per_image
+from data_pipeline.chat import ChatSettings, expand_images, tokenize_chat
+from data_pipeline.decode import image_tiles
 from data_pipeline.errors import InputError
-from data_pipeline.images import decode_rgb
-from data_pipeline.index import BadSample, Index
+from data_pipeline.index import BadSample
+from data_pipeline.mixture import Mixture
 from data_pipeline.plan import PackPlan
-from data_pipeline.tiling import TilingSettings, cut_tiles
+from data_pipeline.tiling import Resample, TilingSettings, num_tiles
 from data_pipeline.tokenizer import Tokenizer
 
 IGNORE = -100
@@ -34,7 +34,8 @@ class PackedBatch:
     tiles: uint8 [T, 3, H, W], in the order of their tokens.
     tile_sides: n of each tile (n^2 tokens), on the host.
     num_images: images that the tiles were cut from.
-    sample_ids: ids in the index.
+    sample_ids: ids in the mixture.
+    sample_datasets: number of each sample's dataset.
     sample_sides: n of each sample if its images share one, 0 for text only, -1 for several.
     max_seqlen: tokens of the longest sample.
     planned_tokens: tokens of the plan; 0 for an empty pack, else L.
@@ -53,6 +54,7 @@ class PackedBatch:
     tile_sides: list[int]
     num_images: int
     sample_ids: list[int]
+    sample_datasets: list[int]
     sample_sides: list[int]
     max_seqlen: int
     planned_tokens: int
@@ -74,63 +76,71 @@ class PackedBatch:
 
 @dataclass(frozen=True)
 class _Sample:
-    """The content of one good sample: K tokens, for each image uint8 [tiles, 3, H, W]."""
+    """The content of one good sample, K tokens; its tiles are where `_read` was told to write."""
 
     input_ids: np.ndarray
     supervised: np.ndarray
-    tiles: list[np.ndarray]
     tile_sides: list[int]
+    num_images: int
 
 
 class PackBuilder:
     """Builds packs; `build` may run in several threads at once.
 
     Args:
-        index: what the plan was made from.
-        tokenizer, chat: those the index was made with.
+        mixture: what the plan was made from.
+        tokenizer, chat: those its indexes were made with.
         tiling: the planner's.
         loss_weighting: see `LossWeighting`.
+        reduced_jpeg: decode large photographs at a smaller scale where the tiles allow it.
+        resample: what resizes pictures; see `data_pipeline.tiling.Resample`.
     """
 
     def __init__(
         self,
-        index: Index,
+        mixture: Mixture,
         tokenizer: Tokenizer,
         chat: ChatSettings,
         tiling: TilingSettings,
         loss_weighting: LossWeighting = "sqrt",
+        reduced_jpeg: bool = True,
+        resample: Resample = "pillow",
     ) -> None:
-        self.index = index
+        self.mixture = mixture
         self._tokenizer, self._chat, self._tiling = tokenizer, chat, tiling
         self._loss_weighting = loss_weighting
+        self._reduced_jpeg, self._resample = reduced_jpeg, resample
         self._image_context = tokenizer.special_id("<IMG_CONTEXT>")
-        self._tiles_per_image = tiles_per_image(index, tiling)
 
     def build(self, pack: PackPlan) -> PackedBatch:
         """Build one pack; see `PackedBatch` for what becomes of samples that cannot be used."""
         sample_ids = pack.sample_ids.tolist()
-        cu_seqlens = self._cu_seqlens(pack)
+        # An empty pack is one token.
+        cu_seqlens = np.cumsum([0, *pack.lengths.tolist()] if sample_ids else [0, 1])
         lengths = np.diff(cu_seqlens)
         input_ids = np.full(cu_seqlens[-1], self._tokenizer.pad_id, dtype=np.int64)
         labels = np.full(cu_seqlens[-1], IGNORE, dtype=np.int64)
         loss_weights = np.zeros(cu_seqlens[-1], dtype=np.float32)
-        tiles = [np.empty((0, 3, self._tiling.tile_size, self._tiling.tile_size), np.uint8)]
+        tiles = np.empty((pack.num_tiles, 3, *2 * (self._tiling.tile_size,)), np.uint8)
         tile_sides: list[int] = []
+        num_images = 0
         bad: list[BadSample] = []
-        for i, (sample, sides) in enumerate(zip(sample_ids, pack.sides, strict=True)):
+        for i, sample in enumerate(sample_ids):
             try:
-                content = self._read(sample, sides)
+                # The room of a bad sample is the next one's.
+                room = tiles[len(tile_sides) :]
+                content = self._read(sample, int(lengths[i]), pack.sides[i], pack.tiles[i], room)
             except MemoryError:
                 raise
             except Exception as error:  # decoders meet anything; one sample must not end the run
-                bad.append(self._bad_sample(sample, error))
+                bad.append(self.mixture.bad_sample(sample, _reason(error)))
                 continue
             own = slice(cu_seqlens[i], cu_seqlens[i + 1])
             input_ids[own] = content.input_ids
             labels[own] = np.where(content.supervised, content.input_ids, IGNORE)
             loss_weights[own] = self._weight(content.supervised) * content.supervised
-            tiles += content.tiles
             tile_sides += content.tile_sides
+            num_images += content.num_images
         features = sum(side * side for side in tile_sides)
         places = np.count_nonzero(input_ids == self._image_context)
         assert places == features, f"{places} <IMG_CONTEXT> tokens for {features} image features"
@@ -142,50 +152,57 @@ class PackBuilder:
             cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)),
             labels=torch.from_numpy(labels),
             loss_weights=torch.from_numpy(loss_weights),
-            tiles=torch.from_numpy(np.concatenate(tiles)),
+            tiles=torch.from_numpy(tiles[: len(tile_sides)]),
             tile_sides=tile_sides,
-            num_images=len(tiles) - 1,
+            num_images=num_images,
             sample_ids=sample_ids,
+            sample_datasets=[self.mixture.dataset(sample) for sample in sample_ids],
             sample_sides=[_common_side(sides) for sides in pack.sides],
             max_seqlen=int(lengths.max()),
             planned_tokens=pack.tokens,
             bad=bad,
         )
 
-    def _planned_tiles(self, sample: int) -> np.ndarray:
-        """Tiles of each image of a sample, int64 [images]."""
-        return self._tiles_per_image[slice(*self.index.image_start[sample : sample + 2])]
+    def _read(
+        self,
+        sample: int,
+        length: int,
+        sides: np.ndarray,
+        planned: np.ndarray,
+        room: np.ndarray,
+    ) -> _Sample:
+        """Read and decode one sample; InputError if it is not what the index says.
 
-    def _cu_seqlens(self, pack: PackPlan) -> np.ndarray:
-        """int64 [S+1] from the plan; one token where the pack is empty."""
-        if not len(pack.sample_ids):
-            return np.array([0, 1])
-        lengths = [
-            int(self.index.text_tokens[sample] + sides**2 @ self._planned_tiles(sample))
-            for sample, sides in zip(pack.sample_ids, pack.sides, strict=True)
-        ]
-        assert sum(lengths) == pack.tokens, "the pack was planned with another index or tiling"
-        return np.concatenate([[0], np.cumsum(lengths)])
-
-    def _read(self, sample: int, sides: np.ndarray) -> _Sample:
-        """Read and decode one sample; InputError if it is not what the index says."""
-        planned = self._planned_tiles(sample)
-        messages = parse_sample(self.index.read_json(sample))["messages"]
+        Args:
+            length: planned tokens. sides, planned: n and tiles of each image, int64 [images].
+            room: uint8 [T, 3, H, W]; its tiles are written to the beginning.
+        """
+        messages = self.mixture.read_sample(sample)["messages"]
         chat = tokenize_chat(messages, self._tokenizer, self._chat)
-        _check("tokens", len(chat.input_ids), self.index.text_tokens[sample])
-        _check("supervised tokens", sum(chat.supervised), self.index.supervised_tokens[sample])
-        _check("images", len(chat.image_positions), len(planned))
-        images = [decode_rgb(data) for data in self.index.read_images(sample)]
-        tiles = [cut_tiles(image, self._tiling) for image in images]
-        _check("tiles", [len(t) for t in tiles], planned.tolist())
-        image_tokens = (sides**2 * planned).tolist()
-        input_ids, supervised = expand_images(chat, image_tokens, self._image_context)
+        image_tokens = sides**2 * planned
+        _check("tokens", len(chat.input_ids), length - int(image_tokens.sum()))
+        _check("supervised tokens", sum(chat.supervised), self.mixture.supervised_tokens(sample))
+        _check("images", len(chat.image_positions), len(sides))
+        sizes = self.mixture.image_sizes(sample).tolist()
+        found = [num_tiles(width, height, self._tiling) for width, height in sizes]
+        _check("tiles", found, planned.tolist())
+        ends = np.cumsum(planned).tolist()
+        for i, data in enumerate(self.mixture.read_images(sample)):
+            image_tiles(
+                data,
+                tuple(sizes[i]),
+                self._tiling,
+                self._reduced_jpeg,
+                resample=self._resample,
+                out=room[ends[i] - found[i] : ends[i]],
+            )
+        input_ids, supervised = expand_images(chat, image_tokens.tolist(), self._image_context)
         supervised[0] = False  # nothing comes before it that could predict it
         return _Sample(
             input_ids=np.array(input_ids),
             supervised=np.array(supervised),
-            tiles=tiles,
             tile_sides=np.repeat(sides, planned).tolist(),
+            num_images=len(found),
         )
 
     def _weight(self, supervised: np.ndarray) -> float:
@@ -193,10 +210,9 @@ class PackBuilder:
         n = max(1, int(supervised.sum()))
         return {"token": 1.0, "sample": 1 / n, "sqrt": n**-0.5}[self._loss_weighting]
 
-    def _bad_sample(self, sample: int, error: Exception) -> BadSample:
-        reason = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
-        shard = self.index.shards[self.index.shard[sample]].name
-        return BadSample(shard, str(self.index.keys[sample]), reason)
+
+def _reason(error: Exception) -> str:
+    return str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
 
 
 def _check(what: str, found: object, expected: object) -> None:

@@ -6,14 +6,10 @@ process can compute any part of an epoch alone, in any order, and gets what the 
 
 import hashlib
 import math
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-
-from data_pipeline.index import Index
-from data_pipeline.tiling import TilingSettings, num_tiles
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MASK = (1 << 64) - 1
@@ -93,102 +89,6 @@ def draw_sides(settings: TokenCountSettings, uniform: np.ndarray) -> np.ndarray:
     # Divided by its last element: exactly 1, so that no value falls behind the last count.
     chosen = np.searchsorted(cumulative / cumulative[-1], uniform, side="right")
     return np.asarray(settings.sides, dtype=np.int64)[chosen]
-
-
-@dataclass(frozen=True)
-class DrawnSamples:
-    """Samples and what was drawn for them (S samples, I images).
-
-    ids: int64 [S]. lengths: int64 [S], tokens with image tokens. groups: int64 [S]; only samples of
-    one group may share a pack. sides: int64 [I], n of each image. image_start: int64 [S+1]; the
-    images of sample i are image_start[i] .. image_start[i+1].
-    """
-
-    ids: np.ndarray
-    lengths: np.ndarray
-    groups: np.ndarray
-    sides: np.ndarray
-    image_start: np.ndarray
-
-
-class SampleDrawer:
-    """Draws the token counts of an index's samples.
-
-    Attributes:
-        eligible: int64 [E], ids of the samples that fit into max_tokens at the smallest trained
-            count.
-        too_long: (id, tokens at that count) of the others.
-    """
-
-    def __init__(
-        self,
-        index: Index,
-        tiling: TilingSettings,
-        counts: TokenCountSettings,
-        max_tokens: int,
-        seed: int,
-    ) -> None:
-        self._counts, self._max_tokens, self._seed = counts, max_tokens, seed
-        self._text_tokens = index.text_tokens.astype(np.int64)
-        self._image_start = index.image_start
-        self._tiles = tiles_per_image(index, tiling)
-        shortest = self.at_side(counts.trained_sides[0]).lengths
-        self.eligible = np.flatnonzero(shortest <= max_tokens)
-        over = np.flatnonzero(shortest > max_tokens)
-        self.too_long = list(zip(over.tolist(), shortest[over].tolist(), strict=True))
-
-    def at_side(self, side: int) -> DrawnSamples:
-        """All samples of the index with every image at one side; nothing is capped."""
-        tiles_before = np.concatenate([[0], np.cumsum(self._tiles)])
-        tiles = np.diff(tiles_before[self._image_start])
-        return DrawnSamples(
-            ids=np.arange(len(tiles)),
-            lengths=self._text_tokens + tiles * side**2,
-            groups=np.zeros(len(tiles), dtype=np.int64),
-            sides=np.full(len(self._tiles), side, dtype=np.int64),
-            image_start=self._image_start,
-        )
-
-    def draw(self, epoch: int, ids: np.ndarray) -> DrawnSamples:
-        """What an epoch draws for eligible samples.
-
-        A sample that does not fit into max_tokens has its images capped at the largest trained
-        side at which it does.
-        """
-        first, last = self._image_start[ids], self._image_start[ids + 1]
-        image_start = np.concatenate([[0], np.cumsum(last - first)])
-        owner = np.repeat(np.arange(len(ids)), last - first)  # [I], position in ids
-        number = np.arange(len(owner)) - image_start[owner]  # [I], image within its sample
-        tiles = self._tiles[first[owner] + number]
-
-        def lengths(sides: np.ndarray) -> np.ndarray:
-            tokens = np.bincount(owner, weights=tiles * sides**2, minlength=len(ids))
-            return self._text_tokens[ids] + tokens.astype(np.int64)
-
-        by_image = self._counts.draw == "image"
-        address = (ids[owner], number) if by_image else (ids,)
-        drawn = draw_sides(self._counts, uniform_hash(self._seed, "tokens", epoch, *address))
-        sides = uncapped = drawn if by_image else drawn[owner]
-        cap = np.full(len(ids), max(self._counts.sides))
-        total = lengths(sides)
-        for side in self._counts.trained_sides[-2::-1]:  # below the largest, descending
-            over = total > self._max_tokens
-            if not over.any():
-                break
-            cap[over] = side
-            sides = np.minimum(uncapped, cap[owner])
-            total = lengths(sides)
-        by_pack = self._counts.draw == "pack"
-        groups = np.minimum(drawn, cap) if by_pack else np.zeros(len(ids), dtype=np.int64)
-        return DrawnSamples(ids, total, groups, sides, image_start)
-
-
-def tiles_per_image(index: Index, tiling: TilingSettings) -> np.ndarray:
-    """Number of tiles of every image of the index, int64 [I]; each size is worked out once."""
-    sizes = index.image_width.astype(np.int64) << 32 | index.image_height
-    unique, inverse = np.unique(sizes, return_inverse=True)
-    tiles = [num_tiles(size >> 32, size & 0xFFFFFFFF, tiling) for size in unique.tolist()]
-    return np.array(tiles, dtype=np.int64)[inverse]
 
 
 def _mix(x: np.ndarray) -> np.ndarray:

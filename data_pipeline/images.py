@@ -22,7 +22,7 @@ FORMATS = tuple(
 )
 
 # EXIF orientation -> what turns the stored picture upright.
-_UPRIGHT = {
+UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -40,9 +40,8 @@ def image_size(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     Raises:
         InputError: not an image of a known format, or more than `max_pixels` pixels.
     """
-    with _open(data, max_pixels) as image:
-        width, height = image.size
-        return (height, width) if _orientation(image) in _SWAPS_SIDES else (width, height)
+    with open_image(data, max_pixels) as image:
+        return upright(image.size, orientation_of(image))
 
 
 def decode_rgb(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -60,15 +59,15 @@ def decode_rgb(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
         InputError: as `image_size`, or the file is truncated or damaged. The caller knows where
             the bytes came from and adds it.
     """
-    with _open(data, max_pixels) as image:
-        orientation = _orientation(image)
+    with open_image(data, max_pixels) as image:
+        orientation = orientation_of(image)
         image.load()
-        rgb = _to_rgb(image)
-        return rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb
+        rgb = to_rgb(image)
+        return rgb.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else rgb
 
 
 @contextmanager
-def _open(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
+def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
     """The opened, not yet decoded image; whatever goes wrong in the block is an `InputError`."""
     try:
         with Image.open(BytesIO(data), formats=FORMATS) as image:
@@ -98,8 +97,13 @@ def _too_large(what: str, max_pixels: int) -> str:
     return f"image too large: {what} more than the limit of {max_pixels} pixels; downscale it"
 
 
-def _orientation(image: Image.Image) -> int:
-    """EXIF orientation, 1 where there is none; asked before decoding, so both callers agree."""
+def upright(size: tuple[int, int], orientation: int) -> tuple[int, int]:
+    """(width, height) after turning upright what is stored with this size; its own inverse."""
+    return (size[1], size[0]) if orientation in _SWAPS_SIDES else size
+
+
+def orientation_of(image: Image.Image) -> int:
+    """EXIF orientation, 1 where there is none; asked before decoding, so all callers agree."""
     # Pillow turns TIFF files upright by itself, sizes included.
     if image.format == "TIFF":
         return 1
@@ -110,7 +114,8 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A decoded image of any mode as RGB, not turned; see `decode_rgb`."""
     if image.mode.startswith("I;16"):
         return _grey_to_rgb(np.asarray(image) / 257.0)
     if image.mode in ("I", "F"):

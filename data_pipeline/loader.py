@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import islice
@@ -14,7 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from data_pipeline.batch import IGNORE, LossWeighting, PackBuilder, PackedBatch
 from data_pipeline.errors import InputError
 from data_pipeline.index import BadSample
-from data_pipeline.plan import PackPlan, Planner, PlanState, StepPlan
+from data_pipeline.plan import PackPlan, Planner, PlanState, StepPlan, WindowPlan
+from data_pipeline.tiling import Resample
 
 __all__ = [
     "IGNORE",
@@ -43,6 +44,10 @@ class LoaderSettings(BaseModel):
     """Threads of each rank that plan, read, decode and tokenise."""
     prefetch_steps: int = Field(2, gt=0)
     """Steps that are being built or wait ready while one is trained; all are held in memory."""
+    reduced_jpeg: bool = True
+    """Decode large photographs at 1/2, 1/4 or 1/8 of their size where the tiles need no more."""
+    resample: Resample = "torch"
+    """What resizes pictures for training; evaluation takes pillow, as serving does."""
     max_bad_fraction: float = Field(0.01, ge=0, le=1)
     """The run stops when more than this part of a rank's samples cannot be used."""
 
@@ -53,13 +58,13 @@ class StepBatch:
 
     packs: in the order of the plan.
     state: the place in the plan after this step.
-    epoch: of the step's samples.
+    plan: the step's plan, of all ranks.
     wait_s: seconds that the consumer waited for the step.
     """
 
     packs: list[PackedBatch]
     state: PlanState
-    epoch: int
+    plan: StepPlan
     wait_s: float
 
 
@@ -91,8 +96,8 @@ class StepLoader:
     ) -> Generator[StepBatch, None, None]:
         """Steps from `state` on; closing the iterator ends its threads.
 
-        Whatever goes wrong in a thread is raised here. Without end, unless `stop` is true while a
-        step is waited for.
+        Whatever goes wrong in a thread is raised here. Ends where the plan does, and when `stop` is
+        true while a step is waited for.
 
         Raises:
             InputError: too many samples could not be used, or the state is not one of this plan.
@@ -103,9 +108,10 @@ class StepLoader:
         # A thread of its own, so that the next window does not queue behind this one's images.
         planning = ThreadPoolExecutor(1, thread_name_prefix="data-planner")
         try:
+            windows = _one_ahead(planning, self._planner.windows(state), stop)
             begun = (
                 self._begin(step, after, workers, device)
-                for step, after in _one_ahead(planning, self._planner.steps(state), stop)
+                for step, after in _steps(windows, state.step if state else 0)
             )
             pending = deque(islice(begun, self._settings.prefetch_steps))
             while pending:
@@ -130,7 +136,7 @@ class StepLoader:
     ) -> "_PendingStep":
         share = step.packs[self._rank :: self._world_size]
         packs = [workers.submit(self._build, pack, device) for pack in share]
-        return _PendingStep(packs, after, step.epoch)
+        return _PendingStep(packs, after, step)
 
     def _build(self, pack: PackPlan, device: int | None) -> PackedBatch:
         batch = self._builder.build(pack)
@@ -146,10 +152,10 @@ class _PendingStep:
 
     packs: list[Future[PackedBatch]]
     state: PlanState
-    epoch: int
+    plan: StepPlan
 
     def result(self) -> StepBatch:
-        return StepBatch([pack.result() for pack in self.packs], self.state, self.epoch, 0.0)
+        return StepBatch([pack.result() for pack in self.packs], self.state, self.plan, 0.0)
 
 
 class _BadRate:
@@ -178,14 +184,19 @@ class _BadRate:
         )
 
 
+def _steps(windows: Iterable[WindowPlan], first: int) -> Iterator[tuple[StepPlan, PlanState]]:
+    for window in windows:
+        yield from window.steps(first)
+        first = 0
+
+
 def _one_ahead(
     pool: ThreadPoolExecutor, items: Iterator[_Item], stop: Callable[[], bool] | None
 ) -> Iterator[_Item]:
-    """The items of an endless iterator, each computed in the pool while the one before is used."""
-    following = pool.submit(next, items)
-    while _wait(following, stop):
-        item = following.result()
-        following = pool.submit(next, items)
+    """The items, each computed in the pool while the one before is used."""
+    following = pool.submit(next, items, None)
+    while _wait(following, stop) and (item := following.result()) is not None:
+        following = pool.submit(next, items, None)
         yield item
 
 

@@ -9,6 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from PIL import Image
 
@@ -42,6 +45,20 @@ SMALLER: dict[str, str | None] = {
     "python -m data_pipeline.index data/mine --tokenizer Qwen/Qwen2.5-7B-Instruct": (
         "python -m data_pipeline.index data/mine --tokenizer data/digits/tokenizer.model"
     ),
+    "python -m data_pipeline.prepare --format finevision parquet/ data/finevision": "",
+    COMMANDS[12]: "",  # index a brace pattern
+    COMMANDS[13]: "",  # index --check
+    "sbatch slurm/index.sh data/captions --tokenizer data/digits/tokenizer.model": None,
+    "python -m data_pipeline.plan stats training/configs/digits.yaml --out runs/stats.png": (
+        "python -m data_pipeline.plan stats training/configs/digits.yaml --out runs/stats.png "
+        "data.prepare.train_samples=240 data.prepare.eval_samples=24"
+    ),
+    COMMANDS[16]: "",  # plan simulate
+    "python -m data_pipeline.inspect training/configs/digits.yaml --out runs/report.html": (
+        "python -m data_pipeline.inspect training/configs/digits.yaml --out runs/report.html "
+        "data.prepare.train_samples=240 data.prepare.eval_samples=24"
+    ),
+    "python -m data_pipeline.bench": "python -m data_pipeline.bench loader --quick",
     "python -m kernels.profile": "python -m kernels.profile --no-compile-report",
     "python -m kernels.profile --shape T=64,n=8/12/16,p=.2/.3/.5,pool=resize --out runs/profile": (
         "python -m kernels.profile --shape T=64,n=8/12/16,p=.2/.3/.5,pool=resize "
@@ -85,6 +102,13 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"from": "human", "value": "<image>\nWhich colour?"},
         {"from": "gpt", "value": "Red."},
     ]
+    (root / "parquet").mkdir()
+    image = {"bytes": (root / "images" / "a.jpg").read_bytes(), "path": "a.jpg"}
+    row = {"images": [image], "texts": [{"user": "Which colour?", "assistant": "Red."}]}
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist([{**row, "source": "mine"}]), root / "parquet" / "0.parquet"
+    )
+    np.savez(root / "lengths.npz", tokens=np.arange(100, 900), tiles=np.arange(800) % 7)
     samples = [{"id": "1", "image": "a.jpg", "conversations": turns}]
     (root / "instructions.json").write_text(json.dumps(samples))
     return root

@@ -1,54 +1,25 @@
-"""The run's settings: one YAML file, `key=value` overrides, every problem reported at once.
+"""The run's settings: one YAML file and `key=value` overrides.
 
-The settings of the data pipeline live beside the code that uses them; this file holds those of
-the model, the optimisation and the run, and joins them all into `RunConfig`.
+The settings of the data are in data_pipeline/settings.py; this file holds those of the model, the
+optimisation and the run, and joins them all into `RunConfig`.
 """
 
-import difflib
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from data_pipeline.chat import ChatSettings
-from data_pipeline.draw import TokenCountSettings
-from data_pipeline.errors import InputError
-from data_pipeline.loader import LoaderSettings
-from data_pipeline.plan import PackSettings
-from data_pipeline.tiling import TilingSettings
+from data_pipeline.config_file import load_settings
+from data_pipeline.settings import DataSettings
+
+__all__ = ["DataSettings", "RunConfig", "load_config", "save_config"]
 
 
 class Settings(BaseModel):
     """Base of all settings: an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid")
-
-
-class PrepareSettings(Settings):
-    """A demo corpus that the trainer writes itself when it is missing."""
-
-    format: Literal["digits", "grid"]
-    out: Path
-    train_samples: int = Field(24_000, gt=0)
-    eval_samples: int = Field(600, gt=0)
-    seed: int = 0
-
-
-class DataSettings(Settings):
-    """What is trained on, and how samples become packs."""
-
-    shards: list[str] = Field(min_length=1)
-    """Folders of *.tar files, globs or brace patterns, indexed by `data_pipeline.index`."""
-    eval_shards: list[str] = []
-    tokenizer: str
-    """A sentencepiece .model file, a Hugging Face folder or a hub name."""
-    prepare: PrepareSettings | None = None
-    chat: ChatSettings = ChatSettings()
-    tiling: TilingSettings = TilingSettings()
-    tokens: TokenCountSettings = TokenCountSettings()
-    pack: PackSettings
-    loader: LoaderSettings = LoaderSettings()
 
 
 class BackboneSettings(Settings):
@@ -206,72 +177,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
     Raises:
         InputError: naming the file and, for every problem found, the key and what was expected.
     """
-    path = Path(path)
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read the config {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(raw, dict):
-        raise InputError(f"{path} must hold a mapping of settings, found {type(raw).__name__}")
-    for override in overrides or []:
-        _apply_override(raw, override)
-    try:
-        return RunConfig.model_validate(raw)
-    except ValidationError as error:
-        raise InputError(_describe(path, error)) from error
-
-
-def _apply_override(raw: dict[str, Any], override: str) -> None:
-    """Set one `a.b.c=value` in the nested mapping."""
-    key, separator, text = override.partition("=")
-    if not separator or not all(key.split(".")):
-        raise InputError(f"override {override!r}: expected key.sub=value, as in train.steps=100")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise InputError(f"override {override!r}: {text!r} is not a YAML value: {error}") from error
-    *parents, last = key.split(".")
-    node = raw
-    for depth, parent in enumerate(parents):
-        node = node.setdefault(parent, {})
-        if not isinstance(node, dict):
-            raise InputError(
-                f"override {override!r}: {'.'.join(parents[: depth + 1])} is a value, not a section"
-            )
-    node[last] = value
-
-
-def _describe(path: Path, error: ValidationError) -> str:
-    """All problems of a configuration, one per line."""
-    problems = []
-    for item in error.errors():
-        key = ".".join(str(part) for part in item["loc"]) or "config"
-        if item["type"] == "extra_forbidden":
-            message = "unknown key" + _suggestion(item["loc"])
-        elif item["type"] == "missing":
-            message = "is required"
-        else:
-            found = "" if isinstance(item["input"], dict) else f" (found {item['input']!r})"
-            message = item["msg"].removeprefix("Value error, ") + found
-        problems.append(f"  {key}: {message}")
-    plural = "problem" if len(problems) == 1 else "problems"
-    return f"{path}: {len(problems)} {plural}:\n" + "\n".join(problems)
-
-
-def _suggestion(location: tuple[int | str, ...]) -> str:
-    """The valid keys beside an unknown one, the nearest first."""
-    model: Any = RunConfig
-    for part in location[:-1]:
-        fields = getattr(model, "model_fields", {})
-        model = fields[part].annotation if part in fields else None
-        model = next((a for a in getattr(model, "__args__", ()) if a is not type(None)), model)
-    names = list(getattr(model, "model_fields", {}))
-    close = difflib.get_close_matches(str(location[-1]), names, n=1)
-    if close:
-        return f"; did you mean {close[0]}?"
-    return f"; expected one of {', '.join(names)}" if names else ""
+    return load_settings(RunConfig, path, overrides)
 
 
 def save_config(config: RunConfig, path: Path) -> None:

@@ -6,7 +6,6 @@ token, given the reference so far, is another one; so it reproduces the answer, 
 included, if and only if every position's most likely token is the reference's.
 """
 
-import json
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,9 +13,9 @@ from typing import Any
 
 import torch
 
-from data_pipeline.index import Index
 from data_pipeline.loader import IGNORE, PackBuilder, PackedBatch
-from data_pipeline.plan import PackPlan, Planner
+from data_pipeline.mixture import Mixture
+from data_pipeline.plan import EvaluationPlan, PackPlan
 from training.distributed import Ranks, all_reduce_max, all_reduce_sum
 from training.inputs import model_inputs
 
@@ -96,33 +95,33 @@ class Evaluation:
 
 def evaluate(
     engine: Any,
-    planner: Planner,
+    plan: EvaluationPlan,
     builder: PackBuilder,
     sides: list[int],
     ranks: Ranks,
     loss_chunks: int = 1,
     stop: Callable[[], bool] | None = None,
 ) -> Evaluation | None:
-    """Score every sample of the planner's index at every side; all ranks must call this.
+    """Score every sample of the plan at every side; all ranks must call this.
 
     None if `stop` was true on some rank between two batches.
 
     Args:
         engine: the DeepSpeed engine (its module is put in evaluation mode and back).
-        planner: plans the held-out index.
+        plan: the packs of the held-out samples.
         builder: builds its packs.
         sides: token grid sides n; n^2 tokens per tile.
         ranks: packs are shared out over them.
         loss_chunks: slices of a pack's logits.
         stop: whether this rank was asked to stop; given on all ranks or on none.
     """
-    details = sample_details(builder.index)
+    details = sample_details(builder.mixture)
     names = sorted({ALL, *details})
     evaluation = Evaluation()
     engine.eval()
     for side in sorted(set(sides)):
         sums: dict[str, Score] = defaultdict(Score)
-        for pack in _share(planner.evaluation_packs(side), ranks):
+        for pack in _share(plan.packs(side), ranks):
             # Together: a rank that left alone would leave the others in a collective.
             if stop is not None and all_reduce_max([float(stop())], ranks.device)[0]:
                 engine.train()
@@ -173,11 +172,11 @@ def score_answers(batch: PackedBatch, predictions: torch.Tensor) -> list[tuple[i
     return results
 
 
-def sample_details(index: Index) -> list[str]:
-    """Each sample's level of detail, from its metadata; `all` where it names none."""
+def sample_details(mixture: Mixture) -> list[str]:
+    """The level of detail of each sample of a single dataset, from its metadata, else `all`."""
     details = []
-    for i in range(len(index)):
-        metadata = json.loads(index.read_json(i)).get("metadata") or {}
+    for sample in range(len(mixture)):
+        metadata = mixture.read_sample(sample).get("metadata") or {}
         details.append(str(metadata.get("detail", ALL)))
     return details
 

@@ -4,6 +4,7 @@ import json
 import resource
 import time
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,20 @@ COUNTS = ("packs", "tokens", "samples", "images", "tiles", "supervised", "bad_sa
 
 
 class StepMeter:
-    """Sums over the packs of one step, and its time; each joined over the ranks by a collective."""
+    """Sums over the packs of one step, and its time; each joined over the ranks by a collective.
 
-    def __init__(self, sides: list[int], max_tokens: int, ranks: Ranks) -> None:
+    Args:
+        sides: token grid sides n that are trained.
+        max_tokens: of a pack.
+        ranks: whose sums are joined.
+        datasets: names in the mixture; with several, each has its own loss too.
+    """
+
+    def __init__(
+        self, sides: list[int], max_tokens: int, ranks: Ranks, datasets: Sequence[str] = ()
+    ) -> None:
         self.groups = [*sorted(set(sides)), TEXT, MIXED]
+        self.datasets = datasets if len(datasets) > 1 else ()
         self.max_tokens = max_tokens
         self.ranks = ranks
         self.start()
@@ -33,6 +44,7 @@ class StepMeter:
         """Begin a step."""
         self.started = time.perf_counter()
         self.token_groups: list[torch.Tensor] = []
+        self.token_datasets: list[torch.Tensor] = []
         self.token_weights: list[torch.Tensor] = []
         self.token_losses: list[torch.Tensor] = []
         self.counts = dict.fromkeys(COUNTS, 0)
@@ -48,6 +60,7 @@ class StepMeter:
         sample = torch.searchsorted(batch.cu_seqlens, positions, right=True) - 1
         group_of_sample = torch.tensor([self._group(s) for s in batch.sample_sides or [TEXT]])
         self.token_groups.append(group_of_sample[sample])
+        self.token_datasets.append(torch.tensor(batch.sample_datasets or [0])[sample])
         self.token_weights.append(batch.loss_weights[positions].double())
         self.token_losses.append(token_losses)  # stays on the device until `reduce`
         self.counts["packs"] += 1
@@ -64,20 +77,23 @@ class StepMeter:
 
     def reduce(self) -> dict[str, float]:
         """Losses and counts over all ranks, once every pack is added."""
-        groups, weights = torch.cat(self.token_groups), torch.cat(self.token_weights)
-        weighted = weights * torch.cat(self.token_losses).double().cpu()
-        sums = torch.zeros(2, len(self.groups), dtype=torch.float64)
-        sums[0].index_add_(0, groups, weighted)
-        sums[1].index_add_(0, groups, weights)
-        local = [*sums.flatten().tolist(), *map(float, self.counts.values())]
+        weights = torch.cat(self.token_weights)
+        losses = torch.cat(self.token_losses).double().cpu()
+        names = [{TEXT: "text", MIXED: "mixed"}.get(side, str(side * side)) for side in self.groups]
+        sums = [_sums(torch.cat(self.token_groups), weights, losses, len(names))]
+        if self.datasets:
+            names += [f"dataset_{name}" for name in self.datasets]
+            by_dataset = torch.cat(self.token_datasets)
+            sums.append(_sums(by_dataset, weights, losses, len(self.datasets)))
+        flat = torch.cat(sums, dim=1)  # [2, names]
+        local = [*flat.flatten().tolist(), *map(float, self.counts.values())]
         total = all_reduce_sum(local, self.ranks.device)
-        size = len(self.groups)
+        size, groups = len(names), len(self.groups)
         loss_sums, weight_sums = total[:size], total[size : 2 * size]
         counts = dict(zip(self.counts, total[2 * size :], strict=True))
-        metrics = {"loss": sum(loss_sums) / (sum(weight_sums) or 1.0)}
-        for side, loss, weight in zip(self.groups, loss_sums, weight_sums, strict=True):
+        metrics = {"loss": sum(loss_sums[:groups]) / (sum(weight_sums[:groups]) or 1.0)}
+        for name, loss, weight in zip(names, loss_sums, weight_sums, strict=True):
             if weight > 0:
-                name = {TEXT: "text", MIXED: "mixed"}.get(side, str(side * side))
                 metrics[f"loss_{name}"] = loss / weight
         return metrics | {
             "padding": 1 - counts["tokens"] / (counts["packs"] * self.max_tokens),
@@ -109,6 +125,16 @@ class StepMeter:
             "data_wait": wait_s / seconds,
             "memory_gib": memory / 2**30,
         }
+
+
+def _sums(
+    groups: torch.Tensor, weights: torch.Tensor, losses: torch.Tensor, size: int
+) -> torch.Tensor:
+    """Per group the weighted sum of the losses and the sum of the weights, float64 [2, size]."""
+    sums = torch.zeros(2, size, dtype=torch.float64)
+    sums[0].index_add_(0, groups, weights * losses)
+    sums[1].index_add_(0, groups, weights)
+    return sums
 
 
 def weight_sum(batch: StepBatch) -> float:

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from data_pipeline.corpus import open_mixture
 from data_pipeline.errors import InputError
-from data_pipeline.index import load_index
 from data_pipeline.tokenizer import load_tokenizer
 from training import distributed
 from training.config import RunConfig
@@ -116,8 +116,8 @@ def check_index(report: Report, config: RunConfig) -> None:
     if data.prepare and not data.prepare.out.exists():
         report.index = "written at the start"
         return
-    index = load_index(data.shards, load_tokenizer(data.tokenizer), data.chat)
-    report.index = f"{len(index)} samples"
+    mixture = open_mixture(data, load_tokenizer(data.tokenizer), data.sources)
+    report.index = f"{len(mixture)} samples"
 
 
 def all_reduce(

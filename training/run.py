@@ -8,16 +8,20 @@ from typing import Any
 
 from tqdm import tqdm
 
+from data_pipeline.corpus import cost_of, make_exact_builder, open_corpus, open_mixture
 from data_pipeline.errors import InputError
 from data_pipeline.files import write_atomically
-from data_pipeline.index import Index, build_index, load_index
+from data_pipeline.index import build_index
 from data_pipeline.loader import PackBuilder, PackedBatch, StepLoader
-from data_pipeline.plan import Planner
+from data_pipeline.mixture import DatasetSettings
+from data_pipeline.plan import PLAN_VERSION, EvaluationPlan, PlanState, StepPlan
 from data_pipeline.prepare import prepare_demo
+from data_pipeline.settings import PrepareSettings
+from data_pipeline.storage import Storage
 from data_pipeline.tokenizer import load_tokenizer
 from kernels import implementation
 from training.build import DTYPES
-from training.config import PrepareSettings, RunConfig, save_config
+from training.config import RunConfig, save_config
 from training.distributed import Ranks, from_main
 from training.evaluate import Evaluation, evaluate
 from training.metrics import MetricsLog
@@ -58,11 +62,12 @@ class Run:
         self.projector_impl = self._projector_impl()
         if data.prepare:
             from_main(self._prepare)
-        self.tokenizer = load_tokenizer(data.tokenizer)
-        self.index = load_index(data.shards, self.tokenizer, data.chat)
-        self.planner = Planner(self.index, data.tiling, data.tokens, data.pack, config.seed)
+        cost = cost_of(config.model.vision.config, config.model.llm.config)
+        corpus = open_corpus(data, config.seed, cost, config.train.loss_weighting)
+        corpus.planner.check()  # a pack too short for every sample must not wait for the engine
+        self.tokenizer, self.mixture = corpus.tokenizer, corpus.mixture
         self.loader = StepLoader(
-            self.planner, self._builder(self.index), data.loader, ranks.rank, ranks.world_size
+            corpus.planner, corpus.builder, data.loader, ranks.rank, ranks.world_size
         )
         # Found out now: a mistake in the held-out shards must not wait for the last step.
         self.held_out = self._held_out() if data.eval_shards else None
@@ -77,22 +82,15 @@ class Run:
         except ValueError as error:
             raise InputError(f"train.projector_impl: {error}") from error
 
-    def _held_out(self) -> tuple[Planner, PackBuilder]:
-        data = self.config.data
-        index = load_index(data.eval_shards, self.tokenizer, data.chat)
-        pack = data.pack.model_copy(update={"max_tokens": self.config.eval.max_tokens})
-        planner = Planner(index, data.tiling, data.tokens, pack, self.config.seed)
-        return planner, self._builder(index)
+    def _held_out(self) -> tuple[EvaluationPlan, PackBuilder]:
+        data, source = self.config.data, DatasetSettings(shards=self.config.data.eval_shards)
+        mixture = open_mixture(data, self.tokenizer, {"held-out": source})
+        plan = EvaluationPlan(mixture, data.tiling, self.config.eval.max_tokens)
+        return plan, make_exact_builder(data, mixture, self.tokenizer)
 
     def _slices(self, max_tokens: int) -> int:
         """Slices in which a pack's logits are computed, the same on every rank."""
         return math.ceil(max_tokens / self.config.train.loss_chunk_tokens)
-
-    def _builder(self, index: Index) -> PackBuilder:
-        data = self.config.data
-        return PackBuilder(
-            index, self.tokenizer, data.chat, data.tiling, self.config.train.loss_weighting
-        )
 
     def _prepare(self) -> None:
         """Write and index the demo corpus if it is not there."""
@@ -109,8 +107,9 @@ class Run:
                 seed=settings.seed,
             )
         tokenizer = load_tokenizer(data.tokenizer)
-        for patterns in filter(None, (data.shards, data.eval_shards)):
-            build_index(patterns, tokenizer, data.chat)
+        sources = [source.shards for source in data.sources.values()]
+        for patterns in filter(None, (*sources, data.eval_shards)):
+            build_index(patterns, tokenizer, data.chat, 1, data.index_dir, Storage(data.storage))
 
     def _fingerprints(self) -> dict[str, Any]:
         """What a place in the plan and the optimizer's state depend on."""
@@ -119,7 +118,8 @@ class Run:
         sources = {"vision": {"pretrained"}, "llm": {"pretrained"}}
         return {
             "seed": config.seed,
-            "data.shards": self.index.fingerprint,
+            "data": self.mixture.fingerprint(),
+            "data.plan": PLAN_VERSION,
             "data.tokenizer": self.tokenizer.fingerprint,
             "data.chat": config.data.chat.model_dump(mode="json"),
             "data.tiling": config.data.tiling.model_dump(mode="json"),
@@ -129,6 +129,20 @@ class Run:
             "train.precision": config.train.precision,
             "trained modules": [name for name, m in config.train.modules if m.train],
         }
+
+    def new_window(self, place: PlanState, saved: dict[str, Any]) -> PlanState | None:
+        """Where to go on from in data that changed, if `data.allow_change` permits it."""
+        if not self.config.data.allow_change:
+            return None
+        before, now = saved.get("data", {}), self.mixture.fingerprint()
+        unchanged = {n for n in before if n in now and before[n]["shards"] == now[n]["shards"]}
+        moved = place.moved_to(self.mixture, frozenset(unchanged))
+        self.say(
+            f"warning: the data changed (data.allow_change): a new window begins; {place.step} "
+            f"steps of the old one come again, {len(place.carry) - len(moved.carry)} samples "
+            "carried over are dropped, and datasets whose shards changed start from their beginning"
+        )
+        return moved
 
     def say(self, text: str) -> None:
         """Print on rank 0, above the progress bar."""
@@ -145,8 +159,8 @@ class Run:
         accumulation = config.data.pack.packs_per_step // self.ranks.world_size
         self.say(
             f"world size {self.ranks.world_size} ({self.ranks.device.type}), {accumulation} packs "
-            f"of at most {config.data.pack.max_tokens} tokens per rank and step, {len(self.index)} "
-            f"samples, token counts {config.data.tokens.counts} at "
+            f"of at most {config.data.pack.max_tokens} tokens per rank and step, "
+            f"{len(self.mixture)} samples, token counts {config.data.tokens.counts} at "
             f"{config.data.tokens.probabilities}"
         )
         self.say(
@@ -158,19 +172,25 @@ class Run:
                 "warning: this processor is tens of times slower in bf16 than in fp32; set "
                 "train.precision=fp32, or auto to leave it to the machine"
             )
-        if self.index.bad:
-            first = self.index.bad[0]
+        if bad := self.mixture.bad:
             self.say(
-                f"warning: the index left out {len(self.index.bad)} bad samples, the first "
-                f"{first.shard}:{first.key}: {first.reason}"
+                f"warning: the index left out {len(bad)} bad samples, the first "
+                f"{bad[0].shard}:{bad[0].key}: {bad[0].reason}"
             )
-        if self.planner.too_long:
-            sample, tokens = self.planner.too_long[0]
-            self.say(
-                f"warning: {len(self.planner.too_long)} samples do not fit a pack and are left "
-                f"out, the first {self.index.name(sample)} with {tokens} tokens; raise "
-                f"data.pack.max_tokens ({config.data.pack.max_tokens}) to keep them"
-            )
+
+    def name_left_out(self, plan: StepPlan) -> None:
+        """Say which samples fit into no pack, each once per epoch."""
+        if not plan.left_out:
+            return
+        pack = self.config.data.pack
+        names = [
+            f"{self.mixture.name(sample.sample)} ({sample.tokens} tokens, {sample.tiles} tiles)"
+            for sample in plan.left_out
+        ]
+        self.say(
+            f"warning: {len(names)} samples do not fit a pack (data.pack.max_tokens "
+            f"{pack.max_tokens}, max_tiles {pack.max_tiles}) and are left out: {', '.join(names)}"
+        )
 
     def name_bad_samples(self, packs: list[PackedBatch]) -> None:
         """Say on this rank which samples of its packs could not be used, each once."""

@@ -59,7 +59,11 @@ def train_step(
         run.say(f"warning: step {step}: {spike}; its samples: {sample_names(batch, run)}")
     peak = max(group["peak_lr"] for group in engine.optimizer.param_groups)
     metrics |= {"lr": factor * peak, "grad_norm": verdict.norm, SKIPPED: guard.skipped}
-    return metrics | {"epoch": batch.epoch} | meter.timing(metrics, batch.wait_s)
+    epochs = dict(zip(run.mixture.names, batch.plan.epochs, strict=True))
+    metrics |= {"epoch": batch.plan.epoch, "too_long": len(batch.plan.left_out)}
+    if len(epochs) > 1:
+        metrics |= {f"epoch_{name}": epoch for name, epoch in epochs.items()}
+    return metrics | meter.timing(metrics, batch.wait_s)
 
 
 def report_fault(verdict: Verdict, batch: StepBatch, step: int, run: Run) -> None:
@@ -79,5 +83,5 @@ def sample_names(batch: StepBatch, run: Run) -> str:
     ids = [sample for pack in batch.packs for sample in pack.sample_ids]
     everyone: list[Any] = [None] * run.ranks.world_size
     torch.distributed.all_gather_object(everyone, ids)
-    names = [run.index.name(sample) for ids in everyone for sample in ids]
+    names = [run.mixture.name(sample) for ids in everyone for sample in ids]
     return f"{', '.join(names[:20])}{', ...' if len(names) > 20 else ''}"

@@ -30,6 +30,8 @@ from training.precision import settle_precision
 from training.run import Run
 from training.step import shared_denominator, train_step
 
+REPEATS = "every dataset reached its data.datasets.*.repeat; raise one, or lower train.steps"
+
 
 def train(config: RunConfig, ranks: Ranks, stop: StopRequest | None = None) -> int:
     """Run, or go on with, the training that the config describes; evaluate it at the end.
@@ -51,7 +53,8 @@ def _train(run: Run, saver: checkpoint.Saver, monitor: Monitor) -> int:
     engine, progress = start(run, saver, monitor)
     first = progress.step
     log = MetricsLog(config.output_dir, ranks, last, first)
-    meter = StepMeter(config.data.tokens.sides, config.data.pack.max_tokens, ranks)
+    data = config.data
+    meter = StepMeter(data.tokens.sides, data.pack.max_tokens, ranks, run.mixture.names)
     batches = run.loader.steps(progress.plan, monitor.stop)
     monitor.ready(first)
     for step in range(first + 1, last + 1):
@@ -61,6 +64,7 @@ def _train(run: Run, saver: checkpoint.Saver, monitor: Monitor) -> int:
         denominator = shared_denominator(batch, monitor.stop.requested, ranks)
         if batch is None or denominator is None:
             break
+        run.name_left_out(batch.plan)
         run.name_bad_samples(batch.packs)
         metrics = train_step(engine, batch, denominator, step, meter, run, monitor.guard)
         progress = checkpoint.Progress(step, batch.state)
@@ -74,12 +78,15 @@ def _train(run: Run, saver: checkpoint.Saver, monitor: Monitor) -> int:
                 run.evaluate(engine, step, log, monitor.between_batches())
     batches.close()
     result = None
-    if progress.step == last:
+    ended = progress.step < last and not monitor.stop.agree(ranks.device)
+    if ended:
+        run.say(f"warning: the data ended after step {progress.step} of {last}: {REPEATS}")
+    if progress.step == last or ended:
         with monitor.phase("evaluation"):
-            result = run.evaluate(engine, last, log, monitor.between_batches())
+            result = run.evaluate(engine, progress.step, log, monitor.between_batches())
     stopping = monitor.stop.agree(ranks.device)
     with monitor.phase("checkpoint_stall"):
-        if stopping and progress.step > first:
+        if (stopping or ended) and progress.step > first:
             saver.save(engine, progress, run.fingerprints, wait=True)
         saved = saver.wait()
     log.close()
@@ -99,7 +106,7 @@ def start(run: Run, saver: checkpoint.Saver, monitor: Monitor) -> tuple[Any, che
     engine = build_engine(config, run.tokenizer, run.ranks, pretrained)
     progress = checkpoint.Progress()
     if saved:
-        progress = checkpoint.load(engine, saved, run.fingerprints)
+        progress = checkpoint.load(engine, saved, run.fingerprints, run.new_window)
         run.say(f"resumed from {saved} at step {progress.step}")
     elif earlier:
         run.say(f"weights from {checkpoint.start_from(engine, Path(earlier))}")

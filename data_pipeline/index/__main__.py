@@ -1,17 +1,17 @@
-"""Command line: index shards, then print the counts and where the index is."""
+"""Command line: index shards, then print the counts and where the index is; or check them."""
 
 import argparse
 import os
 import sys
 from collections.abc import Sequence
 
-import numpy as np
-
 from data_pipeline.chat import ChatSettings
-from data_pipeline.errors import run_cli
+from data_pipeline.errors import InputError, run_cli
 from data_pipeline.index.build import build_index
-from data_pipeline.index.files import find_tokenizer, folders_of, manifest_path
+from data_pipeline.index.check import check_index
+from data_pipeline.index.files import find_index_files, find_tokenizer
 from data_pipeline.index.load import load_index
+from data_pipeline.storage import Storage, StorageSettings
 from data_pipeline.tokenizer import load_tokenizer
 
 _DESCRIPTION = """\
@@ -22,30 +22,71 @@ A shard is an uncompressed tar with, per sample, {key}.json
   {"messages": [{"role": "user", "content": [{"type": "image", "image": "0.png"},
                                              {"type": "text", "text": "..."}]},
                 {"role": "assistant", "content": [...]}]}
-and the images it names, here {key}.0.png. Samples that cannot be used are left
-out, printed, and listed in the manifest. Shards that did not change since the
-last run are not read again; after an interruption, run the same command again.
+and the images it names, here {key}.0.png. Shards of img2dataset are taken as they
+are: {key}.jpg (or .jpeg, .png, .webp) with its caption in {key}.txt, or under
+"caption" in {key}.json.
+
+Samples that cannot be used are left out, printed, and listed in the manifest.
+Shards that did not change since the last run are not read again; after an
+interruption, run the same command again.
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point; InputError for everything the user can set right."""
     options = _parse(arguments)
-    tokenizer = load_tokenizer(options.tokenizer or find_tokenizer(options.shards))
+    storage = Storage(StorageSettings(options=dict(options.storage_option)))
+    if options.check:
+        _check(options, storage)
+        return
+    tokenizer = load_tokenizer(options.tokenizer or find_tokenizer(storage.expand(options.shards)))
     chat = ChatSettings(system=options.system)
-    build_index(options.shards, tokenizer, chat, options.workers)
-    index = load_index(options.shards, tokenizer, chat)
+    places = options.index_dir, storage
+    build_index(options.shards, tokenizer, chat, options.workers, *places, options.share)
+    part, parts = options.share
+    if parts > 1:
+        print(f"share {part}/{parts} is done; once all are, run without --share to publish")
+        return
+    index = load_index(options.shards, tokenizer, chat, *places)
     counts = {
         "shards": len(index.shards),
         "samples": len(index),
-        "images": len(index.image_offset),
-        "text tokens": index.text_tokens.sum(dtype=np.int64),
-        "supervised tokens": index.supervised_tokens.sum(dtype=np.int64),
+        "images": index.images,
+        "text tokens": index.totals["text_tokens"],
+        "supervised tokens": index.totals["supervised_tokens"],
         "bad samples left out": len(index.bad),
     }
     print(", ".join(f"{count:,} {what}" for what, count in counts.items()))
-    for folder in folders_of(index.shards):
-        print(f"index: {manifest_path(folder)}")
+    for files in find_index_files(index.shards, options.index_dir).values():
+        print(f"index: {files.manifest}")
+
+
+def _check(options: argparse.Namespace, storage: Storage) -> None:
+    report = check_index(options.shards, options.index_dir, storage, options.workers)
+    if report.differences:
+        shards = len({difference.shard for difference in report.differences})
+        raise InputError(
+            f"{len(report.differences)} differences in {shards} of {report.shards} shards (above); "
+            "restore the shards, or index them again"
+        )
+    print(
+        f"{report.shards:,} shards, {report.samples:,} samples, {report.bytes:,} bytes are as they "
+        "were when they were indexed"
+    )
+
+
+def _share(text: str) -> tuple[int, int]:
+    part, parts = (int(word) for word in text.split("/"))
+    if not 0 <= part < parts:
+        raise ValueError
+    return part, parts
+
+
+def _option(text: str) -> tuple[str, object]:
+    import yaml
+
+    name, _, value = text.partition("=")
+    return name, yaml.safe_load(value)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -58,7 +99,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "shards",
         nargs="+",
         metavar="SHARDS",
-        help="a folder of .tar files, a glob, a path, or a brace pattern: 's-{000..015}.tar'",
+        help="a folder of .tar files, a glob, a path, a URL (s3://, gs://, https://), or a brace "
+        "pattern: 's-{000..015}.tar'",
     )
     parser.add_argument(
         "--tokenizer",
@@ -79,6 +121,34 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="N",
         default=len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1,
         help="processes, each with a shard at a time (default: one per core)",
+    )
+    parser.add_argument(
+        "--index-dir",
+        metavar="DIR",
+        help="local folder for the index, as data.index_dir in training; needed for remote shards "
+        "(default: index/ beside the shards)",
+    )
+    parser.add_argument(
+        "--share",
+        type=_share,
+        metavar="K/N",
+        default=(0, 1),
+        help="index only part K of N (from 0), for several machines at a time; a run without it "
+        "publishes the index (slurm/index.sh does both)",
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="read every member and compare it with the index; nothing is written, exit status 2 "
+        "if anything differs",
+    )
+    parser.add_argument(
+        "--storage-option",
+        type=_option,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="passed to fsspec, as data.storage.options in training: anon=true",
     )
     return parser.parse_args(arguments)
 

@@ -1,147 +1,120 @@
-"""The index of many shards in memory, checked against the shards and the settings in use."""
+"""Loading an index: manifests and shard sizes at once, columns when they are needed."""
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-
-import numpy as np
-import numpy.typing as npt
 
 from data_pipeline.chat import ChatSettings, template_fingerprint
 from data_pipeline.errors import InputError
-from data_pipeline.index.files import (
-    Patterns,
-    command,
-    expand_shards,
-    folders_of,
-    manifest_path,
-    npz_path,
-    read_manifest,
-)
-from data_pipeline.index.shard import (
-    COLUMNS,
-    BadSample,
-    ShardHeader,
-    ShardIndex,
-    load_shard_index,
-)
-from data_pipeline.index.tar import forget_open_shards, read_member
+from data_pipeline.index.columns import ShardColumns, load_columns
+from data_pipeline.index.files import IndexFiles, command, find_index_files
+from data_pipeline.index.header import ShardHeader
+from data_pipeline.index.index import Index
+from data_pipeline.storage import Patterns, Shard, Storage
 from data_pipeline.tokenizer import Tokenizer
 
 
-@dataclass
-class Index:
-    """All samples of the shards, in the order of `shards` and of the tar (S samples, I images).
+def load_index(
+    patterns: Patterns,
+    tokenizer: Tokenizer,
+    chat: ChatSettings,
+    index_dir: Path | str | None = None,
+    storage: Storage | None = None,
+) -> Index:
+    """Load the index of the shards, in the order of `Storage.expand`.
 
-    `shard` [S] is a position in `shards`; the other columns are those of
-    data_pipeline/index/shard.py, joined. `fingerprint` covers shard names, sizes and contents,
-    tokenizer, template and schema, not where the shards lie. `bad` lists the samples left out.
+    Reads manifests and asks for the sizes of the shards. InputError naming the file, the difference
+    and the command to run, if a shard is not indexed, has another size than when it was, or was
+    indexed with another tokenizer, chat template or version of this module. A damaged file of the
+    index shows when its columns are first read.
     """
-
-    shards: list[Path]
-    fingerprint: str
-    shard: npt.NDArray[np.int32]
-    json_offset: npt.NDArray[np.int64]
-    json_size: npt.NDArray[np.int64]
-    json_crc: npt.NDArray[np.uint32]
-    text_tokens: npt.NDArray[np.int32]
-    supervised_tokens: npt.NDArray[np.int32]
-    image_start: npt.NDArray[np.int64]
-    image_offset: npt.NDArray[np.int64]
-    image_bytes: npt.NDArray[np.int64]
-    image_crc: npt.NDArray[np.uint32]
-    image_width: npt.NDArray[np.int32]
-    image_height: npt.NDArray[np.int32]
-    keys: npt.NDArray[np.str_]
-    bad: list[BadSample]
-
-    def __len__(self) -> int:
-        return len(self.shard)
-
-    def name(self, i: int) -> str:
-        """ "shard-file:key" of sample i, for messages."""
-        return f"{self.shards[self.shard[i]].name}:{self.keys[i]}"
-
-    def read_json(self, i: int) -> bytes:
-        """The JSON member of sample i; InputError if it is not what was indexed."""
-        where = int(self.json_offset[i]), int(self.json_size[i]), int(self.json_crc[i])
-        return read_member(self.shards[self.shard[i]], *where)
-
-    def read_images(self, i: int) -> list[bytes]:
-        """The image files of sample i in reading order; InputError as in `read_json`."""
-        return [
-            read_member(
-                self.shards[self.shard[i]],
-                int(self.image_offset[j]),
-                int(self.image_bytes[j]),
-                int(self.image_crc[j]),
-            )
-            for j in range(self.image_start[i], self.image_start[i + 1])
-        ]
-
-
-def load_index(patterns: Patterns, tokenizer: Tokenizer, chat: ChatSettings) -> Index:
-    """Load the index of the shards, joined in the order of `expand_shards`.
-
-    InputError naming the file, the difference and the command to run, if a shard is not indexed,
-    has another size than when it was, or was indexed with another tokenizer, chat template or
-    version of this module, or if a file of the index is damaged.
-    """
-    shards = expand_shards(patterns)
-    forget_open_shards()
-    remedy = "; run: " + command(patterns, tokenizer, chat)
-    parts: list[ShardIndex] = []
+    storage = storage or Storage()
+    shards = storage.expand(patterns)
+    storage.forget()
+    files = find_index_files(shards, index_dir)
+    remedy = "; run: " + command(patterns, tokenizer, chat, index_dir)
     try:
-        manifests = {folder: read_manifest(folder) for folder in folders_of(shards)}
-        for shard in shards:
-            entry = manifests[shard.parent].get(shard.name)
-            parts.append(_load_checked(shard, entry, tokenizer, chat))
+        headers = read_headers(shards, files)
+        for shard, header in zip(shards, headers, strict=True):
+            _check_settings(files[shard.folder], header, tokenizer, chat)
     except InputError as error:
         raise InputError(f"{error}{remedy}") from error
-    return _join(shards, parts)
+    for shard, header, stat in zip(shards, headers, storage.stat_all(shards), strict=True):
+        if stat.bytes != header.bytes:
+            raise InputError(
+                f"{shard} has {stat.bytes} bytes, but its index was made for {header.bytes}{remedy}"
+            )
+    return make_index(shards, headers, files, storage, remedy)
 
 
-def _join(shards: list[Path], parts: list[ShardIndex]) -> Index:
-    headers = [part.header for part in parts]
-    identity = [[h.shard, h.bytes, h.digest, h.tokenizer, h.template, h.schema] for h in headers]
-    columns = {name: np.concatenate([p.columns[name] for p in parts]) for name in COLUMNS}
-    images = np.concatenate([np.diff(part.columns["image_start"]) for part in parts])
-    columns["image_start"] = np.concatenate([[0], np.cumsum(images)]).astype(np.int64)
+def read_headers(shards: list[Shard], files: dict[str, IndexFiles]) -> list[ShardHeader]:
+    """The manifest's entry of each shard; InputError if it has none."""
+    manifests = {folder: place.read_manifest() for folder, place in files.items()}
+    for shard in shards:
+        if shard.name not in manifests[shard.folder]:
+            raise InputError(f"{shard} is not in the index {files[shard.folder].manifest}")
+    return [manifests[shard.folder][shard.name] for shard in shards]
+
+
+def make_index(
+    shards: list[Shard],
+    headers: list[ShardHeader],
+    files: dict[str, IndexFiles],
+    storage: Storage,
+    remedy: str = "",
+) -> Index:
+    """The index of headers that were checked; `remedy` ends the errors of `Index.columns`."""
+    identity = [header.identity() for header in headers]
+    counts = ("samples", "images", "text_tokens", "supervised_tokens", "unused_images")
     return Index(
-        shards=shards,
+        shards,
+        [header.samples for header in headers],
+        sum(header.images for header in headers),
+        _loader(shards, headers, files, remedy),
         fingerprint=hashlib.sha256(json.dumps(identity).encode()).hexdigest(),
-        shard=np.repeat(np.arange(len(shards), dtype=np.int32), [h.samples for h in headers]),
-        bad=[BadSample(h.shard, b["key"], b["reason"]) for h in headers for b in h.bad],
-        **columns,
+        bad=[bad for header in headers for bad in header.bad_samples()],
+        totals={name: sum(getattr(h, name) for h in headers) for name in counts},
+        storage=storage,
     )
 
 
-def _load_checked(
-    shard: Path, entry: ShardHeader | None, tokenizer: Tokenizer, chat: ChatSettings
-) -> ShardIndex:
-    """The index of one shard, or an InputError saying how it differs from what is wanted."""
-    manifest = manifest_path(shard.parent)
-    if entry is None:
-        raise InputError(f"{shard} is not in the index {manifest}")
-    if (size := shard.stat().st_size) != entry.bytes:
-        raise InputError(f"{shard} has {size} bytes, but its index was made for {entry.bytes}")
-    if entry.tokenizer != tokenizer.fingerprint:
+def _loader(
+    shards: list[Shard], headers: list[ShardHeader], files: dict[str, IndexFiles], remedy: str
+) -> Callable[[int], ShardColumns]:
+    def load(number: int) -> ShardColumns:
+        shard = shards[number]
+        try:
+            return load_shard_columns(shard, headers[number], files[shard.folder])
+        except InputError as error:
+            raise InputError(f"{error}{remedy}") from error
+
+    return load
+
+
+def load_shard_columns(shard: Shard, header: ShardHeader, files: IndexFiles) -> ShardColumns:
+    """The columns of a shard; InputError if they are not those of this entry of the manifest."""
+    entry, columns = load_columns(files.columns(shard))
+    if entry != header.to_dict():
         raise InputError(
-            f"{manifest}: {shard.name} was indexed with the tokenizer {entry.tokenizer_source} "
-            f"(fingerprint {entry.tokenizer[:12]}), the one in use is {tokenizer.source} "
-            f"({tokenizer.fingerprint[:12]})"
+            f"{files.columns(shard)} does not belong to {files.manifest}: an indexing run was cut "
+            "short, or ended since this index was loaded"
         )
-    if entry.template != template_fingerprint(chat):
+    return columns
+
+
+def _check_settings(
+    files: IndexFiles, header: ShardHeader, tokenizer: Tokenizer, chat: ChatSettings
+) -> None:
+    if header.tokenizer != tokenizer.fingerprint:
         raise InputError(
-            f"{manifest}: {shard.name} was indexed with the chat settings {entry.chat} "
-            f"(fingerprint {entry.template[:12]}), those in use are {chat.model_dump()} "
+            f"{files.manifest}: {header.shard} was indexed with the tokenizer "
+            f"{header.tokenizer_source} (fingerprint {header.tokenizer[:12]}), the one in use is "
+            f"{tokenizer.source} ({tokenizer.fingerprint[:12]})"
+        )
+    if header.template != template_fingerprint(chat):
+        raise InputError(
+            f"{files.manifest}: {header.shard} was indexed with the chat settings {header.chat} "
+            f"(fingerprint {header.template[:12]}), those in use are {chat.model_dump()} "
             f"({template_fingerprint(chat)[:12]})"
         )
-    file = npz_path(shard)
-    if not file.exists():
-        raise InputError(f"{file} is missing")
-    loaded = load_shard_index(file)
-    if loaded.header != entry:
-        raise InputError(f"{file} does not belong to {manifest}: an indexing run was cut short")
-    return loaded

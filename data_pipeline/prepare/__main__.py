@@ -2,6 +2,7 @@
 
 python -m data_pipeline.prepare --format llava SRC.json --images DIR OUT/
 python -m data_pipeline.prepare --format folder DIR OUT/
+python -m data_pipeline.prepare --format finevision SRC OUT/
 python -m data_pipeline.prepare --format digits OUT/
 python -m data_pipeline.prepare --format grid OUT/
 
@@ -9,12 +10,17 @@ llava    LLaVA's instruction format (.json list, or .jsonl): {"id", "image": nam
          or absent, "conversations": [{"from": "human"|"gpt"|"system", "value": "..<image>.."}]}.
 folder   images with a caption beside each: photo.jpg with photo.txt, or photo.json holding
          {"caption": "..."}.
+finevision
+         parquet files as FineVision has them, a file or a folder (needs pyarrow): columns "images",
+         a list of {bytes, path}, and "texts", a list of {user, assistant}. The images come first
+         in the first turn; "source" is kept with the sample.
 digits   demo corpus: grids of real handwritten digits (needs scikit-learn).
 grid     demo corpus: grids of coloured cells.
 
-llava and folder write OUT/000000.tar, ...; digits and grid write OUT/train/000000.tar, ...,
-OUT/eval/000000.tar, ... and OUT/tokenizer.model. OUT/prepare.json tells what was made and which
-faulty samples were left out, and why. OUT appears only when everything is written.
+llava, folder and finevision write OUT/000000.tar, ...; digits and grid write
+OUT/train/000000.tar, ..., OUT/eval/000000.tar, ... and OUT/tokenizer.model. OUT/prepare.json tells
+what was made and which faulty samples were left out, and why. OUT appears only when everything is
+written.
 """
 
 import argparse
@@ -36,6 +42,7 @@ DEMO_OPTIONS: dict[str, Any] = {
 FORMAT_OPTIONS: dict[str, dict[str, Any]] = {
     "llava": {"images": None},
     "folder": {},
+    "finevision": {"min_relevance": None},
     "digits": DEMO_OPTIONS,
     "grid": DEMO_OPTIONS,
 }
@@ -65,6 +72,13 @@ def build_parser() -> argparse.ArgumentParser:
     llava.add_argument(
         "--images", type=Path, metavar="DIR", help="where the images are (default: beside SRC)"
     )
+    finevision = parser.add_argument_group("options of finevision")
+    finevision.add_argument(
+        "--min-relevance",
+        type=int,
+        metavar="N",
+        help='leave out samples whose "relevance_min" is below N of 1..5; those without stay',
+    )
     demo = parser.add_argument_group("options of digits and grid")
     for name, metavar, meaning in (
         ("train_samples", "N", "samples to train on"),
@@ -92,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _format_options(args)
     limits = ShardLimits(args.samples_per_shard, args.shard_bytes)
     *sources, out = args.paths
-    expected = 1 if args.format in ("llava", "folder") else 0
+    expected = 1 if args.format in ("llava", "folder", "finevision") else 0
     if len(sources) != expected:
         usage = "SRC OUT" if expected else "OUT"
         given = " ".join(map(str, args.paths))
@@ -107,6 +121,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from data_pipeline.prepare.folder import prepare_folder
 
         report = prepare_folder(sources[0], out, **common)
+    elif args.format == "finevision":
+        from data_pipeline.prepare.finevision import prepare_finevision
+
+        report = prepare_finevision(sources[0], out, **options, **common)
     else:
         from data_pipeline.prepare.demo import prepare_demo
 
@@ -134,6 +152,8 @@ def _print_summary(report: dict[str, Any], out: Path) -> None:
             print(f"{out / part}: {counts['samples']} samples, {counts['images']} images")
     if "skipped" in report:
         print(f"{out}: {report['samples']} samples, {report['images']} images")
+        for option, count in report.get("left_out", {}).items():
+            print(f"{count} samples left out by {option}")
         if report["skipped"]:
             print(f"{len(report['skipped'])} faulty samples skipped: see {out / REPORT_NAME}")
     if "vocab_size" in report:

@@ -1,10 +1,10 @@
 """A folder of images with their captions in text or JSON files beside them."""
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.captions import caption_messages, caption_of_json, caption_of_text
 from data_pipeline.errors import InputError
 from data_pipeline.prepare.convert import Candidate, Sample, convert, member_suffix
 from data_pipeline.prepare.shards import ShardLimits
@@ -12,7 +12,6 @@ from data_pipeline.prepare.shards import ShardLimits
 IMAGE_SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".jp2", ".avif")
 )
-PROMPT = "Describe the image."
 
 
 def prepare_folder(
@@ -50,13 +49,8 @@ def prepare_folder(
 
 def _build(path: Path, folder: Path) -> Sample:
     suffix = member_suffix(0, path)
-    prompt = [{"type": "image", "image": suffix}, {"type": "text", "text": PROMPT}]
-    messages = [
-        {"role": "user", "content": prompt},
-        {"role": "assistant", "content": [{"type": "text", "text": _caption(path)}]},
-    ]
     name = str(path.relative_to(folder).with_suffix(""))
-    return Sample(name=name, messages=messages, images={suffix: path})
+    return Sample(name, caption_messages(suffix, _caption(path)), {suffix: path})
 
 
 def _caption(image: Path) -> str:
@@ -65,14 +59,7 @@ def _caption(image: Path) -> str:
     if not source.is_file():
         raise InputError(f"no caption: neither {text_file.name} nor {json_file.name} is there")
     try:
-        caption: Any = source.read_text(encoding="utf-8-sig")
-        if source == json_file:
-            content = json.loads(caption)
-            caption = content.get("caption") if isinstance(content, dict) else None
-    except (OSError, ValueError, RecursionError) as error:
+        data = source.read_bytes()
+        return caption_of_text(data) if source == text_file else caption_of_json(data)
+    except (OSError, InputError) as error:
         raise InputError(f"the caption file {source.name} cannot be read: {error}") from error
-    if not isinstance(caption, str):
-        raise InputError(f'{source.name} is not an object with a text as "caption"')
-    if not caption.strip():
-        raise InputError(f"the caption in {source.name} is empty")
-    return caption.strip()

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path
@@ -19,9 +20,11 @@ from PIL import Image
 import data_pipeline.index.build as build_module
 from data_pipeline.chat import ChatSettings, image_names, parse_sample, tokenize_chat
 from data_pipeline.errors import InputError
-from data_pipeline.index import BadSample, Index, build_index, expand_shards, load_index
+from data_pipeline.index import BadSample, Index, build_index, load_index
 from data_pipeline.index.__main__ import main
-from data_pipeline.index.shard import COLUMNS
+from data_pipeline.index.columns import COLUMNS
+from data_pipeline.index.files import IndexFiles
+from data_pipeline.storage import Shard
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer
 from tests.data_pipeline.small_tokenizers import save_sentencepiece
 
@@ -80,7 +83,7 @@ def indexed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     seen: list[str] = []
     original = build_module.index_shard
 
-    def counting(shard: Path, *rest: Any) -> Any:
+    def counting(shard: Shard, *rest: Any) -> Any:
         seen.append(shard.name)
         return original(shard, *rest)
 
@@ -95,13 +98,14 @@ def build_and_load(folder: Path, tokenizer: Tokenizer, chat: ChatSettings = CHAT
 
 def assert_same_index(a: Index, b: Index) -> None:
     assert (a.shards, a.fingerprint, a.bad) == (b.shards, b.fingerprint, b.bad)
-    for name in [*COLUMNS, "shard"]:
-        np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
+    assert a.totals == b.totals
+    for name in [*COLUMNS, "keys"]:
+        np.testing.assert_array_equal(a.join(name), b.join(name))
 
 
 def test_columns_describe_what_webdataset_reads(shards: Path, tokenizer: Tokenizer) -> None:
     index = build_and_load(shards, tokenizer)
-    pipeline = webdataset.WebDataset([str(p) for p in index.shards], shardshuffle=False)
+    pipeline = webdataset.WebDataset([p.url for p in index.shards], shardshuffle=False)
     expected = list(pipeline)
     assert len(index) == len(expected) == 12
     assert [p.name for p in index.shards] == [f"shard-{k:06d}.tar" for k in range(3)]
@@ -117,19 +121,35 @@ def test_columns_describe_what_webdataset_reads(shards: Path, tokenizer: Tokeniz
         chat = tokenize_chat(messages, tokenizer, CHAT)
         assert index.text_tokens[i] == len(chat.input_ids)
         assert index.supervised_tokens[i] == sum(chat.supervised)
+        assert (
+            index.key(i) == sample["__key__"] and index.shard_name(i) == f"shard-{i // 4:06d}.tar"
+        )
+        assert index.read_sample(i) == {"messages": messages, "metadata": {}}
+        assert index.image_sizes(i).tolist() == [[10 + i, 20 + j] for j in range(i % 3)]
     for name, dtype in COLUMNS.items():
-        assert np.issubdtype(getattr(index, name).dtype, dtype), name
-    assert index.shard.dtype == np.int32
-    assert index.image_start.shape == (13,) and index.image_start[-1] == len(index.image_offset)
+        assert index.join(name).dtype == dtype, name
+    assert index.shard.dtype == np.int32 and index.shard.tolist() == [i // 4 for i in range(12)]
+    assert index.sizes.tolist() == [4, 4, 4] and index.starts.tolist() == [0, 4, 8, 12]
+    assert index.image_start.shape == (13,) and index.image_start[-1] == index.images == 12
+    assert index.totals == {
+        "samples": 12,
+        "images": 12,
+        "text_tokens": index.text_tokens.sum(),
+        "supervised_tokens": index.supervised_tokens.sum(),
+        "unused_images": 0,
+    }
     assert index.bad == []
+    for beyond in (-1, 12):
+        with pytest.raises(IndexError, match=f"sample {beyond} of 12"):
+            index.name(beyond)
 
 
 def test_shards_without_any_image(tmp_path: Path, tokenizer: Tokenizer) -> None:
     write_shard(tmp_path / "a.tar", [make_sample("a", {}), make_sample("b", {})])
     index = build_and_load(tmp_path, tokenizer)
     assert len(index) == 2 and index.image_start.tolist() == [0, 0, 0]
-    assert len(index.image_offset) == len(index.image_crc) == 0
-    assert index.read_images(1) == []
+    assert index.images == len(index.join("image_crc")) == 0
+    assert index.read_images(1) == [] and index.image_sizes(1).shape == (0, 2)
 
 
 def test_an_image_may_be_used_twice_and_exif_turns_it(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -147,28 +167,47 @@ def test_an_image_may_be_used_twice_and_exif_turns_it(tmp_path: Path, tokenizer:
     assert index.read_images(0) == [sample["0.jpg"]] * 2
 
 
+def bomb(width: int) -> bytes:
+    """A PNG of a few bytes whose header claims width x width pixels."""
+    data = bytearray(picture(1, 1))
+    data[16:24] = width.to_bytes(4, "big") * 2
+    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+    return bytes(data)
+
+
 def test_bad_samples_are_left_out_and_listed(
     tmp_path: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     missing = make_sample("missing", {"0.png": picture(3, 3)})
     missing["1.png"] = missing.pop("0.png")
+    fewer = make_sample("fewer", {"0.png": picture(3, 3), "1.png": picture(3, 3)})
+    del fewer["1.png"]
     last_turn = make_sample("order", {})
     last_turn["json"] = last_turn["json"].replace(b'"assistant"', b'"user"')
+    extra = make_sample("good2", {"0.png": picture(7, 8)})
+    extra["1.png"] = picture(1, 1)
     write_shard(
         tmp_path / "a.tar",
         [
             make_sample("good1", {"0.png": picture(5, 6)}),
             {"__key__": "syntax", "json": b'{"messages": ['},
+            {"__key__": "empty", "json": b""},
             {"__key__": "deep", "json": b"[" * 200_000},
             {"__key__": "utf16", "json": "{}".encode("utf-16")},
             {"__key__": "schema", "json": b'{"conversations": []}'},
+            {"__key__": "list", "json": b"[]"},
+            {"__key__": "metadata", "json": b'{"messages": [], "metadata": 3}'},
             {**make_sample("surrogate", {}), "json": make_sample("\ud800", {})["json"]},
             last_turn,
             make_sample("header", {"0.png": b"no picture"}),
+            make_sample("zero", {"0.png": b""}),
+            make_sample("bomb", {"0.png": bomb(10_000)}),
+            make_sample("bigger", {"0.png": bomb(50_000)}),
             missing,
+            fewer,
             {"__key__": "lonely", "0.png": picture(3, 3)},
             make_sample("twice", {}),
-            make_sample("good2", {"0.png": picture(7, 8)}),
+            extra,
             make_sample("twice", {}),
         ],
     )
@@ -176,25 +215,40 @@ def test_bad_samples_are_left_out_and_listed(
     assert index.keys.tolist() == ["good1", "good2"]
     assert index.image_width.tolist() == [5, 7]
     reasons = {
-        "syntax": "does not parse",
-        "deep": "nested too deeply",
-        "utf16": "not UTF-8",
-        "schema": "messages",
-        "surrogate": "lone surrogate",
-        "order": "turn 1 has the role 'user'",
-        "header": "image '0.png'",
-        "missing": "no member missing.'0.png'",
-        "lonely": "no member lonely.json beside 0.png",
-        "twice": "two members are named 'twice.json'",
+        "syntax": ("unusable text", "does not parse"),
+        "empty": ("unusable text", "does not parse"),
+        "deep": ("unusable text", "nested too deeply"),
+        "utf16": ("unusable text", "not UTF-8"),
+        "schema": ("unusable text", "messages"),
+        "list": ("unusable text", "not an object"),
+        "metadata": ("unusable text", '"metadata" is a int'),
+        "surrogate": ("unusable text", "lone surrogate"),
+        "order": ("unusable text", "turn 1 has the role 'user'"),
+        "header": ("unreadable image", "image '0.png'"),
+        "zero": ("unreadable image", "image '0.png'"),
+        "bomb": ("unreadable image", "image too large"),
+        "bigger": ("unreadable image", "image too large"),
+        "missing": ("missing image", "no member missing.'0.png'"),
+        "fewer": ("missing image", "no member fewer.'1.png'"),
+        "lonely": ("no text member", "no member lonely.json beside 0.png"),
+        "twice": ("unsafe or duplicate members", "two members are named 'twice.json'"),
     }
     assert {bad.key for bad in index.bad} == reasons.keys()
     printed = capsys.readouterr().out
     manifest = json.loads((tmp_path / "index" / "manifest.json").read_text())
     assert manifest["totals"]["bad"] == len(reasons)
     for bad in index.bad:
-        assert bad == BadSample("a.tar", bad.key, bad.reason) and reasons[bad.key] in bad.reason
-        assert f"left out a.tar:{bad.key}: {bad.reason}" in printed
-        assert {"key": bad.key, "reason": bad.reason} in manifest["shards"]["a.tar"]["bad"]
+        fault, reason = reasons[bad.key]
+        assert bad == BadSample("a.tar", bad.key, bad.reason, fault) and reason in bad.reason
+        entry = {"key": bad.key, "fault": fault, "reason": bad.reason}
+        assert entry in manifest["shards"]["a.tar"]["bad"]
+    assert sum("left out a.tar:" in line for line in printed.splitlines()) == 10
+    assert (
+        "left out 17 of 19 samples (unusable text: 9, unreadable image: 4, missing image: 2, "
+        in printed
+    )
+    assert "images that no message names (not used): 1\n" in printed
+    assert index.totals["unused_images"] == 1
 
 
 def test_many_bad_samples_are_counted_not_all_printed(
@@ -210,7 +264,7 @@ def test_many_bad_samples_are_counted_not_all_printed(
 def test_huge_json_is_a_bad_sample(
     tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("data_pipeline.index.shard._MAX_JSON_BYTES", 1000)
+    monkeypatch.setattr("data_pipeline.index.rows._MAX_TEXT_BYTES", 1000)
     write_shard(tmp_path / "a.tar", [make_sample("a", {}), make_sample("b", {}, "x" * 1000)])
     index = build_and_load(tmp_path, tokenizer)
     assert index.keys.tolist() == ["a"] and "more than 1000" in index.bad[0].reason
@@ -225,7 +279,7 @@ def test_unchanged_shards_are_not_read_again(
     assert_same_index(build_and_load(shards, tokenizer), first)
     assert indexed == names
     # A shard that changed is the only one to be read again, even if its size is the same.
-    one = first.shards[1]
+    one = first.shards[1].path
     os.utime(one, ns=(0, one.stat().st_mtime_ns + 1))
     assert build_and_load(shards, tokenizer).fingerprint == first.fingerprint  # same content
     assert indexed == [*names, one.name]
@@ -241,7 +295,7 @@ def test_unchanged_shards_are_not_read_again(
 def test_killed_half_way_leaves_the_earlier_index_and_goes_on(
     shards: Path, tokenizer: Tokenizer, indexed: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save = build_module.save_shard_index
+    save = build_module.save_columns
     saved = 0
 
     def failing(*arguments: Any) -> None:
@@ -252,7 +306,7 @@ def test_killed_half_way_leaves_the_earlier_index_and_goes_on(
         save(*arguments)
 
     # The first index: absent until it is complete.
-    monkeypatch.setattr(build_module, "save_shard_index", failing)
+    monkeypatch.setattr(build_module, "save_columns", failing)
     with pytest.raises(KeyboardInterrupt):
         build_index(str(shards), tokenizer, CHAT)
     with pytest.raises(InputError, match="not indexed"):
@@ -277,11 +331,12 @@ def test_killed_while_publishing_is_noticed(
     build_index(str(shards), tokenizer, CHAT)
     other = ChatSettings(system="Other.")
     with monkeypatch.context() as patch:
-        patch.setattr(build_module, "write_manifest", lambda *_: 1 / 0)
+        patch.setattr(IndexFiles, "write_manifest", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             build_index(str(shards), tokenizer, other)
-    with pytest.raises(InputError, match="an indexing run was cut short; run: python -m"):
-        load_index(str(shards), tokenizer, CHAT)
+    index = load_index(str(shards), tokenizer, CHAT)
+    with pytest.raises(InputError, match=r"an indexing run was cut short.*; run: python -m"):
+        index.columns(0)
     indexed.clear()
     build_and_load(shards, tokenizer, other)
     assert indexed == []
@@ -289,11 +344,11 @@ def test_killed_while_publishing_is_noticed(
 
 def test_a_subset_leaves_the_other_shards_indexed(shards: Path, tokenizer: Tokenizer) -> None:
     whole = build_and_load(shards, tokenizer)
-    build_index(str(whole.shards[0]), tokenizer, ChatSettings(system="Other."))
-    rest = load_index([str(p) for p in whole.shards[1:]], tokenizer, CHAT)
+    build_index(whole.shards[0].url, tokenizer, ChatSettings(system="Other."))
+    rest = load_index([p.url for p in whole.shards[1:]], tokenizer, CHAT)
     assert len(rest) == 8
-    whole.shards[2].unlink()
-    build_index(str(whole.shards[0]), tokenizer, CHAT)
+    whole.shards[2].path.unlink()
+    build_index(whole.shards[0].url, tokenizer, CHAT)
     manifest = json.loads((shards / "index" / "manifest.json").read_text())
     assert sorted(manifest["shards"]) == ["shard-000000.tar", "shard-000001.tar"]
 
@@ -338,10 +393,10 @@ def test_a_copied_data_set_keeps_working(
 def test_a_reader_notices_bytes_that_changed(shards: Path, tokenizer: Tokenizer) -> None:
     index = build_and_load(shards, tokenizer)
     for offset, read in [
-        (index.json_offset[2], index.read_json),
-        (index.image_offset[index.image_start[2]], index.read_images),
+        (index.columns(0).text_offset[2], index.read_sample),
+        (index.columns(0).image_offset[index.image_start[2]], index.read_images),
     ]:
-        with index.shards[0].open("r+b") as file:
+        with index.shards[0].path.open("r+b") as file:
             file.seek(int(offset) + 3)
             file.write(b"\x00\xff")
         with pytest.raises(InputError, match=r"shard-000000\.tar are not those that were indexed"):
@@ -405,7 +460,7 @@ def test_shards_that_cannot_be_indexed(
     assert len(lines) == 2 and "shard-000000.tar is not an uncompressed tar" in lines[0]
     assert "shard-000001.tar " + reason in lines[1]
     # Untouched shards are still there, as they were.
-    assert len(load_index(str(first.shards[2]), tokenizer, CHAT)) == 4
+    assert len(load_index(first.shards[2].url, tokenizer, CHAT)) == 4
 
 
 def test_a_shard_that_is_still_being_written(
@@ -417,7 +472,7 @@ def test_a_shard_that_is_still_being_written(
         os.utime(shard, ns=(0, 7))
         return tokenize_chat(*arguments)
 
-    monkeypatch.setattr("data_pipeline.index.shard.tokenize_chat", touching)
+    monkeypatch.setattr("data_pipeline.index.rows.tokenize_chat", touching)
     with pytest.raises(InputError, match=r"shard-000000\.tar changed while indexed"):
         build_index(str(shard), tokenizer, CHAT)
 
@@ -453,7 +508,7 @@ def spoil_npz(shards: Path) -> None:
     path = shards / "index" / "shard-000001.npz"
     data = bytearray(path.read_bytes())
     with zipfile.ZipFile(path) as file:
-        column = file.getinfo("json_crc.npy")
+        column = file.getinfo("text_crc.npy")
     extra = int.from_bytes(data[column.header_offset + 28 : column.header_offset + 30], "little")
     start = column.header_offset + 30 + len(column.filename) + extra
     data[start + column.compress_size - 3] ^= 255
@@ -480,16 +535,16 @@ def older_schema(shards: Path) -> None:
         (spoil_npz, ["shard-000001.npz cannot be read"]),
         (swap_npz, ["shard-000001.npz does not belong to ", "cut short"]),
         (spoil_manifest, ["manifest.json cannot be read"]),
-        (older_schema, ["manifest.json has the schema 0, this version reads 1"]),
+        (older_schema, ["manifest.json has the schema 0, this version reads 2"]),
     ],
 )
 def test_an_index_that_does_not_fit_is_refused_then_repaired(
     shards: Path, tokenizer: Tokenizer, change: Callable[[Path], None], reasons: list[str]
 ) -> None:
-    first = build_and_load(shards, tokenizer)
+    before = build_and_load(shards, tokenizer).join("text_offset")
     change(shards)
     with pytest.raises(InputError) as caught:
-        load_index(str(shards), tokenizer, CHAT)
+        load_index(str(shards), tokenizer, CHAT).columns(1)
     message = str(caught.value)
     for reason in reasons:
         assert reason in message
@@ -499,7 +554,7 @@ def test_an_index_that_does_not_fit_is_refused_then_repaired(
     # The command it names mends it.
     index = build_and_load(shards, tokenizer)
     if change is not add_shard:
-        np.testing.assert_array_equal(index.json_offset, first.json_offset)
+        np.testing.assert_array_equal(index.join("text_offset"), before)
 
 
 def test_another_tokenizer_or_template_is_refused(
@@ -532,41 +587,9 @@ def test_a_folder_that_cannot_be_written(
     shards: Path, tokenizer: Tokenizer, indexed: list[str]
 ) -> None:
     (shards / "index").write_text("in the way")  # also stops root, whom permissions do not
-    with pytest.raises(InputError, match="cannot write an index beside the shards in"):
+    with pytest.raises(InputError, match=r"cannot write an index of the shards in .* name another"):
         build_index(str(shards), tokenizer, CHAT)
     assert indexed == []
-
-
-def test_expand_shards(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    a, b, c = (shards / f"shard-{k:06d}.tar" for k in range(3))
-    (shards / "notes.txt").write_text("")
-    patterns: list[str | list[str]] = [
-        str(shards),
-        f"{shards}/*",
-        f"{shards}/shard-{{000000..000002}}.tar",
-        [str(c), str(a), f"{shards}/shard-{{000001,000000}}.tar"],
-    ]
-    for pattern in patterns:
-        assert expand_shards(pattern) == [a, b, c]
-    monkeypatch.chdir(shards)
-    assert expand_shards("shard-00000[01].tar") == [Path(a.name), Path(b.name)]
-    assert len(expand_shards([".", str(shards)])) == 3
-    (shards.parent / "link").symlink_to(shards)
-    assert len(expand_shards([str(shards), str(shards.parent / "link")])) == 3
-    (shards / "empty").mkdir()
-    refused: list[tuple[str | list[str], str]] = [
-        (f"{shards}/shard-{{000001..000003}}.tar", "shard-000003.tar does not exist"),
-        (f"{shards}/none*.tar", "no .tar file matches"),
-        (f"{shards}/notes*", "no .tar file matches"),
-        (f"{shards}/notes.txt", "notes.txt is not named"),
-        (f"{shards}/empty", "no .tar files in the folder"),
-        (f"{shards}/{{000", "unbalanced braces"),
-        ([], "no shards are given"),
-    ]
-    for pattern, reason in refused:
-        with pytest.raises(InputError) as caught:
-            expand_shards(pattern)
-        assert reason in str(caught.value)
 
 
 def test_command_line(

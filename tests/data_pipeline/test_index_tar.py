@@ -2,8 +2,6 @@
 
 import io
 import tarfile
-import threading
-import zlib
 from pathlib import Path
 
 import pytest
@@ -11,9 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.errors import InputError
-from data_pipeline.index.tar import Member, forget_open_shards, group_samples, read_member, scan_tar
+from data_pipeline.index import tar as index_tar
+from data_pipeline.index.tar import Member, group_samples
+from data_pipeline.storage import ReadAhead, Shard, Storage
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
+
+
+def scan_tar(path: Path, block: int = 8 << 20) -> list[Member]:
+    shard = Shard(str(path))
+    reader = ReadAhead(Storage(), shard, path.stat().st_size, block)
+    return list(index_tar.scan_tar(reader))
 
 
 def with_checksum(header: bytes | bytearray, **fields: tuple[int, bytes]) -> bytes:
@@ -47,17 +53,22 @@ names = st.lists(segment.map(lambda s: s * 7), min_size=1, max_size=5).map("/".j
 @given(
     files=st.lists(st.tuples(names, st.binary(max_size=1100)), max_size=6),
     kind=st.sampled_from(["gnu", "pax"]),
+    block=st.integers(1, 3000),
 )
 def test_agrees_with_tarfile(
-    files: list[tuple[str, bytes]], kind: str, tmp_path_factory: pytest.TempPathFactory
+    files: list[tuple[str, bytes]],
+    kind: str,
+    block: int,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     path = make_tar(tmp_path_factory.getbasetemp() / "some.tar", files, kind)
     with tarfile.open(path) as tar:
         expected = [Member(m.name, m.offset_data, m.size, True) for m in tar if not m.isdir()]
-    members = list(scan_tar(path))
+    members = scan_tar(path)
     assert members == expected
-    forget_open_shards()
-    assert [read_member(path, m.offset, m.size) for m in members] == [data for _, data in files]
+    assert scan_tar(path, block) == members
+    reader = ReadAhead(Storage(), Shard(str(path)), path.stat().st_size, block)
+    assert [reader.read(m.offset, m.size) for m in members] == [data for _, data in files]
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -107,7 +118,7 @@ def test_links_devices_and_folders(tmp_path: Path) -> None:
             info.size = 700  # of the file linked to, as some writers have it; no data follows
             tar.addfile(info)
         tar.addfile(tarfile.TarInfo("d.json"))
-    members = list(scan_tar(tmp_path / "a.tar"))
+    members = scan_tar(tmp_path / "a.tar")
     assert [(m.name, m.regular) for m in members] == [
         ("a.json", False),
         ("b.json", False),
@@ -123,9 +134,9 @@ def test_every_truncation_is_noticed(tmp_path: Path) -> None:
     for size in [*range(1, end_marker + 512, 97), end_marker, end_marker + 511]:
         (tmp_path / "a.tar").write_bytes(whole[:size])
         with pytest.raises(InputError, match=r"a\.tar (is truncated|is not)"):
-            list(scan_tar(tmp_path / "a.tar"))
+            scan_tar(tmp_path / "a.tar")
     (tmp_path / "a.tar").write_bytes(whole[: end_marker + 512])  # one zero block is an end
-    assert len(list(scan_tar(tmp_path / "a.tar"))) == 2
+    assert len(scan_tar(tmp_path / "a.tar")) == 2
 
 
 @given(position=st.integers(0, 511), value=st.integers(0, 255))
@@ -140,7 +151,7 @@ def test_damaged_headers_never_hang_or_escape(
     data[1024:1536] = with_checksum(data[1024:1536], byte=(position, bytes([value])))
     path.write_bytes(data)
     try:
-        assert len(list(scan_tar(path))) <= 3
+        assert len(scan_tar(path)) <= 3
     except InputError as error:
         assert "damaged.tar" in str(error)
 
@@ -165,7 +176,7 @@ def test_what_is_no_tar(tmp_path: Path) -> None:
     ]:
         path.write_bytes(data)
         with pytest.raises(InputError, match=reason) as caught:
-            list(scan_tar(path))
+            scan_tar(path)
         assert "a.tar" in str(caught.value)
 
 
@@ -173,7 +184,7 @@ def test_groups_by_key() -> None:
     def member(name: str, regular: bool = True) -> Member:
         return Member(name, 0, 0, regular)
 
-    groups = group_samples(
+    yielded = group_samples(
         iter(
             [
                 member("a/k.0.png"),
@@ -191,6 +202,13 @@ def test_groups_by_key() -> None:
             ]
         )
     )
+    order = []
+    groups = {}
+    for key, group in yielded:
+        order.append((key, len(group.members)))
+        groups[key] = group
+    assert order[:3] == [("a/k", 1), ("k", 1), ("./dots", 1)]  # as the next key begins
+    assert order[-1] == ("a/k", 2) and [key for key, _ in order].count("a/k") == 2
     assert {key: list(group.members) for key, group in groups.items()} == {
         "a/k": ["0.png", "json"],
         "k": ["json"],
@@ -204,35 +222,3 @@ def test_groups_by_key() -> None:
     problems = {key: group.problem for key, group in groups.items() if group.problem}
     assert problems.keys() == {"twice", "../up", "/root", "link"}
     assert "two members" in problems["twice"] and "link" in problems["link"]
-
-
-def test_read_member_checks_length_and_crc(tmp_path: Path) -> None:
-    (tmp_path / "a.tar").write_bytes(b"0123456789")
-    assert read_member(tmp_path / "a.tar", 2, 3) == b"234"
-    assert read_member(tmp_path / "a.tar", 2, 3, zlib.crc32(b"234")) == b"234"
-    with pytest.raises(InputError, match=r"3 bytes at 2 of .*a\.tar are not those"):
-        read_member(tmp_path / "a.tar", 2, 3, zlib.crc32(b"999"))
-    with pytest.raises(InputError, match=r"a\.tar ends inside the 5 bytes at 8"):
-        read_member(tmp_path / "a.tar", 8, 5)
-    with pytest.raises(FileNotFoundError):
-        read_member(tmp_path / "none.tar", 0, 1)
-
-
-def test_read_member_from_threads_with_more_shards_than_stay_open(tmp_path: Path) -> None:
-    paths = [tmp_path / f"{k:03d}.tar" for k in range(100)]
-    for k, path in enumerate(paths):
-        path.write_bytes(bytes([k]) * 1000)
-    wrong: list[Path] = []
-
-    def read_all() -> None:
-        for k, path in enumerate(paths * 3):
-            if read_member(path, 10, 900) != bytes([k % 100]) * 900:
-                wrong.append(path)
-
-    threads = [threading.Thread(target=read_all) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    forget_open_shards()
-    assert wrong == []

@@ -28,9 +28,11 @@ from data_pipeline.loader import (
     StepBatch,
     StepLoader,
 )
+from data_pipeline.mixture import Dataset, Mixture
 from data_pipeline.plan import PackPlan, PackSettings, Planner, PlanState
 from data_pipeline.tiling import TilingSettings
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer
+from tests.data_pipeline.indexes import replaced
 from tests.data_pipeline.small_tokenizers import save_sentencepiece
 
 CHAT = ChatSettings(system="")
@@ -95,12 +97,13 @@ class Corpus:
     def load(self) -> Index:
         return load_index(str(self.folder / "shards"), self.tokenizer, CHAT)
 
-    def planner(self, seed: int = 0) -> Planner:
+    def planner(self, epochs: float | None = None) -> Planner:
         pack = PackSettings(max_tokens=256, packs_per_step=PACKS_PER_STEP, window_samples=25)
-        return Planner(self.index, TILING, COUNTS, pack, seed)
+        mixture = Mixture([Dataset("data", self.index, repeat=epochs)])
+        return Planner(mixture, TILING, COUNTS, pack, 0)
 
     def builder(self, weighting: str = "sqrt", index: Index | None = None) -> PackBuilder:
-        return PackBuilder(index or self.index, self.tokenizer, CHAT, TILING, weighting)
+        return PackBuilder(Mixture.of(index or self.index), self.tokenizer, CHAT, TILING, weighting)
 
     def loader(self, rank: int = 0, world_size: int = 1, **settings: float) -> StepLoader:
         loader_settings = LoaderSettings(**settings)
@@ -108,11 +111,11 @@ class Corpus:
 
     def number(self, sample: int) -> int:
         """The number that `make_sample` made a sample of the index from."""
-        return int(str(self.index.keys[sample])[1:])
+        return int(self.index.key(sample)[1:])
 
     def overwrite(self, sample: int, offset: int, data: bytes) -> None:
         """Damage the shard of a sample, which keeps its size."""
-        with self.index.shards[self.index.shard[sample]].open("r+b") as file:
+        with Path(self.index.shards[self.index.shard[sample]].url).open("r+b") as file:
             file.seek(offset)
             file.write(data)
 
@@ -183,8 +186,8 @@ def test_a_batch_holds_what_was_planned(corpus: Corpus, weighting: str) -> None:
     builder = corpus.builder(weighting)
     context = corpus.tokenizer.special_id("<IMG_CONTEXT>")
     seen = set()
-    for step, _ in islice(corpus.planner().steps(), 3):
-        for pack in step.packs:
+    for step, _ in corpus.planner(epochs=1).steps():  # so that no pack has a sample twice
+        for pack in (pack for pack in step.packs if pack.tokens):
             batch = builder.build(pack)
             assert batch.sample_ids == pack.sample_ids.tolist()
             assert batch.planned_tokens == pack.tokens == len(batch.input_ids)
@@ -242,8 +245,9 @@ def test_sample_sides_tell_what_the_images_of_a_sample_share(corpus: Corpus) -> 
     by_kind = {corpus.number(i) % 4: i for i in range(len(corpus.index))}
     ids = [by_kind[0], by_kind[1], by_kind[2], by_kind[3]]
     sides = tuple(np.array(s, dtype=np.int64) for s in ([], [3], [2, 2], [1, 3]))
-    tokens = int(corpus.index.text_tokens[ids].sum()) + 9 + (4 + 3 * 4) + (1 + 3 * 9)
-    batch = corpus.builder().build(PackPlan(np.array(ids), sides, tokens))
+    tiles = tuple(np.array(t, dtype=np.int64) for t in ([], [1], [1, 3], [1, 3]))
+    lengths = corpus.index.text_tokens[ids] + [0, 9, 4 + 3 * 4, 1 + 3 * 9]
+    batch = corpus.builder().build(PackPlan(np.array(ids), lengths, sides, tiles))
     assert batch.sample_sides == [0, 3, 2, -1]
     assert batch.tile_sides == [3, 2, 2, 2, 2, 1, 3, 3, 3]
 
@@ -256,7 +260,7 @@ def test_the_first_token_of_a_sample_is_never_supervised(
         return replace(tokens, supervised=[True] * len(tokens.input_ids))
 
     monkeypatch.setattr("data_pipeline.batch.tokenize_chat", all_supervised)
-    index = replace(corpus.index, supervised_tokens=corpus.index.text_tokens)
+    index = replaced(corpus.index, supervised_tokens=corpus.index.text_tokens)
     step, _ = next(corpus.planner().steps())
     batch = corpus.builder("token", index).build(step.packs[0])
     assert batch.bad == []
@@ -277,11 +281,12 @@ def test_an_empty_pack_is_one_pad_token(corpus: Corpus) -> None:
     assert (batch.planned_tokens, batch.max_seqlen) == (0, 1)
 
 
-def test_a_plan_of_other_tiles_is_refused(corpus: Corpus) -> None:
-    one_tile = PackBuilder(corpus.index, corpus.tokenizer, CHAT, TilingSettings(tile_size=16))
-    with pytest.raises(AssertionError, match="another index or tiling"):
-        for pack in next(corpus.planner().steps())[0].packs:
-            one_tile.build(pack)
+def test_a_plan_of_other_tiles_gives_bad_samples(corpus: Corpus) -> None:
+    one_tile = TilingSettings(tile_size=16)
+    builder = PackBuilder(Mixture.of(corpus.index), corpus.tokenizer, CHAT, one_tile)
+    packs = [p for step, _ in islice(corpus.planner().steps(), 2) for p in step.packs]
+    bad = [bad for pack in packs for bad in builder.build(pack).bad]
+    assert bad and all("tiles where the index has" in one.reason for one in bad)
 
 
 def test_to_moves_every_tensor_and_leaves_the_original(corpus: Corpus) -> None:
@@ -332,7 +337,9 @@ def test_any_world_size_has_the_same_packs_in_the_same_order(
     ranks = [take(corpus.loader(rank, world_size), 6) for rank in range(world_size)]
     for step, expected in enumerate(alone):
         share = [ranks[rank][step] for rank in range(world_size)]
-        assert {(batch.epoch, batch.state) for batch in share} == {(expected.epoch, expected.state)}
+        assert {(batch.plan.epoch, batch.state) for batch in share} == {
+            (expected.plan.epoch, expected.state)
+        }
         for number, pack in enumerate(expected.packs):
             assert_equal(share[number % world_size].packs[number // world_size], pack)
         assert sum(len(batch.packs) for batch in share) == PACKS_PER_STEP
@@ -340,7 +347,7 @@ def test_any_world_size_has_the_same_packs_in_the_same_order(
 
 def test_resumes_after_any_step_on_another_world_size(corpus: Corpus) -> None:
     run = take(corpus.loader(), 9)
-    assert run[-1].epoch > 0
+    assert run[-1].plan.epoch > 0
     for i in (0, 2, 3, 5):
         state = PlanState.from_dict(run[i].state.to_dict())
         again = take(corpus.loader(1, 2), 3, state)
@@ -348,6 +355,55 @@ def test_resumes_after_any_step_on_another_world_size(corpus: Corpus) -> None:
             assert batch.state == expected.state
             for pack, expected_pack in zip(batch.packs, expected.packs[1::2], strict=True):
                 assert_equal(pack, expected_pack)
+
+
+class ThreeDatasets:
+    """Three weighted datasets over the shards of a corpus; the first ends after two epochs."""
+
+    def __init__(self, corpus: Corpus) -> None:
+        shards = corpus.folder / "shards"
+        parts = {"a": shards / "0.tar", "b": shards / "1.tar", "c": shards}
+        weights = {"a": (2.0, 2.0), "b": (1.0, None), "c": (0.5, None)}
+        self.mixture = Mixture(
+            [
+                Dataset(name, load_index(str(path), corpus.tokenizer, CHAT), *weights[name])
+                for name, path in parts.items()
+            ]
+        )
+        pack = PackSettings(max_tokens=256, packs_per_step=8, window_samples=40)
+        self.planner = Planner(self.mixture, TILING, COUNTS, pack, 3)
+        self.builder = PackBuilder(self.mixture, corpus.tokenizer, CHAT, TILING)
+
+    def take(
+        self, steps: int, rank: int = 0, world_size: int = 1, state: PlanState | None = None
+    ) -> list[StepBatch]:
+        loader = StepLoader(self.planner, self.builder, LoaderSettings(), rank, world_size)
+        return take(loader, steps, state)
+
+
+@pytest.fixture(scope="module")
+def three_datasets(corpus: Corpus) -> ThreeDatasets:
+    return ThreeDatasets(corpus)
+
+
+@pytest.mark.parametrize("world_size", [2, 4, 8])
+def test_three_datasets_are_the_same_on_any_world_size_and_after_any_resume(
+    three_datasets: ThreeDatasets, world_size: int
+) -> None:
+    alone = three_datasets.take(10)
+    epochs = [step.plan.epochs for step in alone]
+    assert epochs[0][0] < 2 == epochs[-1][0], "the first dataset must end on the way"
+    seen = {d for step in alone for pack in step.packs for d in pack.sample_datasets}
+    assert seen == {0, 1, 2}
+    for begin in range(10):
+        state = PlanState.from_dict(alone[begin - 1].state.to_dict()) if begin else None
+        rank = begin % world_size
+        for batch, expected in zip(
+            three_datasets.take(10 - begin, rank, world_size, state), alone[begin:], strict=True
+        ):
+            assert batch.state == expected.state
+            for pack, whole in zip(batch.packs, expected.packs[rank::world_size], strict=True):
+                assert_equal(pack, whole)
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -371,12 +427,12 @@ def test_a_world_size_that_does_not_divide_is_an_error(corpus: Corpus) -> None:
 
 def damage_image(corpus: Corpus, sample: int) -> Index:
     image = int(corpus.index.image_start[sample])
-    corpus.overwrite(sample, int(corpus.index.image_offset[image]) + 40, b"\0" * 20)
+    corpus.overwrite(sample, int(corpus.index.join("image_offset")[image]) + 40, b"\0" * 20)
     return corpus.index
 
 
 def damage_json(corpus: Corpus, sample: int) -> Index:
-    corpus.overwrite(sample, int(corpus.index.json_offset[sample]), b"[")
+    corpus.overwrite(sample, int(corpus.index.join("text_offset")[sample]), b"[")
     return corpus.index
 
 
@@ -384,9 +440,9 @@ def wrong(column: str, by: int, of_image: bool = False) -> Callable[[Corpus, int
     """An index that disagrees with the shard in one number."""
 
     def change(corpus: Corpus, sample: int) -> Index:
-        values = getattr(corpus.index, column).copy()
+        values = corpus.index.join(column).copy()
         values[corpus.index.image_start[sample] if of_image else sample] += by
-        return replace(corpus.index, **{column: values})
+        return replaced(corpus.index, **{column: values})
 
     return change
 
@@ -394,7 +450,10 @@ def wrong(column: str, by: int, of_image: bool = False) -> Callable[[Corpus, int
 def reject_image(corpus: Corpus, sample: int) -> Index:
     """An image that was damaged before it was indexed: only decoding finds out."""
     image = int(corpus.index.image_start[sample])
-    offset, size = int(corpus.index.image_offset[image]), int(corpus.index.image_bytes[image])
+    offset, size = (
+        int(corpus.index.join("image_offset")[image]),
+        int(corpus.index.join("image_bytes")[image]),
+    )
     corpus.overwrite(sample, offset + size - 30, b"\0" * 30)
     build_index(str(corpus.folder / "shards"), corpus.tokenizer, CHAT)
     return corpus.load()
@@ -405,10 +464,10 @@ FAULTS: dict[str, tuple[Callable[[Corpus, int], Index], str]] = {
     "image that cannot be decoded": (reject_image, "damaged or truncated image"),
     "json bytes": (damage_json, "not those that were indexed"),
     "supervised tokens": (wrong("supervised_tokens", 1), "supervised tokens where the index has"),
-    "json crc": (wrong("json_crc", 1), "not those that were indexed"),
+    "json crc": (wrong("text_crc", 1), "not those that were indexed"),
     "image crc": (wrong("image_crc", 1, True), "not those that were indexed"),
     "image place": (wrong("image_offset", 512, True), "not those that were indexed"),
-    "json place": (wrong("json_offset", 1 << 40), "ends inside"),
+    "json place": (wrong("text_offset", 1 << 40), "ends inside"),
 }
 
 
@@ -453,17 +512,19 @@ def test_counts_that_disagree_with_the_index_are_bad_samples(own_corpus: Corpus)
     first = corpus.index.image_start[sample]
     text = wrong("text_tokens", 3)(corpus, sample)
     size = wrong("image_width", 16, True)(corpus, sample)
-    number = replace(corpus.index, image_start=corpus.index.image_start.copy())
-    number.image_start[sample + 1 :] -= 1
+    starts = corpus.index.image_start.copy()
+    starts[sample + 1 :] -= 1
+    number = replaced(corpus.index, image_start=starts)
     for index, tiles, reason in (
         (text, [1], "tokens where the index has"),
-        (size, [3], "tiles where the index has"),
+        (size, [3], "pixels"),
         (number, [], "1 images where the index has 0"),
     ):
         assert first == index.image_start[sample]
         sides = np.full(len(tiles), 2)
         tokens = int(index.text_tokens[sample]) + 4 * sum(tiles)
-        batch = corpus.builder(index=index).build(PackPlan(np.array([sample]), (sides,), tokens))
+        plan = PackPlan(np.array([sample]), np.array([tokens]), (sides,), (np.array(tiles),))
+        batch = corpus.builder(index=index).build(plan)
         assert len(batch.input_ids) == tokens
         assert reason in batch.bad[0].reason
         assert "run python -m data_pipeline.index again" in batch.bad[0].reason
@@ -473,9 +534,12 @@ def test_any_error_of_a_decoder_is_a_bad_sample_but_lack_of_memory_is_not(
     corpus: Corpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     errors: list[Exception] = [ZeroDivisionError("no such thing"), MemoryError()]
-    monkeypatch.setattr("data_pipeline.batch.decode_rgb", lambda data: (_ for _ in ()).throw(error))
+    monkeypatch.setattr(
+        "data_pipeline.batch.image_tiles", lambda *_, **__: (_ for _ in ()).throw(error)
+    )
     sample = next(i for i in range(len(corpus.index)) if corpus.number(i) % 4 == 1)
-    pack = PackPlan(np.array([sample]), (np.array([1]),), int(corpus.index.text_tokens[sample]) + 1)
+    tokens, one = int(corpus.index.text_tokens[sample]) + 1, np.array([1])
+    pack = PackPlan(np.array([sample]), np.array([tokens]), (one,), (one,))
     error = errors[0]
     assert corpus.builder().build(pack).bad[0].reason == "ZeroDivisionError: no such thing"
     error = errors[1]
@@ -487,8 +551,8 @@ def test_a_shard_that_lost_its_end_gives_bad_samples(own_corpus: Corpus) -> None
     corpus = own_corpus
     middle = len(corpus.index) // 4
     shard = corpus.index.shards[0]
-    with shard.open("r+b") as file:
-        file.truncate(int(corpus.index.json_offset[middle]))
+    with Path(shard.url).open("r+b") as file:
+        file.truncate(int(corpus.index.join("text_offset")[middle]))
     lost = {str(corpus.index.keys[i]) for i in range(middle, len(corpus.index) // 2)}
     batches = take(corpus.loader(max_bad_fraction=1.0), 8)
     bad = [b for batch in batches for pack in batch.packs for b in pack.bad]

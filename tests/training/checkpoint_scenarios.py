@@ -79,7 +79,7 @@ def fill(engine: Any, value: float) -> None:
 
 
 def progress(step: int) -> checkpoint.Progress:
-    return checkpoint.Progress(step, PlanState(0, 0, step, (step,)))
+    return checkpoint.Progress(step, PlanState(0, step, ("data",), (step,)))
 
 
 def settings(**changes: Any) -> CheckpointSettings:

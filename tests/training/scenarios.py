@@ -9,7 +9,7 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 
 from data_pipeline.index import Index
 from data_pipeline.loader import StepBatch
-from data_pipeline.plan import PackPlan, PlanState
+from data_pipeline.plan import PackPlan, PlanState, StepPlan
 from training import checkpoint
 from training.config import RunConfig, load_config
 from training.distributed import Ranks
@@ -85,8 +85,11 @@ def step_gradients(
 
     engine.step = capture_then_step
     builder = run.loader._builder
-    plans = [pack_plan(run.index, ids) for ids in packs[ranks.rank :: ranks.world_size]]
-    batch = StepBatch([builder.build(plan) for plan in plans], PlanState(), 0, 0.0)
+    index = run.mixture.datasets[0].index
+    plans = [pack_plan(index, ids) for ids in packs[ranks.rank :: ranks.world_size]]
+    batch = StepBatch(
+        [builder.build(plan) for plan in plans], PlanState(), StepPlan(0, 0, tuple(plans)), 0.0
+    )
     meter = StepMeter(config.data.tokens.sides, config.data.pack.max_tokens, ranks)
     metrics = one_step(engine, batch, 1, meter, run)
     return metrics["loss"], gradients
@@ -94,9 +97,13 @@ def step_gradients(
 
 def pack_plan(index: Index, ids: list[int]) -> PackPlan:
     """A pack of one-image samples at 4 tokens per tile; empty for no ids."""
-    tokens = int((index.text_tokens[ids] + 4).sum())
-    sides = tuple(np.array([2]) for _ in ids)
-    return PackPlan(np.array(ids, dtype=np.int64), sides, tokens) if ids else PackPlan.empty()
+    one = tuple(np.ones(1, np.int64) for _ in ids)
+    lengths = index.text_tokens[ids].astype(np.int64) + 4
+    return (
+        PackPlan(np.array(ids), lengths, tuple(2 * n for n in one), one)
+        if ids
+        else PackPlan.empty()
+    )
 
 
 def train_steps(

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from data_pipeline.errors import InputError, run_cli
+from data_pipeline.plan import PlanState
 from tests.ranks import RankPool
 from tests.training import checkpoint_scenarios as scenarios
 from tests.training.kill_in_save import PHASES
@@ -66,7 +67,7 @@ def test_what_is_published_is_the_state_at_the_call_not_after_the_next_steps(
     assert [path.name for path in finished(folder)] == ["step-00000002", "step-00000005"]  # keep 2
     for rank, (error, name, place, state) in enumerate(two_ranks.run(scenarios.resume, folder)):
         assert (error, name, place["step"]) == ("", "step-00000005", 5)
-        assert place["plan"] == {"epoch": 0, "window": 0, "step": 5, "carry": [5]}
+        assert place["plan"] == PlanState(0, 5, ("data",), (5,)).to_dict()
         assert all(torch.equal(a, b) for a, b in zip(state, states[rank], strict=True))
 
 

@@ -91,5 +91,5 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
     raw = yaml.safe_load(DIGITS.read_text())
     del raw["data"]["shards"]
     broken.write_text(yaml.safe_dump(raw))
-    with pytest.raises(InputError, match=r"data\.shards: is required"):
+    with pytest.raises(InputError, match=r"data: give either shards, or datasets"):
         load_config(broken)

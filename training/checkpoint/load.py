@@ -1,5 +1,6 @@
 """Loading a verified checkpoint: all of it to resume, or its weights to start a later stage."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +13,40 @@ from training.checkpoint.layout import Manifest, finished, read_manifest
 from training.checkpoint.progress import Progress, restore_rng
 from training.distributed import from_main
 
+ChangePlan = Callable[[PlanState, dict[str, Any]], PlanState | None]
+"""(place in the data, saved fingerprints) -> the place to go on from in other data, or None."""
 
-def load(engine: Any, path: Path, fingerprints: dict[str, Any]) -> Progress:
+
+def load(
+    engine: Any, path: Path, fingerprints: dict[str, Any], change_plan: ChangePlan | None = None
+) -> Progress:
     """Load a checkpoint that `find` returned into a fresh engine, and restore this rank's RNG.
 
     Every rank calls this; another number of ranks may have saved it.
 
+    Args:
+        engine: the DeepSpeed engine.
+        path: the checkpoint.
+        fingerprints: of this run.
+        change_plan: asked where only the data, or settings of their order, differ.
+
     Raises:
-        InputError: if it was saved from other data or settings that decide the order of samples;
-            the message says what differs.
+        InputError: if it was saved from other data or settings that decide the order of samples,
+            and may not go on with these; the message says what differs.
     """
     manifest = from_main(lambda: read_manifest(path))
+    plan = PlanState.from_dict(manifest.plan)
     if changed := _changes(manifest.fingerprints, fingerprints):
-        raise InputError(
-            f"{path} belongs to a run with other settings, so its place in the data means nothing "
-            f"here; changed: {'; '.join(changed)}. Restore them, or start anew with "
-            "checkpoint.resume=never and another output_dir"
-        )
+        of_data = all(change.startswith(("data", "seed:")) for change in changed)
+        moved = change_plan(plan, manifest.fingerprints) if of_data and change_plan else None
+        if moved is None:
+            raise InputError(
+                f"{path} belongs to a run with other settings, so its place in the data means "
+                f"nothing here; changed: {'; '.join(changed)}. Restore them"
+                + (", set data.allow_change=true to begin a new window" if of_data else "")
+                + ", or start anew with checkpoint.resume=never and another output_dir"
+            )
+        plan = moved
     # DeepSpeed brings back the saved learning rates and the like; the settings of this run count.
     groups = engine.optimizer.param_groups
     options = [{k: v for k, v in group.items() if k != "params"} for group in groups]
@@ -39,7 +57,7 @@ def load(engine: Any, path: Path, fingerprints: dict[str, Any]) -> Progress:
     for group, own in zip(engine.optimizer.param_groups, options, strict=True):
         group.update(own)
     restore_rng(rng)
-    return Progress(manifest.step, PlanState.from_dict(manifest.plan))
+    return Progress(manifest.step, plan)
 
 
 def _load_same(engine: Any, path: Path) -> dict[str, Any]:

@@ -1,0 +1,141 @@
+"""What a sample costs to train on, in FLOPs of the language model and the vision tower."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from data_pipeline.errors import InputError
+
+# Language models of transformers whose MLP has two matrices; that of all others is gated: three.
+_PLAIN_MLP = {"falcon", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gptj", "opt", "phi"}
+_PLAIN_MLP |= {"bloom", "mpt", "starcoder2"}
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """FLOPs of a forward and a backward pass over samples in packs.
+
+    A matrix product costs 2 FLOPs per weight and token forward and twice that backward: 6 N T.
+    Attention adds, per layer, 12 * width * T^2; half of that where it is causal. Attention never
+    leaves a sample in its pack, so a pack costs the sum of its samples.
+
+    Attributes:
+        llm_parameters, vision_parameters: weights in matrix products, the output head included,
+            the embedding of tokens not.
+        llm_layers, vision_layers: attention layers.
+        llm_width, vision_width: attention heads * their size.
+        patches_per_tile: positions of the vision tower per tile.
+    """
+
+    llm_parameters: int
+    llm_layers: int
+    llm_width: int
+    vision_parameters: int
+    vision_layers: int
+    vision_width: int
+    patches_per_tile: int
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise InputError(
+                    f"{field.name} of a cost model must be a whole number from 0 on, found "
+                    f"{value!r}"
+                )
+
+    @property
+    def flops_per_tile(self) -> float:
+        patches = float(self.patches_per_tile)
+        attention = 12.0 * self.vision_layers * self.vision_width * patches**2
+        return 6.0 * self.vision_parameters * patches + attention
+
+    def flops(self, tokens: npt.ArrayLike, tiles: npt.ArrayLike) -> npt.NDArray[np.float64]:
+        """FLOPs of each sample.
+
+        Args:
+            tokens, tiles: [S], length in the language model, and image tiles.
+
+        Returns:
+            float64 [S].
+        """
+        length = np.asarray(tokens, dtype=np.float64)
+        count = np.asarray(tiles, dtype=np.float64)
+        attention = 6.0 * self.llm_layers * self.llm_width * length * length
+        return 6.0 * self.llm_parameters * length + attention + count * self.flops_per_tile
+
+    @classmethod
+    def from_configs(cls, vision: Mapping[str, Any], llm: Mapping[str, Any]) -> "CostModel":
+        """The cost model of a vision tower and a language model.
+
+        Args:
+            vision: a vision transformer's `config.json` of transformers: hidden_size,
+                intermediate_size, num_hidden_layers, image_size, patch_size.
+            llm: a decoder's: hidden_size, intermediate_size, num_hidden_layers,
+                num_attention_heads, vocab_size; num_key_value_heads and head_dim where it has
+                them; of a mixture of experts those that a token uses count.
+
+        Raises:
+            InputError: a key is missing, or is not a whole number above 0.
+        """
+        width, layers = _whole(vision, "vision", "hidden_size"), _layers(vision, "vision")
+        patch = _whole(vision, "vision", "patch_size")
+        inner = _whole(vision, "vision", "intermediate_size")
+        embedding = int(vision.get("num_channels") or 3) * patch**2 * width
+        side = _whole(vision, "vision", "image_size") // patch
+        return cls(
+            llm_parameters=_llm_parameters(llm),
+            llm_layers=_layers(llm, "llm"),
+            llm_width=_whole(llm, "llm", "num_attention_heads") * _head_size(llm),
+            vision_parameters=layers * (4 * width**2 + 2 * width * inner) + embedding,
+            vision_layers=layers,
+            vision_width=width,
+            patches_per_tile=side**2,
+        )
+
+
+DEFAULT_COST = CostModel(
+    llm_parameters=1_700_000_000,
+    llm_layers=28,
+    llm_width=2048,
+    vision_parameters=400_000_000,
+    vision_layers=27,
+    vision_width=1152,
+    patches_per_tile=1024,
+)
+"""A language model of 1.7 B and a vision tower of 0.4 B parameters, 32 x 32 patches per tile."""
+
+
+def _llm_parameters(llm: Mapping[str, Any]) -> int:
+    """Weights in the matrix products that a token passes."""
+    width, heads = _whole(llm, "llm", "hidden_size"), _whole(llm, "llm", "num_attention_heads")
+    key_value_heads = int(llm.get("num_key_value_heads") or heads)
+    attention = 2 * width * _head_size(llm) * (heads + key_value_heads)
+    matrices = 2 if llm.get("model_type") in _PLAIN_MLP else 3
+    experts = llm.get("num_experts_per_tok")
+    inner = experts and llm.get("moe_intermediate_size")
+    mlp = matrices * width * int(inner or _whole(llm, "llm", "intermediate_size"))
+    mlp *= int(experts or 1)
+    return _layers(llm, "llm") * (attention + mlp) + width * _whole(llm, "llm", "vocab_size")
+
+
+def _layers(config: Mapping[str, Any], name: str) -> int:
+    return _whole(config, name, "num_hidden_layers")
+
+
+def _head_size(llm: Mapping[str, Any]) -> int:
+    heads = _whole(llm, "llm", "num_attention_heads")
+    return int(llm.get("head_dim") or _whole(llm, "llm", "hidden_size") // heads)
+
+
+def _whole(config: Mapping[str, Any], name: str, key: str) -> int:
+    value = config.get(key)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InputError(
+            f"{key} of the {name} config must be a whole number above 0, found {value!r}; give the "
+            "config.json of a transformers model"
+        )
+    return value

@@ -1,0 +1,148 @@
+"""Measure the data pipeline, print a table, and write it as JSON.
+
+python -m data_pipeline.bench [planner] [index] [loader] [startup] [--quick] [--out FILE.json]
+
+planner  packing and balancing: quality on several mixes, samples/s, memory
+index    indexing: samples/s per core, and what loading an index costs
+loader   read, decode, tile and pack on two cores, against webdataset with worker processes;
+         large photographs with and without decoding at a reduced scale
+startup  from nothing to the first planned window of a large data set
+"""
+
+import argparse
+import importlib
+import json
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.errors import InputError, run_cli
+from data_pipeline.files import write_atomically
+
+NAMES = ("planner", "index", "loader", "startup")
+PACKAGES = ("numpy", "torch", "pillow", "simplejpeg", "webdataset", "sentencepiece", "fsspec")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command-line entry point."""
+    options = _parse(arguments)
+    names = list(dict.fromkeys(options.benchmarks)) or list(NAMES)
+    modules = {name: _module(name) for name in names}  # all of them before the first minutes pass
+    given = sys.argv[1:] if arguments is None else arguments
+    record: dict[str, Any] = {
+        "command": shlex.join(["python", "-m", "data_pipeline.bench", *given]),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "hardware": _hardware(),
+        "versions": _versions(),
+        "results": {},
+    }
+    for name, module in modules.items():
+        record["results"][name] = module.measure(options.quick)
+        print("\n".join(_table(name, record["results"][name])), flush=True)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(options.out, json.dumps(record, indent=1).encode() + b"\n")
+    print(f"written to {options.out}")
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m data_pipeline.bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "benchmarks",
+        nargs="*",
+        metavar="BENCHMARK",
+        help=f"any of {', '.join(NAMES)} (default: all)",
+    )
+    parser.add_argument("--quick", action="store_true", help="small sizes, for a first look")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE.json",
+        default=Path("runs/data-bench.json"),
+        help="(default: %(default)s)",
+    )
+    return parser.parse_args(arguments)
+
+
+def _module(name: str) -> Any:
+    if name not in NAMES:
+        raise InputError(f"there is no benchmark {name!r}; name any of {', '.join(NAMES)}")
+    full_name = f"data_pipeline.bench.{name}"
+    try:
+        return importlib.import_module(full_name)
+    except ModuleNotFoundError as error:
+        if error.name != full_name:
+            raise InputError(
+                f"the benchmark {name} needs the package {error.name}, which is not installed; "
+                f"run: pip install {error.name}"
+            ) from error
+        raise InputError(
+            f"the benchmark {name} is missing here: there is no {full_name}; name others of "
+            f"{', '.join(NAMES)}"
+        ) from error
+
+
+def _hardware() -> dict[str, Any]:
+    return {
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        # Whatever else the machine does shows in the numbers.
+        "load_average_before": [round(load, 2) for load in os.getloadavg()],
+    }
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version(), "system": platform.platform()}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions
+
+
+def _table(name: str, results: Mapping[str, Any]) -> list[str]:
+    """A line for each number, named by the keys that lead to it."""
+    rows = list(_rows(results))
+    width = max((len(label) for label, _ in rows), default=0)
+    return [name, *(f"  {label:<{width}}  {value}" for label, value in rows)]
+
+
+def _rows(results: Any, label: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(results, Mapping):
+        for key, value in results.items():
+            yield from _rows(value, f"{label}: {key}" if label else str(key))
+    elif isinstance(results, list) and any(isinstance(value, list | Mapping) for value in results):
+        for number, value in enumerate(results):
+            yield from _rows(value, f"{label}: {number}" if label else str(number))
+    elif isinstance(results, list):
+        yield label, "  ".join(map(_format, results))
+    else:
+        yield label, _format(results)
+
+
+def _format(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+if __name__ == "__main__":
+    run_cli(main)

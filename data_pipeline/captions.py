@@ -1,0 +1,64 @@
+"""A caption as a chat sample: what img2dataset shards and folders of captioned images become."""
+
+import codecs
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from data_pipeline.errors import InputError
+
+PROMPT = "Describe the image."
+_BOM = codecs.BOM_UTF8  # some editors put it before UTF-8; the codec "utf-8-sig" is slow
+
+
+def caption_messages(image_name: str, caption: str) -> list[dict[str, Any]]:
+    """The image with `PROMPT` as the user's turn, the caption as the answer."""
+    prompt = [{"type": "image", "image": image_name}, {"type": "text", "text": PROMPT}]
+    return [
+        {"role": "user", "content": prompt},
+        {"role": "assistant", "content": [{"type": "text", "text": caption}]},
+    ]
+
+
+def caption_of_text(data: bytes) -> str:
+    """The caption in a text file; InputError if it is not UTF-8 or empty."""
+    try:
+        return _checked(data.removeprefix(_BOM).decode())
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"the caption is not UTF-8 ({error.reason} at byte {error.start})"
+        ) from None
+
+
+def caption_of_json(data: bytes) -> str:
+    """The caption in the bytes of {"caption": "..."}; InputError if there is none."""
+    return caption_of_metadata(parse_metadata(data))
+
+
+def parse_metadata(data: bytes) -> dict[str, Any]:
+    """The object in a JSON file; InputError if it holds anything else."""
+    try:
+        content = json.loads(data.removeprefix(_BOM).decode())
+    except UnicodeDecodeError as error:
+        raise InputError(f"the JSON is not UTF-8 ({error.reason} at byte {error.start})") from None
+    except RecursionError:
+        raise InputError("the JSON is nested too deeply") from None
+    except ValueError as error:  # malformed, or a number of thousands of digits
+        raise InputError(f"the JSON does not parse: {error}") from None
+    if not isinstance(content, dict):
+        raise InputError('the JSON is not an object with "messages" or "caption"')
+    return content
+
+
+def caption_of_metadata(content: Mapping[str, Any]) -> str:
+    """The caption in metadata; InputError if there is none."""
+    caption = content.get("caption")
+    if not isinstance(caption, str):
+        raise InputError('the JSON has no text as "caption"')
+    return _checked(caption)
+
+
+def _checked(caption: str) -> str:
+    if not caption.strip():
+        raise InputError("the caption is empty")
+    return caption.strip()

@@ -1,0 +1,238 @@
+"""The index of a data set in memory: counts of every shard, columns of those in use."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from data_pipeline.index.cache import ColumnsCache
+from data_pipeline.index.columns import (
+    CHAT,
+    COLUMNS,
+    OF_IMAGES,
+    OF_SAMPLES,
+    ShardColumns,
+    join_keys,
+)
+from data_pipeline.index.header import BadSample
+from data_pipeline.index.sample import read_checked, sample_of
+from data_pipeline.storage import Shard, Storage
+
+_CACHE_BYTES = 256 << 20  # 2 M samples of one image each; a window of the planner is less
+
+
+class Index:
+    """All samples of the shards, in the order of `shards` and of the tar.
+
+    Attributes:
+        shards: the tar files.
+        fingerprint: covers shard names, sizes and contents, tokenizer, template and schema, not
+            where the shards lie.
+        bad: the samples left out.
+        sizes: int64 [number of shards], samples of each.
+        starts: int64 [number of shards + 1]; sample i belongs to the shard
+            `searchsorted(starts, i, "right") - 1`.
+        images: total number of images.
+
+    `columns(shard)` reads the columns of one shard. The whole-set arrays (`text_tokens` and so on)
+    join those of all shards when first asked for: they are for small sets.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        sizes: Sequence[int],
+        images: int,
+        load: Callable[[int], ShardColumns],
+        *,
+        fingerprint: str = "",
+        bad: Sequence[BadSample] = (),
+        totals: Mapping[str, int] | None = None,
+        storage: Storage | None = None,
+    ) -> None:
+        """`load`: reads the columns of a shard, given its position in `shards`."""
+        self.shards, self.fingerprint, self.bad = list(shards), fingerprint, list(bad)
+        self.sizes = np.array(sizes, dtype=np.int64)
+        self.starts = np.concatenate([[0], np.cumsum(self.sizes)]).astype(np.int64)
+        self.images = images
+        self.totals = dict(totals or {})
+        self.storage = storage or Storage()
+        self._cache = ColumnsCache(load, _CACHE_BYTES)
+
+    @classmethod
+    def from_columns(
+        cls,
+        shards: Sequence[Shard] = (Shard("memory.tar"),),
+        sizes: Sequence[int] | None = None,
+        keys: Sequence[str] | None = None,
+        *,
+        fingerprint: str = "",
+        bad: Sequence[BadSample] = (),
+        storage: Storage | None = None,
+        **columns: npt.ArrayLike,
+    ) -> "Index":
+        """An index of arrays in memory: `text_tokens`, and any of the other whole-set columns.
+
+        `sizes` are the samples of each shard (default: all in the first). What is not given is
+        zero; `image_start` must come with columns of images.
+        """
+        whole = _filled(columns, keys)
+        num_samples = len(whole["text_tokens"])
+        sizes = [num_samples, *[0] * (len(shards) - 1)] if sizes is None else sizes
+        starts = np.cumsum([0, *sizes])
+        assert starts[-1] == num_samples and len(starts) == len(shards) + 1, "sizes do not fit"
+
+        def load(shard: int) -> ShardColumns:
+            return _part(whole, int(starts[shard]), int(starts[shard + 1]))
+
+        index = cls(
+            *(shards, sizes, len(whole["image_width"]), load),
+            fingerprint=fingerprint,
+            bad=bad,
+            storage=storage,
+        )
+        return index
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def columns(self, shard: int) -> ShardColumns:
+        """The columns of a shard; read when first asked for, and kept while there is room.
+
+        Safe to call from several threads. InputError if the file of the index is missing, damaged
+        or not that of the manifest.
+        """
+        return self._cache.get(shard)
+
+    def locate(self, i: int) -> tuple[int, int]:
+        """The shard of sample i, and its place in that shard's columns."""
+        shard = int(np.searchsorted(self.starts, i, "right")) - 1
+        if not 0 <= i < len(self):
+            raise IndexError(f"sample {i} of {len(self)}")
+        return shard, int(i - self.starts[shard])
+
+    def name(self, i: int) -> str:
+        """ "shard-file:key" of sample i, for messages."""
+        return f"{self.shard_name(i)}:{self.key(i)}"
+
+    def shard_name(self, i: int) -> str:
+        """File name of the shard of sample i."""
+        return self.shards[self.locate(i)[0]].name
+
+    def key(self, i: int) -> str:
+        """Key of sample i."""
+        shard, row = self.locate(i)
+        return str(self.columns(shard).keys[row])
+
+    def image_sizes(self, i: int) -> npt.NDArray[np.int64]:
+        """Width and height of the images of sample i, int64 [images, 2]."""
+        shard, row = self.locate(i)
+        columns = self.columns(shard)
+        own = slice(columns.image_start[row], columns.image_start[row + 1])
+        sizes = [columns.image_width[own], columns.image_height[own]]
+        return np.stack(sizes, axis=1).astype(np.int64)
+
+    def read_sample(self, i: int) -> dict[str, Any]:
+        """Sample i as {"messages": [...], "metadata": {...}}, the messages checked.
+
+        A caption becomes two turns; its metadata are those of the member that holds it. InputError
+        if the bytes are not those that were indexed.
+        """
+        shard, row = self.locate(i)
+        return sample_of(int(self.columns(shard).kind[row]), self.read_text(i))
+
+    def read_text(self, i: int) -> bytes:
+        """The member with the text of sample i; InputError as in `read_sample`."""
+        shard, row = self.locate(i)
+        c = self.columns(shard)
+        where = int(c.text_offset[row]), int(c.text_size[row]), int(c.text_crc[row])
+        return read_checked(self.storage, self.shards[shard], *where)
+
+    def read_json(self, i: int) -> bytes:
+        """Sample i as JSON; InputError as in `read_sample`."""
+        shard, row = self.locate(i)
+        is_json = self.columns(shard).kind[row] == CHAT
+        return self.read_text(i) if is_json else json.dumps(self.read_sample(i)).encode()
+
+    def read_images(self, i: int) -> list[bytes]:
+        """The image files of sample i in reading order; InputError as in `read_sample`."""
+        shard, row = self.locate(i)
+        c = self.columns(shard)
+        return [
+            read_checked(
+                *(self.storage, self.shards[shard]),
+                *(int(c.image_offset[j]), int(c.image_bytes[j]), int(c.image_crc[j])),
+            )
+            for j in range(c.image_start[row], c.image_start[row + 1])
+        ]
+
+    def join(self, name: str) -> npt.NDArray[Any]:
+        """One column of all shards; for small sets."""
+        parts = [getattr(self.columns(shard), name) for shard in range(len(self.shards))]
+        if name == "image_start":
+            counts = np.concatenate([np.diff(part) for part in parts])
+            return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        return np.concatenate(parts)
+
+    @cached_property
+    def shard(self) -> npt.NDArray[np.int32]:
+        """Position in `shards`, int32 [S]."""
+        return np.repeat(np.arange(len(self.shards), dtype=np.int32), self.sizes)
+
+    @cached_property
+    def text_tokens(self) -> npt.NDArray[np.int32]:
+        """int32 [S]; see data_pipeline/index/columns.py, also for the following."""
+        return self.join("text_tokens")
+
+    @cached_property
+    def supervised_tokens(self) -> npt.NDArray[np.int32]:
+        """int32 [S]."""
+        return self.join("supervised_tokens")
+
+    @cached_property
+    def image_start(self) -> npt.NDArray[np.int64]:
+        """int64 [S+1], into the whole-set columns of images."""
+        return self.join("image_start")
+
+    @cached_property
+    def image_width(self) -> npt.NDArray[np.int32]:
+        """int32 [I]."""
+        return self.join("image_width")
+
+    @cached_property
+    def image_height(self) -> npt.NDArray[np.int32]:
+        """int32 [I]."""
+        return self.join("image_height")
+
+    @cached_property
+    def keys(self) -> npt.NDArray[np.str_]:
+        """str [S]."""
+        return self.join("keys")
+
+
+def _filled(
+    columns: Mapping[str, npt.ArrayLike], keys: Sequence[str] | None
+) -> dict[str, npt.NDArray[Any]]:
+    """Whole-set columns, zeros where nothing is given."""
+    given = {name: np.asarray(values, dtype=COLUMNS[name]) for name, values in columns.items()}
+    num_samples = len(given["text_tokens"])
+    whole = {name: np.zeros(num_samples, COLUMNS[name]) for name in OF_SAMPLES}
+    whole["image_start"] = np.zeros(num_samples + 1, np.int64)
+    num_images = len(given.get("image_width", ()))
+    whole |= {name: np.zeros(num_images, COLUMNS[name]) for name in OF_IMAGES}
+    keys = [str(i) for i in range(num_samples)] if keys is None else keys
+    return whole | given | {"keys": np.array(keys, dtype=np.str_)}
+
+
+def _part(whole: dict[str, npt.NDArray[Any]], first: int, last: int) -> ShardColumns:
+    image_start = whole["image_start"][first : last + 1]
+    images = slice(image_start[0], image_start[-1])
+    return ShardColumns(
+        image_start=image_start - image_start[0],
+        key_text=join_keys(whole["keys"][first:last].tolist()),
+        **{name: whole[name][first:last] for name in OF_SAMPLES},
+        **{name: whole[name][images] for name in OF_IMAGES},
+    )

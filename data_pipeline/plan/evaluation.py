@@ -1,0 +1,37 @@
+"""Packs for evaluation: every sample exactly once, at one token count."""
+
+import numpy as np
+
+from data_pipeline.mixture import Mixture, make_ids
+from data_pipeline.packing import best_fit
+from data_pipeline.plan.parts import PackPlan
+from data_pipeline.plan.samples import gather
+from data_pipeline.tiling import TilingSettings
+
+
+class EvaluationPlan:
+    """Packs all samples of a mixture, which stay in memory: for sets of an evaluation's size."""
+
+    def __init__(self, mixture: Mixture, tiling: TilingSettings, max_tokens: int) -> None:
+        sizes = [len(dataset.index) for dataset in mixture.datasets]
+        every = np.concatenate([make_ids(i, np.arange(n)) for i, n in enumerate(sizes)])
+        self.mixture = mixture
+        self._samples = gather(mixture, tiling, every, np.zeros(len(every), np.int64))
+        self._max_tokens = max_tokens
+
+    def packs(self, side: int) -> list[PackPlan]:
+        """Every sample once, with all images at grid side `side`; samples and packs in order.
+
+        Best fit over all. A sample longer than max_tokens gets a pack of its own: which samples
+        are scored must not depend on the side.
+        """
+        lengths = self._samples.lengths_at(side)
+        # A length of max_tokens leaves no room for another sample.
+        packs = best_fit(np.minimum(lengths, self._max_tokens), self._max_tokens)
+        return [self._pack(items, lengths, side) for items in sorted(sorted(p) for p in packs)]
+
+    def _pack(self, items: list[int], lengths: np.ndarray, side: int) -> PackPlan:
+        starts, tiles = self._samples.image_start, self._samples.image_tiles
+        own = tuple(tiles[starts[i] : starts[i + 1]] for i in items)
+        sides = tuple(np.full(len(images), side) for images in own)
+        return PackPlan(self._samples.ids[items], lengths[items], sides, own)

@@ -1,0 +1,118 @@
+"""What a plan is made of: windows, their steps, the packs of a step."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from data_pipeline.plan.samples import Drawn, Samples
+from data_pipeline.plan.state import PlanState
+
+
+@dataclass(frozen=True)
+class PackPlan:
+    """One pack of S samples.
+
+    sample_ids: int64 [S]; S is 0 for an empty stand-in.
+    lengths: int64 [S], tokens of each, image tokens included.
+    sides, tiles: per sample, int64 [images of the sample]; side n of each image's token grid, and
+        the tiles it is cut into.
+    flops: what the pack costs by the planner's model, forward and backward.
+    """
+
+    sample_ids: np.ndarray
+    lengths: np.ndarray
+    sides: tuple[np.ndarray, ...]
+    tiles: tuple[np.ndarray, ...]
+    flops: float = 0.0
+
+    @property
+    def tokens(self) -> int:
+        """Length of the pack."""
+        return int(self.lengths.sum())
+
+    @property
+    def num_tiles(self) -> int:
+        """Image tiles of the pack."""
+        return sum(int(tiles.sum()) for tiles in self.tiles)
+
+    @classmethod
+    def empty(cls) -> "PackPlan":
+        """A pack without samples, for a rank that has nothing to do while others do."""
+        return cls(np.empty(0, np.int64), np.empty(0, np.int64), (), ())
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A sample that fits into no pack, with its tokens at the smallest trained count."""
+
+    sample: int
+    tokens: int
+    tiles: int
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """The packs of one optimizer step over all ranks; rank r of w takes `packs[r::w]`.
+
+    epochs: by dataset, how often its samples had been through when the window began.
+    left_out: with the first step after they were met, the samples that fit into no pack.
+    """
+
+    window: int
+    step: int
+    packs: tuple[PackPlan, ...]
+    epochs: tuple[float, ...] = (0.0,)
+    left_out: tuple[LeftOut, ...] = ()
+
+    @property
+    def epoch(self) -> int:
+        """Whole epochs that every dataset had been through."""
+        return int(min(self.epochs))
+
+
+@dataclass(frozen=True)
+class WindowPlan:
+    """A planned window: `samples`, `drawn`, `flops` [S]; `pack` [S], -1 where carried over.
+
+    Packs k * packs_per_step .. (k + 1) * packs_per_step - 1 are step k. `state` is the window's
+    beginning, `following` the next window's.
+    """
+
+    samples: Samples
+    drawn: Drawn
+    flops: np.ndarray
+    pack: np.ndarray
+    num_steps: int
+    packs_per_step: int
+    state: PlanState
+    following: PlanState
+    epochs: tuple[float, ...]
+    left_out: tuple[LeftOut, ...]
+
+    def steps(self, first: int = 0) -> Iterator[tuple[StepPlan, PlanState]]:
+        """Steps from `first` on, each with the state after it."""
+        order = np.argsort(self.pack, kind="stable")
+        bounds = np.searchsorted(
+            self.pack[order], np.arange(self.num_steps * self.packs_per_step + 1)
+        ).tolist()
+        for step in range(first, self.num_steps):
+            packs = tuple(
+                self._pack(order[bounds[p] : bounds[p + 1]])
+                for p in range(step * self.packs_per_step, (step + 1) * self.packs_per_step)
+            )
+            left_out = () if step else self.left_out
+            plan = StepPlan(self.state.window, step, packs, self.epochs, left_out)
+            last = step + 1 == self.num_steps
+            yield plan, self.following if last else self.state.at_step(step + 1)
+
+    def _pack(self, items: np.ndarray) -> PackPlan:
+        starts = self.samples.image_start
+        parts = [slice(*starts[i : i + 2]) for i in items.tolist()]
+        return PackPlan(
+            sample_ids=self.samples.ids[items],
+            lengths=self.drawn.lengths[items],
+            sides=tuple(self.drawn.sides[part] for part in parts),
+            tiles=tuple(self.samples.image_tiles[part] for part in parts),
+            flops=float(self.flops[items].sum()),
+        )

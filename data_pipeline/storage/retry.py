@@ -1,0 +1,65 @@
+"""Trying a remote request again: how often, how long to wait, and when to give up."""
+
+import random
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from data_pipeline.errors import InputError
+
+_Result = TypeVar("_Result")
+
+
+class StorageSettings(BaseModel):
+    """How remote shards are read."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    attempts: int = Field(5, gt=0)
+    """Requests for one range before giving up."""
+    backoff_s: float = Field(0.5, ge=0)
+    """Wait before the second attempt; doubled after each, with jitter."""
+    timeout_s: float = Field(30, gt=0)
+    """How long one request may go without an answer."""
+    deadline_s: float = Field(300, gt=0)
+    """All attempts of one read together."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Passed to fsspec's file system, for example {anon: true} for public buckets."""
+
+
+class TransientError(Exception):
+    """A failure that may pass; `wait_s` is what the server asked for."""
+
+    def __init__(self, message: str, wait_s: float = 0) -> None:
+        super().__init__(message)
+        self.wait_s = wait_s
+
+
+def with_retries(
+    attempt: Callable[[float], _Result], what: str, settings: StorageSettings
+) -> _Result:
+    """What `attempt` returns; it is given the seconds that are left and raises TransientError.
+
+    InputError "`what`: ..." once the attempts or the time are used up.
+    """
+    start = time.monotonic()
+    end = start + settings.deadline_s
+    tried = 0
+    while True:
+        tried += 1
+        try:
+            return attempt(end - time.monotonic())
+        except TransientError as error:
+            problem = error
+        # Jitter: many readers that failed together must not come back together.
+        wait = settings.backoff_s * 2 ** (tried - 1) * random.uniform(0.5, 1.5)
+        wait = max(wait, problem.wait_s)
+        if tried == settings.attempts or time.monotonic() + wait >= end:
+            break
+        time.sleep(wait)
+    raise InputError(
+        f"{what}: {problem} (tried {tried} times in {time.monotonic() - start:.1f} s); check the "
+        "store and the network, or raise data.storage.attempts and data.storage.deadline_s"
+    ) from problem

@@ -1,0 +1,72 @@
+"""The benchmarks run, compare like with like, and leave a record that says where it was made."""
+
+import importlib
+import json
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_pipeline.bench import loader
+from data_pipeline.bench.__main__ import main
+from data_pipeline.bench.photos import make_photo
+from data_pipeline.errors import InputError
+from data_pipeline.images import decode_rgb
+from data_pipeline.tiling import cut_tiles
+
+
+def test_loader(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "deep" / "bench.json"
+    main(["loader", "--quick", "--out", str(out)])
+    record = json.loads(out.read_text())
+    assert record["command"] == f"python -m data_pipeline.bench loader --quick --out {out}"
+    assert set(record) == {"command", "date", "hardware", "versions", "results"}
+    assert record["hardware"]["cores"] >= 1 and record["hardware"]["cpu"]
+    assert record["versions"]["webdataset"] == "1.0.2"
+    assert set(record["results"]) == {"loader"}
+    found = record["results"]["loader"]
+    assert len(found["samples_per_s"]) == len(found["webdataset_samples_per_s"]) == 2
+    assert min(found["samples_per_s"] + found["webdataset_samples_per_s"]) > 0
+    assert found["cpu_ms_per_sample"] > 0 < found["webdataset_cpu_ms_per_sample"]
+    times = found["cpu_ms_per_large_photo"]
+    assert set(times) == set(found["cpu_ms_per_photo"]) and min(times.values()) > 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("loader\n") and "cpu_ms_per_large_photo: usual way" in printed
+    assert printed.endswith(f"written to {out}\n")
+
+
+def test_both_sides_cut_the_same_tiles() -> None:
+    for size in ((640, 480), (480, 640), (384, 384)):
+        data = make_photo(*size, seed=1)
+        expected = cut_tiles(decode_rgb(data), loader.TILING)
+        np.testing.assert_array_equal(loader.their_tiles(data), expected)
+
+
+def test_photos_are_like_photographs() -> None:
+    """Of the asked size, each another, and as large a file as a camera's: 1 to 4 bit per pixel."""
+    data = make_photo(1600, 1200, seed=1)
+    assert data == make_photo(1600, 1200, seed=1) != make_photo(1600, 1200, seed=2)
+    assert Image.open(BytesIO(data)).size == (1600, 1200)
+    assert 1 < 8 * len(data) / (1600 * 1200) < 4
+
+
+def test_unknown_and_missing_benchmarks_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(InputError, match="no benchmark 'speed'; name any of planner, index"):
+        main(["speed"])
+    load = importlib.import_module
+
+    def without_startup(name: str) -> object:
+        if name == "data_pipeline.bench.startup":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        return load(name)
+
+    monkeypatch.setattr(importlib, "import_module", without_startup)
+    with pytest.raises(
+        InputError, match=r"startup is missing here: .*data_pipeline\.bench\.startup"
+    ):
+        main(["loader", "startup", "--out", str(tmp_path / "out.json")])
+    assert not list(tmp_path.iterdir())
