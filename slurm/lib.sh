@@ -13,7 +13,7 @@ die() {
 }
 
 say() {
-    echo "$(date +%H:%M:%S) $*"
+    printf '%(%H:%M:%S)T %s\n' -1 "$*"
 }
 
 # The words, quoted so that they can be pasted into a shell.
@@ -117,32 +117,65 @@ set_launcher() {
     launcher+=("$CONTAINER")
 }
 
+# What srun says of a task that has failed.
+TASK_ENDED='^srun: error: .*: tasks? .*: '
+
+# Kill srun (its process id) should it not end by itself after a task has failed: it waits until every
+# node has answered that the others are ended too, for ever if one is frozen. Notes that in `$scratch`.
+end_stuck_srun() {
+    local srun=$1 errors=$2 waited=0 most=${TASKS_END_S:-$((kill_wait + 30))}
+    trap '' USR1 TERM # as in run_tasks
+    # Not a pipeline, which would wait for `tail` too.
+    grep -q -m1 -E "$TASK_ENDED" < <(tail --pid="$srun" -n +1 -f "$errors" 2>/dev/null) || return 0
+    while kill -0 "$srun" 2>/dev/null; do
+        if ((waited >= 5 * most)); then
+            touch "$scratch/stuck"
+            say "job $SLURM_JOB_ID: a node has not ended its tasks $most s after the first failed:" \
+                "srun is killed"
+            kill -KILL "$srun" 2>/dev/null || true
+            return 0
+        fi
+        sleep 0.2
+        waited=$((waited + 1))
+    done
+}
+
 # Start the program on every rank and wait for its end, with its errors in the log. Sets `code`: 0,
 # BAD_INPUT if any rank ended with it (another may have been ended for that before it could), else
-# the exit code of the first rank that failed; `first` is what srun said of that one.
+# the exit code of the first rank that failed; `first` is what srun said of that one; `stuck` is not
+# empty if a node did not end its tasks.
 run_tasks() {
-    local errors=$scratch/errors pipe=$scratch/pipe copier
-    local ended='^srun: error: .*: tasks? .*: '
-    rm -f "$pipe"
+    local errors=$scratch/errors pipe=$scratch/pipe copier watcher helper
+    rm -f "$pipe" "$scratch/stuck"
+    : >"$errors"
     mkfifo "$pipe"
     # `scancel --full --signal` reaches every process of the script, this one too.
     (trap '' USR1 TERM && exec tee "$errors" <"$pipe" >&2) &
     copier=$!
     "$@" 2>"$pipe" &
     tasks_pid=$!
+    end_stuck_srun "$tasks_pid" "$errors" &
+    watcher=$!
     interrupted=1
     while ((interrupted)); do # a trap ends `wait` early
         interrupted=0 code=0
-        wait "$tasks_pid" || code=$?
+        wait "$tasks_pid" 2>/dev/null || code=$? # without bash's own word on a killed srun
     done
     tasks_pid=
-    while kill -0 "$copier" 2>/dev/null; do wait "$copier" || true; done
-    first=$(grep -m1 -E "$ended" "$errors") || first=
+    for helper in "$copier" "$watcher"; do
+        while kill -0 "$helper" 2>/dev/null; do wait "$helper" || true; done
+    done
+    stuck=
+    [[ ! -f $scratch/stuck ]] || stuck=1
+    first=$(grep -m1 -E "$TASK_ENDED" "$errors") || first=
     first=${first#srun: error: }
-    ((code == 0)) || ! grep -q -E "${ended}Exited with exit code $BAD_INPUT\$" "$errors" ||
+    ((code == 0)) || ! grep -q -E "${TASK_ENDED}Exited with exit code $BAD_INPUT\$" "$errors" ||
         code=$BAD_INPUT
-    if ((code != 0 && code != BAD_INPUT)) && [[ $first =~ Exited\ with\ exit\ code\ ([0-9]+)$ ]]; then
+    ((code != 0 && code != BAD_INPUT)) || return 0
+    if [[ $first =~ Exited\ with\ exit\ code\ ([0-9]+)$ ]]; then
         code=${BASH_REMATCH[1]}
+    elif [[ $first == *Killed || $first == *'Out Of Memory' ]]; then
+        code=137 # srun's own is the largest of all, or 1
     fi
 }
 
@@ -166,7 +199,9 @@ make_notes() {
     scratch=$(mktemp -d)
     notes=$PWD/runs/.slurm/$SLURM_JOB_ID
     keep_notes=
-    tasks_pid='' stopping='' interrupted=0
+    tasks_pid='' stopping='' stuck='' interrupted=0
+    kill_wait=$(scontrol show config | sed -n 's/^KillWait *= *\([0-9]*\) sec.*/\1/p') || kill_wait=
+    kill_wait=${kill_wait:-30} # Slurm's own default
     mkdir -p "$notes" || die "cannot write to $notes: submit from a folder that the nodes can write to"
     # Those of jobs that were cancelled.
     find runs/.slurm -mindepth 1 -maxdepth 1 -mtime +30 -exec rm -rf {} + 2>/dev/null || true
@@ -185,18 +220,49 @@ progress() {
 # End this script and have Slurm start it again, on nodes that work. A job that is already ending
 # (cancelled, out of time, preempted) is left alone: Slurm has decided what becomes of it.
 requeue_job() {
-    local state
+    local state step
+    step=$(progress) # now: a requeue at once ends what this script runs
     state=$(scontrol show job --oneliner "$SLURM_JOB_ID" | grep -o 'JobState=[A-Z_]*') || state=unknown
     keep_notes=1
     if [[ $state != JobState=RUNNING ]]; then
         say "job $SLURM_JOB_ID: not requeued from here: Slurm is ending it (${state#*=})"
     elif scontrol requeue "$SLURM_JOB_ID"; then
-        say "job $SLURM_JOB_ID: requeued; it goes on at step $(progress)"
+        say "job $SLURM_JOB_ID: requeued; it goes on at step $step"
     else
         keep_notes=
-        say "job $SLURM_JOB_ID: Slurm did not requeue it; submit it again to go on at step $(progress)"
+        say "job $SLURM_JOB_ID: Slurm did not requeue it; submit it again to go on at step $step"
     fi
     exit "$code"
+}
+
+# Whether Slurm is about to give the nodes to a job of higher priority: it has told the tasks (SIGTERM),
+# not this script, and ends the job once the GraceTime of its partition or QOS is over.
+being_preempted() {
+    local preempted=' PreemptTime=([^ ]+)'
+    [[ $(scontrol show job --oneliner "$SLURM_JOB_ID" 2>/dev/null) =~ $preempted ]] &&
+        [[ ${BASH_REMATCH[1]} != None ]]
+}
+
+# Requeue the job, without counting a failure, if its nodes are wanted.
+yield_if_preempted() {
+    being_preempted || return 0
+    say "job $SLURM_JOB_ID: Slurm wants the nodes for a job of higher priority"
+    requeue_job
+}
+
+# What a user cannot see from `first`: what has killed a task, and what to do.
+explain_end() {
+    local less="Ask sbatch for more (--mem=0: all of each node's), or hold less in memory, for example"
+    less+=" with a smaller data.loader.prefetch_steps"
+    case $first in
+    *'Out Of Memory')
+        say "job $SLURM_JOB_ID: the job's share of that node's host memory was too small. $less"
+        ;;
+    *Killed | *'exit code 137')
+        say "job $SLURM_JOB_ID: SIGKILL that nobody here sent comes most often from the kernel, when" \
+            "the node is out of host memory (\`dmesg\` there says so). $less"
+        ;;
+    esac
 }
 
 # The nodes of the job on which no task starts; none if the controller does not answer either.
@@ -229,6 +295,8 @@ run_until_done() {
         now=$(progress)
         ((code != 0 && code != BAD_INPUT)) || exit "$code"
         say "job $SLURM_JOB_ID: the tasks ended with exit code $code at step $now${first:+; first: $first}"
+        yield_if_preempted
+        explain_end
         [[ $now == "$before" ]] || fruitless=0
         if ((fruitless >= most)); then
             say "error: $most restarts in a row saved no checkpoint: given up. Look above for the" \
@@ -245,7 +313,9 @@ run_until_done() {
             say "job $SLURM_JOB_ID: no answer from ${silent//$'\n'/, }"
             requeue_job
         fi
-        [[ -z $stopping ]] || requeue_job
+        # What is left of the tasks occupies the allocation: nothing could start in it.
+        [[ -z $stopping && -z $stuck ]] || requeue_job
+        yield_if_preempted
         start=$((start + 1))
         say "job $SLURM_JOB_ID: start $((start + 1)) in this allocation, restart $fruitless of at" \
             "most $most without a checkpoint"

@@ -24,6 +24,13 @@
 # model takes longer. USR1 to the batch script (B:) is what the scripts expect.
 #export SBATCH_SIGNAL=B:USR1@300
 
+# Preemption (a job of higher priority takes the nodes) needs no setting here: the ranks save and the job
+# is requeued, whether Slurm sends SIGTERM to the ranks, its default, or the signal above to the script
+# (SlurmctldParameters=preempt_send_user_signal), and with PreemptMode REQUEUE or CANCEL. A save must
+# fit into the GraceTime of the partition (`scontrol show partition`) or QOS (`sacctmgr show qos
+# format=name,gracetime`); with none, Slurm kills at once and the job goes on from its last checkpoint:
+# by itself with REQUEUE, when you submit it again with CANCEL.
+
 # Network interface between the nodes (`ip -brief address` lists them; "ib" also matches ib0, ib1).
 # NCCL carries the GPUs' traffic and gloo the CPUs'; both guess, and a wrong guess hangs at the start.
 #export NCCL_SOCKET_IFNAME=ib

@@ -29,8 +29,8 @@ When a rank fails, Slurm ends the others and this script starts all of them agai
 from the newest checkpoint; it gives up with the exit code of the rank that failed first when
 3 restarts in a row saved no checkpoint, and at once for a wrong setting (exit code 2).
 120 s before the time limit (sbatch --signal=B:USR1@300: 300 s), the ranks save and Slurm puts the
-job back in the queue; the same when a node no longer answers. A job submitted again with the same
-output_dir goes on, too.
+job back in the queue; the same when a node no longer answers, and when a job of higher priority gets
+the nodes (slurm/site.sh). A job submitted again with the same output_dir goes on, too.
 
     scancel --batch --signal=USR1 JOB    save now, then wait in the queue again
     scancel --signal=TERM JOB            save now, then start again in the same nodes
@@ -46,6 +46,8 @@ From the environment:
                     the image's (PYTHON, python3), and the repository is mounted
     CONTAINER_MOUNTS  further folders for it: /data:/data,/models:/models
     MAX_RESTARTS_WITHOUT_PROGRESS  restarts without a checkpoint (3)
+    TASKS_END_S     seconds for all tasks to end once one has failed; then a node is taken for frozen
+                    (Slurm's KillWait + 30)
 
 Partition, account and the like are read when you submit: pass them to sbatch, or set them in
 slurm/site.sh and run \`source slurm/site.sh\` before sbatch.
@@ -109,6 +111,7 @@ stage_main() {
     if [[ ${PREFLIGHT:-} == 1 ]]; then
         run_preflight
         [[ -z $stopping ]] || requeue_job
+        ((code == 0)) || yield_if_preempted
         ((code == 0)) || exit "$code"
     fi
     run_until_done "${launcher[@]}" "$python" -m training.train "$config" "${overrides[@]}"

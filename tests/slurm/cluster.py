@@ -22,13 +22,17 @@ ROOT = Path(__file__).resolve().parents[2]
 # Names that every task can look up, as MASTER_ADDR must be, without an entry in /etc/hosts.
 NODES = ("127.0.0.1", "127.0.0.2")
 DAEMONS = ("munged", "slurmctld", "slurmd")
-_ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL")
+_ENDED = (
+    *("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL"),
+    "PREEMPTED",
+)
 # The kernel allows 108 bytes; the longest socket here is "spool-127.0.0.1/127.0.0.1_<job>.<step>".
 _MAX_FOLDER_BYTES = 60
 
 # SchedulerParameters: schedule at once; a job otherwise waits 3 s for the next round.
 # cred_expire: a requeued job waits this long before it starts (120 s unless set).
 # config_overrides: believe the CPUs and memory given here, whatever the machine has.
+# Jobs of the partition `urgent` preempt those of `spare`; nothing else preempts.
 SLURM_CONF = """\
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -49,14 +53,19 @@ MailProg=/bin/true
 MpiDefault=none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
-SchedulerParameters=batch_sched_delay=0,sched_min_interval=0,sched_interval=2
+SchedulerParameters=batch_sched_delay=0,sched_min_interval=0,sched_interval=1
 ReturnToService=2
 KillWait=5
-SlurmdTimeout=20
+SlurmdTimeout=12
 GresTypes=gpu
 SlurmdParameters=config_overrides
 FirstJobId={first_job_id}
-PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=DEFAULT Nodes=ALL MaxTime=INFINITE State=UP PreemptMode=OFF
+PartitionName=debug Default=YES
+PartitionName=spare PreemptMode=REQUEUE PriorityTier=1
+PartitionName=urgent PriorityTier=2
 """
 _NODE = (
     "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=2"
@@ -105,6 +114,7 @@ class Cluster:
         self.env["SLURM_CONF"] = str(folder / "slurm.conf")
         self.daemons: list[subprocess.Popen[bytes]] = []
         self.nodes: dict[str, subprocess.Popen[bytes]] = {}
+        self._log_paths: dict[int, Path] = {}
 
     def __enter__(self) -> "Cluster":
         try:
@@ -197,7 +207,9 @@ class Cluster:
 
     def log(self, job_id: int) -> str:
         """What the job has printed so far."""
-        path = Path(self.job(job_id)["StdOut"])
+        if job_id not in self._log_paths:  # asked once: tests poll logs, and scontrol is slow
+            self._log_paths[job_id] = Path(self.job(job_id)["StdOut"])
+        path = self._log_paths[job_id]
         return path.read_text(errors="replace") if path.exists() else ""
 
     def logs(self, job_id: int | None = None) -> str:
@@ -213,16 +225,31 @@ class Cluster:
         daemon.kill()
         daemon.wait()
         self.daemons.remove(daemon)
-        for process in self.processes() if tasks else ():
-            with contextlib.suppress(OSError):
-                environment = Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
-                if f"SLURMD_NODENAME={name}".encode() in environment:
-                    parent = int(
-                        Path(f"/proc/{process}/stat").read_text().rsplit(")")[1].split()[1]
-                    )
-                    if b"slurmstepd" in Path(f"/proc/{parent}/cmdline").read_bytes():
-                        self._kill(parent)
-                    self._kill(process)
+        for process in self._steps(name) if tasks else ():
+            self._signal(process, signal.SIGKILL)
+
+    def freeze_node(self, name: str, daemon: bool = True) -> None:
+        """Stop all that runs on a node, its daemon too unless not `daemon`; it goes on later."""
+        for process in [*([self.nodes[name].pid] if daemon else []), *self._steps(name)]:
+            self._signal(process, signal.SIGSTOP)
+
+    def thaw_node(self, name: str) -> None:
+        """Let a frozen node go on, where it stopped."""
+        for process in [self.nodes[name].pid, *self._steps(name)]:
+            self._signal(process, signal.SIGCONT)
+
+    def _steps(self, name: str) -> list[int]:
+        """The processes of a node's jobs: what they run, and the slurmstepd above."""
+        mark, found = f"SLURMD_NODENAME={name}".encode(), []
+        for process in self.processes():
+            with contextlib.suppress(OSError):  # ended meanwhile
+                if mark not in Path(f"/proc/{process}/environ").read_bytes().split(b"\0"):
+                    continue
+                parent = int(Path(f"/proc/{process}/stat").read_text().rsplit(")")[1].split()[1])
+                if b"slurmstepd" in Path(f"/proc/{parent}/cmdline").read_bytes():
+                    found.append(parent)
+                found.append(process)
+        return found
 
     def start_node(self, name: str) -> None:
         """Start a node's daemon."""
@@ -230,9 +257,9 @@ class Cluster:
         self.nodes[name] = self.daemons[-1]
 
     @staticmethod
-    def _kill(process: int) -> None:
+    def _signal(process: int, number: signal.Signals) -> None:
         with contextlib.suppress(ProcessLookupError):
-            os.kill(process, signal.SIGKILL)
+            os.kill(process, number)
 
     def stop(self) -> None:
         """End the daemons, then kill the jobs that are left."""
@@ -247,7 +274,7 @@ class Cluster:
         deadline = time.monotonic() + 10
         while (left := self.processes()) and time.monotonic() < deadline:
             for process in left:
-                self._kill(process)
+                self._signal(process, signal.SIGKILL)
             time.sleep(0.05)
 
     def processes(self) -> list[int]:
@@ -318,10 +345,10 @@ class Cluster:
 
     def _all_idle(self) -> bool:
         try:
-            states = self.run("sinfo", "--noheader", "--Node", "--format=%T").split()
+            states = self.run("sinfo", "--noheader", "--partition=debug", "--Node", "--format=%T")
         except ClusterError:
             return False  # the controller does not answer yet
-        return states == ["idle"] * len(NODES)
+        return states.split() == ["idle"] * len(NODES)
 
     def _wait_until(self, condition: Callable[[], bool], timeout: float, what: str) -> None:
         deadline = time.monotonic() + timeout

@@ -109,7 +109,9 @@ def flip(path: Path, name: str = OPTIM_1) -> None:
 
 def change_manifest(path: Path) -> None:
     text = (path / "manifest.json").read_text()
-    (path / "manifest.json").write_text(text.replace('"carry": [\n   5\n', '"carry": [\n   6\n'))
+    changed = re.sub(r'("taken": \[\s*)5', r"\g<1>6", text)
+    assert changed != text
+    (path / "manifest.json").write_text(changed)
 
 
 @pytest.mark.parametrize(
