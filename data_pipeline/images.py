@@ -31,6 +31,7 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_ORIENTATION_SOURCES = ("exif", "xmp", "Raw profile type exif", "XML:com.adobe.xmp")
 _SWAPS_SIDES = (5, 6, 7, 8)
 
 
@@ -63,7 +64,11 @@ def decode_rgb(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
         orientation = orientation_of(image)
         image.load()
         rgb = to_rgb(image)
-        return rgb.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else rgb
+        if orientation in UPRIGHT:
+            rgb = rgb.transpose(UPRIGHT[orientation])
+            for key in _ORIENTATION_SOURCES:  # or another reader would turn the picture once more
+                rgb.info.pop(key, None)
+        return rgb
 
 
 @contextmanager

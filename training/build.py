@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Sigl
 from data_pipeline.errors import InputError
 from data_pipeline.tokenizer import Tokenizer
 from training.config import BackboneSettings, ModelSettings, RunConfig
-from training.model import TokenFlexConfig, TokenFlexForConditionalGeneration
+from training.model import PackedTokenFlex, TokenFlexConfig
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -37,7 +37,7 @@ def model_config(settings: ModelSettings, vocab_size: int, image_token_id: int) 
 
 def build_model(
     config: RunConfig, tokenizer: Tokenizer, pretrained: bool = True
-) -> TokenFlexForConditionalGeneration:
+) -> PackedTokenFlex:
     """Build the model, from random weights or pretrained ones per part.
 
     Under a live `HfDeepSpeedConfig` its parameters are partitioned as they are made, and
@@ -49,7 +49,7 @@ def build_model(
     settings, dtype = config.model, DTYPES[config.train.precision]
     image_token_id = tokenizer.special_id("<IMG_CONTEXT>")
     full = model_config(settings, tokenizer.vocab_size, image_token_id)
-    model = TokenFlexForConditionalGeneration._from_config(full, dtype=dtype)
+    model = PackedTokenFlex._from_config(full, dtype=dtype)
     model.projector.backward_mode = config.train.projector_backward
     model.projector.impl = config.train.projector_impl
     if settings.vision.pretrained and pretrained:

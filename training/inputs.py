@@ -8,7 +8,7 @@ from data_pipeline.loader import PackedBatch
 
 
 def model_inputs(batch: PackedBatch, device: torch.device, loss_chunks: int = 1) -> dict[str, Any]:
-    """Arguments of `TokenFlexForConditionalGeneration.forward` for one pack (batch size 1).
+    """Arguments of `PackedTokenFlex.forward` for one pack (batch size 1).
 
     Labels and weights stay on the host, where the model finds the supervised positions without
     waiting for the device.

@@ -5,7 +5,7 @@ from io import BytesIO
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from data_pipeline.errors import InputError
 from data_pipeline.images import FORMATS, decode_rgb, image_size
@@ -255,3 +255,13 @@ def test_damaged_files_give_a_picture_or_an_input_error() -> None:
         else:
             assert image.size == image_size(bytes(data))
     assert 0 < refused < 300
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_a_picture_that_was_turned_does_not_say_so_any_more(kind: str) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    buffer = BytesIO()
+    Image.new("RGB", (8, 4)).save(buffer, kind, exif=exif)
+    picture = decode_rgb(buffer.getvalue())
+    assert picture.size == (4, 8) == ImageOps.exif_transpose(picture).size

@@ -11,7 +11,7 @@ from tests.ranks import RankPool
 from tests.training import scenarios
 from training.build import model_config
 from training.config import load_config
-from training.model import TokenFlexForConditionalGeneration
+from training.model import PackedTokenFlex
 
 PRESETS = sorted(Path("training/configs").glob("*.yaml"))
 PARAMETERS = {  # vision tower, projector, language model
@@ -28,7 +28,7 @@ PARAMETERS = {  # vision tower, projector, language model
 def test_preset_builds_with_the_expected_sizes(path: Path) -> None:
     config = load_config(path)
     with torch.device("meta"):
-        model = TokenFlexForConditionalGeneration._from_config(
+        model = PackedTokenFlex._from_config(
             model_config(config.model, vocab_size=300, image_token_id=2), dtype=torch.bfloat16
         )
     parts = (model.vision_model, model.projector, model.language_model)

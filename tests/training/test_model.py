@@ -8,16 +8,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, SiglipVisionConfig
+from transformers import AutoConfig, SiglipVisionConfig
 from transformers.cache_utils import DynamicCache
 
 from data_pipeline.errors import InputError
 from kernels import token_adaptive_projector
 from training.model import (
     RELEASED_NAMES,
+    PackedTokenFlex,
     TokenAdaptiveProjector,
     TokenFlexConfig,
-    TokenFlexForConditionalGeneration,
 )
 
 IMAGE_TOKEN, VOCAB, TILE = 3, 64, 16
@@ -52,9 +52,9 @@ def make_config(text: dict[str, Any] | None = None, **changes: Any) -> TokenFlex
     )
 
 
-def make_model(**changes: Any) -> TokenFlexForConditionalGeneration:
+def make_model(**changes: Any) -> PackedTokenFlex:
     torch.manual_seed(0)
-    return TokenFlexForConditionalGeneration(make_config(**changes))
+    return PackedTokenFlex(make_config(**changes))
 
 
 @pytest.fixture(scope="module")
@@ -429,17 +429,18 @@ def test_state_dict_survives_saving_and_loading(model, tmp_path):
     batch = make_batch(SAMPLES)
     model.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())
+    assert not (tmp_path / "modeling_tokenflex.py").exists()  # which would need this repository
     assert saved["model_type"] == "tokenflex" and saved["text_config"]["model_type"] == "qwen2"
     config = AutoConfig.from_pretrained(tmp_path)
     assert isinstance(config, TokenFlexConfig)
     assert isinstance(config.vision_config, SiglipVisionConfig)
     assert not config.vision_config.vision_use_head
-    again = TokenFlexForConditionalGeneration.from_pretrained(tmp_path)
+    again = PackedTokenFlex.from_pretrained(tmp_path)
     assert again.state_dict().keys() == model.state_dict().keys()
     for name, tensor in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor), name
     assert torch.equal(again(**batch).loss, model(**batch).loss)
-    half = AutoModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    half = PackedTokenFlex.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
     assert half(**batch).loss.dtype == torch.float32
 
@@ -448,7 +449,7 @@ def test_tied_embeddings_stay_tied_through_saving(tmp_path):
     model = make_model(text={"tie_word_embeddings": True})
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
     model.save_pretrained(tmp_path)
-    again = TokenFlexForConditionalGeneration.from_pretrained(tmp_path)
+    again = PackedTokenFlex.from_pretrained(tmp_path)
     assert again.get_output_embeddings().weight is again.get_input_embeddings().weight
     batch = make_batch(SAMPLES)
     assert torch.equal(again(**batch).loss, model(**batch).loss)
@@ -456,7 +457,7 @@ def test_tied_embeddings_stay_tied_through_saving(tmp_path):
 
 def test_builds_on_the_meta_device():
     with torch.device("meta"):
-        model = TokenFlexForConditionalGeneration(make_config())
+        model = PackedTokenFlex(make_config())
     assert {p.device.type for p in model.parameters()} == {"meta"}
     assert dict(model.state_dict()).keys() == make_model().state_dict().keys()
 
@@ -464,9 +465,9 @@ def test_builds_on_the_meta_device():
 def test_sub_models_follow_the_requested_dtype_not_the_one_their_configs_were_saved_with():
     config = make_config(text={"dtype": "bfloat16"})
     config.vision_config.dtype = torch.bfloat16
-    model = TokenFlexForConditionalGeneration(config)
+    model = PackedTokenFlex(config)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
-    model = TokenFlexForConditionalGeneration._from_config(make_config(), dtype=torch.bfloat16)
+    model = PackedTokenFlex._from_config(make_config(), dtype=torch.bfloat16)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
@@ -573,5 +574,5 @@ def test_language_models_that_do_not_isolate_samples_are_errors():
     ],
 )
 def test_configs_that_cannot_work_are_errors(changes, message):
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(ValueError, match=message):
         TokenFlexConfig(**{"image_token_id": IMAGE_TOKEN, **changes})

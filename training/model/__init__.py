@@ -1,13 +1,23 @@
-"""The TokenFLEX model: config, modelling, projector, packed attention and loss."""
+"""The TokenFLEX model: `hub` is what users load; the rest trains it on packed samples."""
 
-from training.model.configuration_tokenflex import TokenFlexConfig
-from training.model.modeling_tokenflex import TokenFlexForConditionalGeneration, TokenFlexOutput
+from training.model.hub import (
+    TokenFlexConfig,
+    TokenFlexForConditionalGeneration,
+    TokenFlexImageProcessor,
+    TokenFlexProcessor,
+    chatml_template,
+)
+from training.model.modeling_tokenflex import PackedTokenFlex, TokenFlexOutput
 from training.model.projector import RELEASED_NAMES, TokenAdaptiveProjector
 
 __all__ = [
     "RELEASED_NAMES",
+    "PackedTokenFlex",
     "TokenAdaptiveProjector",
     "TokenFlexConfig",
     "TokenFlexForConditionalGeneration",
+    "TokenFlexImageProcessor",
     "TokenFlexOutput",
+    "TokenFlexProcessor",
+    "chatml_template",
 ]

@@ -1,4 +1,4 @@
-"""The vision-language model: SigLIP tower -> token-adaptive projector -> any causal language model.
+"""The trainer's model: the one that users load, with packed rows and a loss in chunks.
 
 B rows (1 when packed), L tokens, S samples, T tiles, D language width, V vocabulary,
 K supervised positions.
@@ -6,23 +6,34 @@ K supervised positions.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel, SiglipVisionModel
+from torch import Tensor
 from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
 from data_pipeline.errors import InputError
 from training.model.attention import ATTENTION_NAME
-from training.model.configuration_tokenflex import TokenFlexConfig
+from training.model.hub import TokenFlexConfig, TokenFlexForConditionalGeneration
 from training.model.loss import chunked_cross_entropy, find_supervision
 from training.model.projector import TokenAdaptiveProjector
 from training.model.segments import PackedSegments, find_segments
 
 _PACKABLE_LAYERS = ("full_attention", "sliding_attention")
+
+# Config keys with which a language model's own forward changes the logits behind lm_head, and the
+# values that change nothing. The loss calls lm_head directly, so any other value would silently
+# train a different model.
+_LOGIT_KEYS: dict[str, tuple[Any, ...]] = {
+    "final_logit_softcapping": (None,),
+    "logits_soft_cap": (None,),
+    "output_logit_soft_cap": (None,),
+    "logit_scale": (None, 1),
+    "logits_scaling": (None, 1),
+    "lm_head_multiplier": (None, 1),
+}
 
 
 @dataclass
@@ -32,7 +43,7 @@ class TokenFlexOutput(ModelOutput):
     loss: float32 scalar, the sum of weight * cross-entropy, not normalised.
     token_losses: float32 [K], detached. predictions: int64 [K], the most likely ids. Both in order
         of the supervised positions. num_supervised: K.
-    logits: [B, L, V], only without labels. past_key_values: with use_cache.
+    logits: [B, L, V], only without labels.
     """
 
     loss: Tensor | None = None
@@ -40,82 +51,49 @@ class TokenFlexOutput(ModelOutput):
     predictions: Tensor | None = None
     logits: Tensor | None = None
     num_supervised: int | None = None
-    past_key_values: Cache | None = None
 
 
-class TokenFlexForConditionalGeneration(PreTrainedModel):
-    """TokenFLEX (arXiv 2504.03154): one model for any number n^2 of vision tokens per tile."""
+class PackedTokenFlex(TokenFlexForConditionalGeneration):
+    """The same parameters, trained: the projector op, packed attention, the chunked loss.
 
-    config: TokenFlexConfig
-    config_class = TokenFlexConfig
-    base_model_prefix = ""
-    main_input_name = "input_ids"
-    supports_gradient_checkpointing = True
+    Anything that is neither a pack nor supervised runs as in the class that users load.
+    """
+
+    _auto_class = None  # what this saves needs no code of ours beside it
     _no_split_modules = ["TokenAdaptiveProjector"]  # noqa: RUF012 - transformers' own style
-    _supports_sdpa = True
-    _supports_attention_backend = True
+    _projector_class = TokenAdaptiveProjector
 
     def __init__(self, config: TokenFlexConfig) -> None:
-        config.check_language_model()
+        _check_language_model(config)
         if config._attn_implementation is None:
             config._attn_implementation = ATTENTION_NAME
         super().__init__(config)
-        # Without the dtype a sub-model would follow the dtype its own config was saved with.
-        dtype = torch.get_default_dtype()
-        self.vision_model = SiglipVisionModel._from_config(config.vision_config, dtype=dtype)
-        self.projector = TokenAdaptiveProjector(
-            config.vision_config.hidden_size,
-            config.projector_hidden_ratio * config.vision_config.hidden_size,
-            config.text_config.hidden_size,
-            config.patch_grid,
-            config.pool,
-        )
-        self.language_model = AutoModelForCausalLM.from_config(config.text_config, dtype=dtype)
-        self.post_init()
 
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, TokenAdaptiveProjector):
-            # transformers guards torch.nn.init here, so that loaded weights are left alone.
-            module.reset_parameters(getattr(self.config.text_config, "initializer_range", 0.02))
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The language model's token embedding."""
-        return self.language_model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the language model's token embedding."""
-        self.language_model.set_input_embeddings(value)
-
-    def get_output_embeddings(self) -> nn.Module:
-        """The language model's head."""
-        return self.language_model.get_output_embeddings()
-
-    def set_output_embeddings(self, value: nn.Module) -> None:
-        """Replace the language model's head."""
-        self.language_model.set_output_embeddings(value)
-
-    def forward(
+    def forward(  # type: ignore[override]
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
         tile_sides: Sequence[int] | Tensor | None = None,
+        attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
-        labels: Tensor | None = None,
         loss_weights: Tensor | None = None,
         loss_chunks: int = 1,
-        attention_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        use_cache: bool = False,
-        logits_to_keep: int = 0,
-    ) -> TokenFlexOutput:
-        """Loss of a pack, or logits.
+        **kwargs: Any,
+    ) -> TokenFlexOutput | CausalLMOutputWithPast:
+        """Loss of a pack or of rows; without labels the logits of a pack.
+
+        Arguments that are not named here, and rows with neither labels nor cu_seqlens nor positions
+        that restart: as in `TokenFlexForConditionalGeneration`.
 
         input_ids: int64 [B, L]; one <IMG_CONTEXT> per vision token.
-        pixel_values: uint8 [T, 3, tile_size, tile_size], or None.
         tile_sides: n of each tile, on the host.
         position_ids: int64 [B, L], restarting at 0 per sample.
         cu_seqlens: int32 [S + 1], for packs (B = 1); when None, found from position_ids that
@@ -123,9 +101,7 @@ class TokenFlexForConditionalGeneration(PreTrainedModel):
         labels: int64 [B, L], not shifted, -100 ignored, a sample's first token never supervised.
             Left on the host they save a wait for the device. loss_weights: float32 [B, L].
         loss_chunks: see `chunked_cross_entropy`.
-        attention_mask: [B, L], 1 for real tokens: padded rows at inference.
-        past_key_values, use_cache: as everywhere in transformers; inference of one sample a row.
-        logits_to_keep: without labels, logits for this many last positions only; 0 for all.
+        attention_mask: [B, L], 1 for real tokens: for padded rows.
 
         Raises InputError (a ValueError) when image tokens, tiles and sides disagree. On CUDA a
         disagreeing count of image tokens fails a device-side assertion instead: checking it on the
@@ -133,31 +109,44 @@ class TokenFlexForConditionalGeneration(PreTrainedModel):
         """
         # First what may wait for the device, before this forward has queued any work there.
         supervision = None
-        if labels is not None:
+        if labels is not None and input_ids is not None:
             supervision = find_supervision(labels, loss_weights, input_ids.device)
         segments = None
-        if len(input_ids) == 1 and attention_mask is None and past_key_values is None:
+        alone = attention_mask is None and past_key_values is None
+        if input_ids is not None and len(input_ids) == 1 and alone:
             segments = find_segments(input_ids, position_ids, cu_seqlens, max_seqlen)
         elif cu_seqlens is not None:
             raise InputError(
-                f"cu_seqlens came with {len(input_ids)} rows, an attention_mask or a cache; give "
-                "the whole pack as one row without them"
+                "cu_seqlens came with several rows, inputs_embeds, an attention_mask or a cache; "
+                "give the whole pack as one row of input_ids without them"
+            )
+        if input_ids is None or (supervision is None and segments is None):
+            return super().forward(
+                input_ids,
+                pixel_values,
+                tile_sides,
+                attention_mask,
+                position_ids,
+                past_key_values,
+                inputs_embeds,
+                labels,
+                use_cache,
+                logits_to_keep,
+                mm_encoder_outputs,
+                **kwargs,
             )
         inputs_embeds = self.get_input_embeddings()(input_ids)
-        if past_key_values is None or past_key_values.get_seq_length() == 0:
-            inputs_embeds = self._insert_images(input_ids, inputs_embeds, pixel_values, tile_sides)
-        decoded = self.language_model.get_decoder()(
+        inputs_embeds = self._insert_images(input_ids, inputs_embeds, pixel_values, tile_sides)
+        hidden = self.language_model.get_decoder()(
             inputs_embeds=inputs_embeds,
             position_ids=position_ids,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
+            use_cache=False,
             **self._attention_arguments(attention_mask, segments),
-        )
+        ).last_hidden_state
         self._check_isolation(segments)
-        lm_head, hidden = self.get_output_embeddings(), decoded.last_hidden_state
+        lm_head = self.get_output_embeddings()
         if supervision is None:
-            logits = lm_head(hidden[:, -logits_to_keep:])
-            return TokenFlexOutput(logits=logits, past_key_values=decoded.past_key_values)
+            return TokenFlexOutput(logits=lm_head(hidden))
         loss, token_losses, predictions = chunked_cross_entropy(
             hidden, supervision, lm_head, loss_chunks
         )
@@ -166,24 +155,7 @@ class TokenFlexForConditionalGeneration(PreTrainedModel):
             token_losses=token_losses,
             predictions=predictions,
             num_supervised=len(supervision.positions),
-            past_key_values=decoded.past_key_values,
         )
-
-    def image_features(self, pixel_values: Tensor, tile_sides: Sequence[int] | Tensor) -> Tensor:
-        """Tiles, uint8 [T, 3, tile_size, tile_size], to their tokens, [sum of n^2, D], in order."""
-        size = self.config.tile_size
-        if pixel_values.dtype != torch.uint8 or pixel_values.shape[1:] != (3, size, size):
-            raise InputError(
-                f"pixel_values are {pixel_values.dtype} {tuple(pixel_values.shape)}; expected "
-                f"torch.uint8 [tiles, 3, {size}, {size}]: cut tiles of the vision tower's "
-                "image_size and do not normalise them"
-            )
-        device = pixel_values.device
-        mean = _per_channel(tuple(self.config.image_mean), device)
-        std = _per_channel(tuple(self.config.image_std), device)
-        pixels = ((pixel_values.float() / 255 - mean) / std).to(self.vision_model.dtype)
-        patches = self.vision_model(pixel_values=pixels).last_hidden_state  # [T, patches, C]
-        return self.projector(patches, tile_sides)
 
     def _insert_images(
         self,
@@ -203,8 +175,6 @@ class TokenFlexForConditionalGeneration(PreTrainedModel):
             size = self.config.tile_size
             blank = torch.zeros(1, 3, size, size, dtype=torch.uint8, device=inputs_embeds.device)
             return inputs_embeds + 0 * self.image_features(blank, [1]).sum()
-        if tile_sides is None:
-            raise InputError("pixel_values came without tile_sides; give the side n of every tile")
         features = self.image_features(pixel_values, tile_sides).to(inputs_embeds.dtype)
         _check_count(image_positions, len(features))
         return inputs_embeds.masked_scatter(image_positions[..., None], features)
@@ -242,11 +212,20 @@ class TokenFlexForConditionalGeneration(PreTrainedModel):
             )
 
 
-@lru_cache(maxsize=64)
-def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """[3, 1, 1] on a device; copied there once, since each copy waits for the device."""
-    with torch.inference_mode(False):  # training may use what inference has cached
-        return torch.tensor(values, device=device).view(3, 1, 1)
+def _check_language_model(config: TokenFlexConfig) -> None:
+    """Raise InputError where the language model does not fit the image token or the loss."""
+    try:
+        config.check_image_token()
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    for key, neutral in _LOGIT_KEYS.items():
+        value = getattr(config.text_config, key, None)
+        if value not in neutral:
+            raise InputError(
+                f"text_config.{key} is {value}: this language model changes its logits behind "
+                "lm_head, which the chunked loss does not; use a language model whose "
+                f"{key} is {neutral[-1]}"
+            )
 
 
 def _check_count(image_positions: Tensor, features: int) -> None:
@@ -261,6 +240,3 @@ def _check_count(image_positions: Tensor, features: int) -> None:
             f"input_ids hold {int(found)} image tokens, but the tiles give {features} image "
             "features; each tile of side n needs n * n <IMG_CONTEXT> tokens"
         )
-
-
-AutoModel.register(TokenFlexConfig, TokenFlexForConditionalGeneration)

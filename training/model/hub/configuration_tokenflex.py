@@ -5,22 +5,9 @@ from typing import Any, ClassVar
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto import CONFIG_MAPPING
 
-from data_pipeline.errors import InputError
-from kernels import POOL_MODES
+from .pooling_tokenflex import POOL_MODES
 
 VISION_MODEL_TYPE = "siglip_vision_model"
-
-# Config keys with which a language model's own forward changes the logits behind lm_head, and the
-# values that change nothing. The loss calls lm_head directly, so any other value would silently
-# train a different model.
-_LOGIT_KEYS: dict[str, tuple[Any, ...]] = {
-    "final_logit_softcapping": (None,),
-    "logits_soft_cap": (None,),
-    "output_logit_soft_cap": (None,),
-    "logit_scale": (None, 1),
-    "logits_scaling": (None, 1),
-    "lm_head_multiplier": (None, 1),
-}
 
 
 class TokenFlexConfig(PreTrainedConfig):
@@ -29,13 +16,13 @@ class TokenFlexConfig(PreTrainedConfig):
     vision_config: a `SiglipVisionConfig` or its dict. `vision_use_head` is always off: the patches
         are used, not a pooled vector.
     text_config: the config of any causal language model, or its dict with `model_type`.
-    pool: how patches become n x n tokens, "adaptive" or "resize" (see `kernels.tables`).
+    pool: how patches become n x n tokens, "adaptive" or "resize" (see `pooling_tokenflex`).
     projector_hidden_ratio: hidden width of the projector in multiples of the vision width; 3 in
         the released model.
     image_token_id: the id of <IMG_CONTEXT>, whose positions receive the image features.
     image_mean, image_std: per channel, applied to pixels in 0..1.
 
-    Raises InputError for a vision config of another kind, a text config without a known
+    Raises ValueError for a vision config of another kind, a text config without a known
     `model_type`, and values out of range.
     """
 
@@ -54,7 +41,7 @@ class TokenFlexConfig(PreTrainedConfig):
         self.vision_config = _sub_config("vision_config", self.vision_config, VISION_MODEL_TYPE)
         self.text_config = _sub_config("text_config", self.text_config, "qwen2")
         if self.vision_config.model_type != VISION_MODEL_TYPE:
-            raise InputError(
+            raise ValueError(
                 f"vision_config has model_type {self.vision_config.model_type!r}; give the "
                 f"vision_config of a SigLIP checkpoint's config.json, {VISION_MODEL_TYPE!r}"
             )
@@ -65,18 +52,18 @@ class TokenFlexConfig(PreTrainedConfig):
 
     def _check(self) -> None:
         if self.pool not in POOL_MODES:
-            raise InputError(f"pool is {self.pool!r}; use one of {', '.join(POOL_MODES)}")
+            raise ValueError(f"pool is {self.pool!r}; use one of {', '.join(POOL_MODES)}")
         if self.projector_hidden_ratio < 1:
-            raise InputError(
+            raise ValueError(
                 f"projector_hidden_ratio is {self.projector_hidden_ratio}; must be at least 1"
             )
         if len(self.image_mean) != 3 or len(self.image_std) != 3 or min(self.image_std) <= 0:
-            raise InputError(
+            raise ValueError(
                 f"image_mean is {self.image_mean}, image_std is {self.image_std}; "
                 "give three numbers each (red, green, blue), std above 0"
             )
         if self.vision_config.image_size < self.vision_config.patch_size:
-            raise InputError(
+            raise ValueError(
                 f"vision_config has image_size {self.vision_config.image_size} below its "
                 f"patch_size {self.vision_config.patch_size}; a tile must hold at least one patch"
             )
@@ -92,22 +79,14 @@ class TokenFlexConfig(PreTrainedConfig):
         side = self.vision_config.image_size // self.vision_config.patch_size
         return side, side
 
-    def check_language_model(self) -> None:
-        """Raise InputError where the language model does not fit the image token or the loss."""
+    def check_image_token(self) -> None:
+        """Raise ValueError unless the language model has the image token."""
         if not 0 <= self.image_token_id < self.text_config.vocab_size:
-            raise InputError(
+            raise ValueError(
                 f"image_token_id is {self.image_token_id}, the language model has "
                 f"{self.text_config.vocab_size} tokens; give the id of <IMG_CONTEXT> and a "
                 "text_config.vocab_size that covers the tokenizer"
             )
-        for key, neutral in _LOGIT_KEYS.items():
-            value = getattr(self.text_config, key, None)
-            if value not in neutral:
-                raise InputError(
-                    f"text_config.{key} is {value}: this language model changes its logits behind "
-                    "lm_head, which the chunked loss does not; use a language model whose "
-                    f"{key} is {neutral[-1]}"
-                )
 
 
 def _sub_config(key: str, value: Any, default_type: str) -> PreTrainedConfig:
@@ -118,11 +97,8 @@ def _sub_config(key: str, value: Any, default_type: str) -> PreTrainedConfig:
     known = value is None or key == "vision_config"
     model_type = fields.pop("model_type", default_type if known else None)
     if model_type not in CONFIG_MAPPING:
-        raise InputError(
+        raise ValueError(
             f"{key}.model_type is {model_type!r}; give one that the installed transformers knows, "
             f"such as {default_type!r}"
         )
     return CONFIG_MAPPING[model_type](**fields)
-
-
-AutoConfig.register(TokenFlexConfig.model_type, TokenFlexConfig)

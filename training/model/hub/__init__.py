@@ -1,0 +1,41 @@
+"""What an exported folder needs to load with `trust_remote_code=True`: these files, copied flat.
+
+They import torch, transformers, numpy, Pillow and each other, nothing else of this repository.
+Importing this package makes transformers' Auto classes know the model without any folder's code,
+and `save_pretrained` write the code beside the weights.
+"""
+
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+)
+
+from .configuration_tokenflex import TokenFlexConfig
+from .image_processing_tokenflex import TokenFlexImageProcessor
+from .modeling_tokenflex import TokenFlexForConditionalGeneration, TokenFlexProjector
+from .processing_tokenflex import TokenFlexProcessor, chatml_template
+
+__all__ = [
+    "TokenFlexConfig",
+    "TokenFlexForConditionalGeneration",
+    "TokenFlexImageProcessor",
+    "TokenFlexProcessor",
+    "TokenFlexProjector",
+    "chatml_template",
+]
+
+AutoConfig.register(TokenFlexConfig.model_type, TokenFlexConfig)
+AutoModel.register(TokenFlexConfig, TokenFlexForConditionalGeneration)
+AutoModelForImageTextToText.register(TokenFlexConfig, TokenFlexForConditionalGeneration)
+AutoImageProcessor.register(
+    TokenFlexConfig, image_processor_classes={"pil": TokenFlexImageProcessor}
+)
+AutoProcessor.register(TokenFlexConfig, TokenFlexProcessor)
+
+TokenFlexConfig.register_for_auto_class()
+TokenFlexForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
+TokenFlexImageProcessor.register_for_auto_class()
+TokenFlexProcessor.register_for_auto_class()
