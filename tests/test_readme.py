@@ -59,6 +59,14 @@ SMALLER: dict[str, str | None] = {
         "data.prepare.train_samples=240 data.prepare.eval_samples=24"
     ),
     "python -m data_pipeline.bench": "python -m data_pipeline.bench loader --quick",
+    "python -m training.export runs/digits runs/model": "",
+    COMMANDS[20]: "",  # generate --compare
+    COMMANDS[21]: "python -m training.evaluate runs/model data/digits/eval --num-image-tokens 4 9",
+    "sbatch slurm/evaluate.sh runs/model data/digits/eval --out runs/evaluation": None,
+    "python -m training.demo runs/model": "python -m training.demo --help",
+    "python -m training.import_ristretto Ristretto-3B/ runs/ristretto": (
+        "python -m training.import_ristretto --help"
+    ),
     "python -m kernels.profile": "python -m kernels.profile --no-compile-report",
     "python -m kernels.profile --shape T=64,n=8/12/16,p=.2/.3/.5,pool=resize --out runs/profile": (
         "python -m kernels.profile --shape T=64,n=8/12/16,p=.2/.3/.5,pool=resize "
@@ -102,6 +110,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"from": "human", "value": "<image>\nWhich colour?"},
         {"from": "gpt", "value": "Red."},
     ]
+    Image.new("L", (32, 32), 0).save(root / "digit.png")
     (root / "parquet").mkdir()
     image = {"bytes": (root / "images" / "a.jpg").read_bytes(), "path": "a.jpg"}
     row = {"images": [image], "texts": [{"user": "Which colour?", "assistant": "Red."}]}

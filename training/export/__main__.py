@@ -1,0 +1,46 @@
+"""Write a checkpoint as a folder that loads with transformers alone.
+
+python -m training.export runs/digits out/digits                     # the newest whole checkpoint
+python -m training.export runs/digits/checkpoints/step-00001200 out/digits --dtype bf16
+"""
+
+import argparse
+from pathlib import Path
+
+from data_pipeline.errors import run_cli
+from training.export import export
+from training.export.safetensors_files import parse_size
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m training.export",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("checkpoint", type=Path, help="a checkpoint, or a run's output_dir")
+    parser.add_argument("out", type=Path, help="folder to write; must not exist, or be empty")
+    parser.add_argument(
+        "--dtype", choices=("bf16", "fp32"), help="of the weights (default: as in training)"
+    )
+    parser.add_argument(
+        "--max-shard-size", default="5GB", metavar="SIZE", help="of one weights file (%(default)s)"
+    )
+    parser.add_argument("--config", type=Path, help="the run's config.yaml, if it is elsewhere")
+    parser.add_argument("--tokenizer", help="the run's tokenizer, if it is elsewhere")
+    args = parser.parse_args(argv)
+    run = export(
+        args.checkpoint,
+        args.out,
+        dtype=args.dtype,
+        max_bytes=parse_size(args.max_shard_size),
+        config=args.config,
+        tokenizer=args.tokenizer,
+    )
+    print(f"checkpoint        {run.checkpoint}")
+    print(f"model             {args.out}")
+    print(f"model card        {args.out / 'README.md'} (the license is yours to give)")
+
+
+if __name__ == "__main__":
+    run_cli(main)
