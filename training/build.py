@@ -3,14 +3,47 @@
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, SiglipVisionModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    SiglipVisionModel,
+)
 
 from data_pipeline.errors import InputError
 from data_pipeline.tokenizer import Tokenizer
 from training.config import BackboneSettings, ModelSettings, RunConfig
 from training.model import PackedTokenFlex, TokenFlexConfig
+from training.model.attention import ATTENTION_NAME
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+# Keys of a backbone's config that do not change what it computes.
+_WITHOUT_EFFECT = frozenset(
+    [
+        "_name_or_path",
+        "architectures",
+        "bos_token_id",
+        "chunk_size_feed_forward",
+        "dtype",
+        "eos_token_id",
+        "id2label",
+        "initializer_range",
+        "is_encoder_decoder",
+        "label2id",
+        "max_window_layers",
+        "output_attentions",
+        "output_hidden_states",
+        "pad_token_id",
+        "problem_type",
+        "return_dict",
+        "transformers_version",
+        "use_cache",
+        "vision_use_head",
+        "vocab_size",
+    ]
+)
 
 
 def model_config(settings: ModelSettings, vocab_size: int, image_token_id: int) -> TokenFlexConfig:
@@ -49,7 +82,11 @@ def build_model(
     settings, dtype = config.model, DTYPES[config.train.precision]
     image_token_id = tokenizer.special_id("<IMG_CONTEXT>")
     full = model_config(settings, tokenizer.vocab_size, image_token_id)
-    model = PackedTokenFlex._from_config(full, dtype=dtype)
+    model: Any
+    if settings.pretrained and pretrained:
+        model = _whole(settings.pretrained, full, dtype)
+    else:
+        model = PackedTokenFlex._from_config(full, dtype=dtype)
     model.projector.backward_mode = config.train.projector_backward
     model.projector.impl = config.train.projector_impl
     if settings.vision.pretrained and pretrained:
@@ -62,35 +99,94 @@ def build_model(
     return model
 
 
+def _whole(path: str, config: TokenFlexConfig, dtype: torch.dtype) -> PackedTokenFlex:
+    """The model of an exported folder, after checking that it is the one of the settings."""
+    try:
+        found = TokenFlexConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"model.pretrained: cannot load {path}: {error}") from error
+    keys = ("pool", "projector_hidden_ratio", "image_token_id", "image_mean", "image_std")
+    different = [
+        f"{key} is {getattr(found, key)!r} there and {getattr(config, key)!r} here"
+        for key in keys
+        if getattr(found, key) != getattr(config, key)
+    ]
+    for part in ("vision_config", "text_config"):
+        different += _differences(getattr(found, part), getattr(config, part))
+    if found.text_config.vocab_size != config.text_config.vocab_size:
+        different.append("the vocabulary has another size; use the folder's own tokenizer")
+    if different:
+        raise InputError(
+            f"model.pretrained={path} is another model: {'; '.join(different)}. Correct the model "
+            "section and data.tokenizer"
+        )
+    return _loaded("model.pretrained", path, PackedTokenFlex, config, dtype, ATTENTION_NAME)
+
+
 def _pretrained(
     part: str, settings: BackboneSettings, model: PreTrainedModel, loader: Any
 ) -> PreTrainedModel:
     """The pretrained backbone, after checking that it has the architecture of the settings."""
     path = str(settings.pretrained)
+    name = f"model.{part}.pretrained"
     try:
         found = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise InputError(f"model.{part}.pretrained: cannot load {path}: {error}") from error
+        raise InputError(f"{name}: cannot load {path}: {error}") from error
     found = getattr(found, "vision_config", found) if part == "vision" else found
-    different = [
-        f"{key} is {getattr(found, key, None)!r} there and {value!r} in model.{part}.config"
-        for key, value in settings.config.items()
-        if key not in ("vocab_size", "vision_use_head") and getattr(found, key, None) != value
-    ]
+    wanted = model.config.vision_config if part == "vision" else model.config.text_config
+    # Of all keys, also of those that the settings leave out: a resume builds from the settings.
+    different = _differences(found, wanted)
     found_vocab = getattr(found, "vocab_size", 0) if part == "llm" else 0
     vocab_size = model.config.text_config.vocab_size
     if found_vocab > vocab_size:
         different.append(f"vocab_size is {found_vocab} there and {vocab_size} here")
     if different:
         raise InputError(
-            f"model.{part}.pretrained={path} is another architecture: "
-            f"{'; '.join(different)}. Correct model.{part}.config"
+            f"{name}={path} is another architecture: {'; '.join(different)}. Correct "
+            f"model.{part}.config"
         )
     if part == "vision":
         found.vision_use_head = False
-    return loader.from_pretrained(
-        path,
-        config=found,
-        dtype=model.dtype,
-        attn_implementation=model.config._attn_implementation,
+    return _loaded(name, path, loader, found, model.dtype, model.config._attn_implementation)
+
+
+def _differences(found: PreTrainedConfig, wanted: PreTrainedConfig) -> list[str]:
+    """The keys in which two configs describe different computations, in words."""
+    there, here = found.to_dict(), wanted.to_dict()
+    if found.model_type != wanted.model_type:
+        return [f"model_type is {found.model_type!r} there and {wanted.model_type!r} here"]
+    return [
+        f"{key} is {there.get(key)!r} there and {here[key]!r} here"
+        for key in sorted(here.keys() - _WITHOUT_EFFECT)
+        if there.get(key) != here[key]
+    ]
+
+
+def _loaded(
+    name: str, path: str, loader: Any, config: PreTrainedConfig, dtype: torch.dtype, attention: Any
+) -> Any:
+    """A model with its weights; InputError, naming them, where tensors lack or do not fit."""
+    try:
+        model, report = loader.from_pretrained(
+            path,
+            config=config,
+            dtype=dtype,
+            attn_implementation=attention,
+            ignore_mismatched_sizes=True,  # they are named below
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(f"{name}: cannot load {path}: {error}") from error
+    problems = [f"it lacks {', '.join(sorted(report['missing_keys']))}"] * bool(
+        report["missing_keys"]
     )
+    problems += [
+        f"{key} is {list(there)} there and {list(here)} by its config"
+        for key, there, here in sorted(report["mismatched_keys"])
+    ]
+    if problems:
+        raise InputError(
+            f"the weights in {name}={path} do not fit its config: {'; '.join(problems)}"
+        )
+    return model

@@ -38,6 +38,8 @@ class ModelSettings(Settings):
     llm: BackboneSettings
     pool: Literal["adaptive", "resize"] = "adaptive"
     projector_hidden_ratio: int = Field(3, gt=0)
+    pretrained: str | None = None
+    """An exported or imported model folder that all three parts start from; instead of theirs."""
 
 
 class ModuleSettings(Settings):

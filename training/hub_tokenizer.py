@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, decoders, models, normalizers
+from tokenizers import AddedToken, decoders, models, normalizers
 from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -136,9 +136,13 @@ def _from_sentencepiece(tokenizer: SentencePieceTokenizer) -> PreTrainedTokenize
 
 
 def _check_kind(proto: Any, source: str) -> None:
-    """InputError for what sentencepiece can do and tokenizer.json cannot."""
+    """InputError for what sentencepiece does and tokenizer.json does not, or not exactly."""
     if proto.trainer_spec.model_type != _BPE:
         problem = "is not a byte-pair model"
+    elif proto.normalizer_spec.precompiled_charsmap:
+        problem = "rewrites characters (its normalization rule is not `identity`)"
+    elif proto.normalizer_spec.remove_extra_whitespaces:
+        problem = "drops spaces"
     elif proto.trainer_spec.treat_whitespace_as_suffix:
         problem = "puts spaces behind words"
     elif not proto.normalizer_spec.escape_whitespaces:
@@ -148,7 +152,7 @@ def _check_kind(proto: Any, source: str) -> None:
     else:
         return
     raise InputError(
-        f"the tokenizer {source} {problem}, which tokenizer.json cannot express; train with a "
+        f"the tokenizer {source} {problem}, which tokenizer.json cannot do exactly; train with a "
         "byte-pair model without that, or with a Hugging Face tokenizer"
     )
 
@@ -175,14 +179,8 @@ def _merges(pieces: Any) -> list[tuple[str, str]]:
 
 
 def _normalizer(spec: Any) -> Any:
-    steps: list[Any] = []
-    if spec.precompiled_charsmap:
-        steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
-    if spec.remove_extra_whitespaces:
-        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
-    if spec.add_dummy_prefix:
-        steps.append(normalizers.Prepend(" "))
-    return normalizers.Sequence([*steps, normalizers.Replace(" ", _SPACE)])
+    prefix = [normalizers.Prepend(" ")] if spec.add_dummy_prefix else []
+    return normalizers.Sequence([*prefix, normalizers.Replace(" ", _SPACE)])
 
 
 def _decoder(spec: Any) -> Any:

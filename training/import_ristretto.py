@@ -13,7 +13,8 @@ import transformers
 
 from data_pipeline.errors import run_cli
 from training.export.safetensors_files import parse_size
-from training.ristretto import CODE_FILES, from_release, to_release
+from training.ristretto import from_release, to_release
+from training.ristretto_config import CODE_FILES
 
 
 def main(argv: list[str] | None = None) -> None:

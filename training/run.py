@@ -115,7 +115,7 @@ class Run:
         """What a place in the plan and the optimizer's state depend on."""
         config = self.config
         # Where pretrained weights came from no longer matters once a checkpoint holds them.
-        sources = {"vision": {"pretrained"}, "llm": {"pretrained"}}
+        sources: Any = {"vision": {"pretrained"}, "llm": {"pretrained"}, "pretrained": True}
         return {
             "seed": config.seed,
             "data": self.mixture.fingerprint(),

@@ -52,7 +52,8 @@ the licenses of its data and of the weights it was started from allow."""
 def run_card(run: TrainedRun, config: TokenFlexConfig, default: int) -> str:
     """The card of a model that was trained here; `default` tokens per tile where none are given."""
     settings = run.config
-    sources = [part.pretrained for part in (settings.model.vision, settings.model.llm)]
+    model = settings.model
+    sources = [getattr(part, "pretrained", None) for part in (model, model.vision, model.llm)]
     started = ", ".join(source for source in sources if source) or "random weights"
     if settings.checkpoint.init_from:
         started = f"an earlier stage, {settings.checkpoint.init_from}"

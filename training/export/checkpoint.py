@@ -48,6 +48,7 @@ def _form(run: TrainedRun, dtype: torch.dtype) -> ModelFolder:
     settings, tokenizer = run.config, run.tokenizer
     image_token_id = tokenizer.special_id("<IMG_CONTEXT>")
     config = model_config(settings.model, tokenizer.vocab_size, image_token_id)
+    config.trained_num_image_tokens = [n * n for n in settings.data.tokens.trained_sides]
     context = getattr(config.text_config, "max_position_embeddings", 10**9)
     return ModelFolder(
         config,

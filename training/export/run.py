@@ -99,12 +99,12 @@ def _check_same(
     manifest: Manifest, config: RunConfig, tokenizer: Tokenizer, config_file: Path
 ) -> None:
     """InputError where the settings are not those that the checkpoint was saved with."""
-    pretrained = {"vision": {"pretrained"}, "llm": {"pretrained"}}
+    sources: Any = {"vision": {"pretrained"}, "llm": {"pretrained"}, "pretrained": True}
     now = {
         "data.tokenizer": tokenizer.fingerprint,
         "data.chat": config.data.chat.model_dump(mode="json"),
         "data.tiling": config.data.tiling.model_dump(mode="json"),
-        "model": config.model.model_dump(mode="json", exclude=pretrained),
+        "model": config.model.model_dump(mode="json", exclude=sources),
     }
     saved = manifest.fingerprints
     if changed := [key for key in now if key in saved and saved[key] != now[key]]:
