@@ -76,7 +76,7 @@ class Planner:
     def windows(self, state: PlanState | None = None) -> Iterator[WindowPlan]:
         """The windows from the one of `state` on, as in `steps`; those without a step left out."""
         state = self._checked(state or PlanState())
-        barren, first = 0, True
+        barren = 0
         left_out: tuple[LeftOut, ...] = ()
         while (quotas := self.quotas(state)).any() or state.carry:
             window = self._plan(state.at_step(0))
@@ -87,9 +87,9 @@ class Planner:
             if barren >= len(self.mixture):
                 raise self._nothing_fits(left_out)
             if window.num_steps:
-                yield replace(window, left_out=() if first and state.step else left_out)
+                yield replace(window, left_out=left_out)
                 left_out = ()
-            state, first = window.following, False
+            state = window.following
 
     def quotas(self, state: PlanState) -> np.ndarray:
         """Samples that the window takes from each dataset, int64 [D]; 0 from one that has ended.

@@ -155,6 +155,18 @@ def test_resumes_from_every_state_of_three_datasets_one_of_which_ends() -> None:
         assert after == run[i + 1][1]
 
 
+@pytest.mark.parametrize("draw", DRAWS)
+def test_what_was_carried_over_once_is_placed_in_the_next_window(draw: str) -> None:
+    planner = make_planner(random_index(500), draw=draw, packs_per_step=6, window_samples=120)
+    before: set[tuple[int, int, int]] = set()
+    carried = 0
+    for window in islice(planner.windows(), 25):
+        left = set(window.following.carry)
+        assert window.num_steps and not left & before
+        before, carried = left, carried + len(left)
+    assert carried > 100
+
+
 def test_one_dataset_goes_on_epoch_after_epoch() -> None:
     planner = make_planner(random_index(90), window_samples=40)
     steps = [step for step, _ in takewhile(lambda item: item[0].epoch < 4, planner.steps())]

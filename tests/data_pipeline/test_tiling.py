@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from pydantic import ValidationError
 
-from data_pipeline.tiling import TilingSettings, cut_tiles, grid_for, num_tiles
+from data_pipeline.tiling import TilingSettings, count_tiles, cut_tiles, grid_for, num_tiles
 
 
 def internvl_grid(width: int, height: int, size: int, low: int, high: int) -> tuple[int, int]:
@@ -123,3 +123,16 @@ def test_other_modes_are_refused() -> None:
 def test_wrong_settings_are_refused(wrong: dict[str, int]) -> None:
     with pytest.raises(ValidationError, match=next(iter(wrong))):
         TilingSettings(**wrong)
+
+
+@pytest.mark.parametrize("max_tiles", [1, 2, 6, 12])
+@pytest.mark.parametrize("thumbnail", [True, False])
+def test_tiles_counted_together_are_those_counted_one_by_one(
+    max_tiles: int, thumbnail: bool
+) -> None:
+    settings = TilingSettings(tile_size=64, max_tiles=max_tiles, thumbnail=thumbnail)
+    rng = np.random.default_rng(max_tiles)
+    sizes = rng.integers(1, 400, (2, 3000))
+    sizes[:, :500] = 64 * rng.integers(1, 5, (2, 500))  # grids of equal aspect: ties
+    expected = [num_tiles(int(w), int(h), settings) for w, h in sizes.T]
+    assert count_tiles(sizes[0], sizes[1], settings).tolist() == expected

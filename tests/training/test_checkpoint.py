@@ -334,7 +334,10 @@ time.sleep(60)
 
 
 def test_a_second_job_is_refused_and_a_dead_one_is_not_in_the_way(
-    two_ranks: RankPool, tmp_path: Path, cli: Callable[..., tuple[int, str]]
+    two_ranks: RankPool,
+    tmp_path: Path,
+    cli: Callable[..., tuple[int, str]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     env = {**os.environ, "SLURM_JOB_ID": "4711"}
     holder = subprocess.Popen(
@@ -345,6 +348,11 @@ def test_a_second_job_is_refused_and_a_dead_one_is_not_in_the_way(
         assert f"in use by process {holder.pid}" in said and "Slurm job 4711" in said
     code, said = cli("prune", tmp_path, "--keep", 1)
     assert code == 2 and "in use by" in said
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")  # an earlier start of this job: it may start again
+    monkeypatch.setattr("training.checkpoint.lock.WAIT_FOR_SAME_JOB_S", 0.1)
+    with pytest.raises(TimeoutError, match=f"in use by process {holder.pid}"):
+        FolderLock(tmp_path).acquire()
+    monkeypatch.delenv("SLURM_JOB_ID")
     holder.kill()
     holder.wait()
     assert two_ranks.run(scenarios.enter, tmp_path) == ["entered", "entered"]

@@ -29,7 +29,9 @@ class FolderLock:
         """Take the lock.
 
         Raises:
-            InputError: naming the holder if another process has it, or why there can be no lock.
+            InputError: naming the holder if another job has it, or why there can be no lock.
+            TimeoutError: an earlier start of this job still has it, on a node that froze, say:
+                a crash, after which the job may start again, while bad input may not.
         """
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -45,7 +47,7 @@ class FolderLock:
             if time.monotonic() - started > (WAIT_FOR_SAME_JOB_S if same_job else WAIT_S):
                 self.file.close()
                 self.file = None
-                raise InputError(_in_use(self.path.parent, holder))
+                raise (TimeoutError if same_job else InputError)(_in_use(self.path.parent, holder))
             time.sleep(0.1)
         self.file.truncate(0)
         since = datetime.now().astimezone().isoformat(timespec="seconds")
