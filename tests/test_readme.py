@@ -212,3 +212,44 @@ def test_the_reliability_table_is_the_record() -> None:
     assert not any(row["lost"] for row in rows if row["exit_codes"] == [75, 75])
     hung = next(row for row in rows if 76 in row["exit_codes"])
     assert f"after {hung['seconds']:.1f} s" in readme
+
+
+def test_the_data_tables_are_the_record() -> None:
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    record = json.loads((ROOT / "data_pipeline/results/bench.json").read_text())["results"]
+    mixes = record["planner"]["mixes"]
+    short, long = (mixes[f"standard, {tokens} tokens, 64 packs"] for tokens in (8192, 16384))
+    rows = (
+        ("tokens, max / mean over a step's packs", "tokens_max_over_mean", ".3f", 1, ""),
+        ("tiles, max / mean", "tiles_max_over_mean", ".3f", 1, ""),
+        ("efficiency", "efficiency", ".3f", 1, ""),
+        ("padding", "padding", ".2f", 100, " %"),
+        ("packed on one core", "samples_per_cpu_s", ".0f", 1e-3, " k samples/s"),
+    )
+    for label, key, form, unit, suffix in rows:
+        cells = " | ".join(f"{unit * mix[key]:{form}}{suffix}" for mix in (short, long))
+        assert f"| {label} | {cells} |" in readme
+    loader, startup, index = (record[name] for name in ("loader", "startup", "index"))
+    rates = (
+        index[f"samples_per_s_per_core {what} {tokenizer}"] / 1000
+        for tokenizer in ("model", "hugging-face")
+        for what in ("digits", "captions")
+    )
+    assert (
+        "{:.1f} k, {:.1f} k samples/s; with a Hugging Face tokenizer {:.1f} k, {:.1f} k".format(
+            *rates
+        )
+        in readme
+    )
+    ratios = loader["ratio"], loader["pillow_ratio"]
+    assert ("{:.1f} times as fast; with Pillow's resizing {:.1f} times".format(*ratios)) in readme
+    large = loader["cpu_ms_per_large_photo"]
+    for way, text in (
+        ("reduced, torch resizes", "ms at a reduced JPEG scale"),
+        ("full, torch resizes", "ms in full"),
+        ("usual way", "ms with Pillow"),
+    ):
+        assert f"{large[way]:.0f} {text}" in readme
+    seconds = startup["first_batch_s"], startup["resumed_first_batch_s"]
+    assert "{:.1f} s, on resume {:.1f} s".format(*seconds) in readme
+    assert startup["samples"] == 1_000_000

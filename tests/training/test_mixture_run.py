@@ -6,6 +6,10 @@ from typing import Any
 
 import pytest
 
+from data_pipeline.chat import ChatSettings
+from data_pipeline.index import build_index
+from data_pipeline.tokenizer import load_tokenizer
+from tests.data_pipeline.small_tokenizers import save_sentencepiece
 from tests.ranks import RankPool
 from tests.training.mixture_scenarios import datasets, run
 
@@ -85,6 +89,21 @@ def test_other_data_are_refused_on_resume_or_start_a_window(
         assert "data.allow_change=true" in error and len(rows) == 6
     rows, error = two_ranks.run(run, digits_corpus, out, *settings, "data.allow_change=true")[0]
     assert not error and [row["step"] for row in rows] == list(range(1, 9))
+
+
+def test_another_tokenizer_is_refused_on_resume(
+    two_ranks: RankPool, digits_corpus: Path, tmp_path: Path, trained: tuple[Path, list]
+) -> None:
+    """Even where the data were indexed again with it."""
+    shutil.copytree(digits_corpus / "train", tmp_path / "train")
+    other = save_sentencepiece(tmp_path)
+    build_index(str(tmp_path / "train"), load_tokenizer(other), ChatSettings(system=""))
+    settings = datasets(tmp_path, "0.3")
+    outcomes = two_ranks.run(
+        run, digits_corpus, trained[0], *settings, "train.steps=8", f"data.tokenizer={other}"
+    )
+    for _, error in outcomes:
+        assert "data.tokenizer: " in error and "belongs to a run with other settings" in error
 
 
 def test_another_model_is_refused_whatever_is_allowed(
