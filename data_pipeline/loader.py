@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import islice
@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from data_pipeline.batch import IGNORE, LossWeighting, PackBuilder, PackedBatch
 from data_pipeline.errors import InputError
 from data_pipeline.index import BadSample
-from data_pipeline.plan import PackPlan, Planner, PlanState, StepPlan, WindowPlan
+from data_pipeline.plan import PackPlan, Planner, PlanState, StepPlan, steps_of
 from data_pipeline.tiling import Resample
 
 __all__ = [
@@ -111,7 +111,7 @@ class StepLoader:
             windows = _one_ahead(planning, self._planner.windows(state), stop)
             begun = (
                 self._begin(step, after, workers, device)
-                for step, after in _steps(windows, state.step if state else 0)
+                for step, after in steps_of(windows, state)
             )
             pending = deque(islice(begun, self._settings.prefetch_steps))
             while pending:
@@ -182,12 +182,6 @@ class _BadRate:
             f"data.loader.max_bad_fraction ({self.max_fraction}) allows; repair them or raise it. "
             f"The first:\n{names}"
         )
-
-
-def _steps(windows: Iterable[WindowPlan], first: int) -> Iterator[tuple[StepPlan, PlanState]]:
-    for window in windows:
-        yield from window.steps(first)
-        first = 0
 
 
 def _one_ahead(

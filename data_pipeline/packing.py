@@ -1,14 +1,11 @@
 """Putting samples of known length into packs of a fixed number of tokens."""
 
 from bisect import bisect_left, insort
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from data_pipeline.errors import InputError
-
-Packer = Callable[[np.ndarray, int], list[list[int]]]
-"""(lengths, max_tokens) -> indices into lengths, per pack; each index in exactly one pack."""
 
 
 def best_fit(lengths: Sequence[int] | np.ndarray, max_tokens: int) -> list[list[int]]:

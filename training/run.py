@@ -107,9 +107,10 @@ class Run:
                 seed=settings.seed,
             )
         tokenizer = load_tokenizer(data.tokenizer)
+        storage = Storage(data.storage)
         sources = [source.shards for source in data.sources.values()]
         for patterns in filter(None, (*sources, data.eval_shards)):
-            build_index(patterns, tokenizer, data.chat, 1, data.index_dir, Storage(data.storage))
+            build_index(patterns, tokenizer, data.chat, 1, data.index_dir, storage)
 
     def _fingerprints(self) -> dict[str, Any]:
         """What a place in the plan and the optimizer's state depend on."""
@@ -180,7 +181,7 @@ class Run:
 
     def name_left_out(self, plan: StepPlan) -> None:
         """Say which samples fit into no pack, each once per epoch."""
-        if not plan.left_out:
+        if not plan.left_out or not self.ranks.is_main:
             return
         pack = self.config.data.pack
         names = [

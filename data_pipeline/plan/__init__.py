@@ -1,7 +1,7 @@
 """The plan: which samples go into which pack of which step."""
 
 from data_pipeline.plan.evaluation import EvaluationPlan
-from data_pipeline.plan.parts import LeftOut, PackPlan, StepPlan, WindowPlan
+from data_pipeline.plan.parts import LeftOut, PackPlan, StepPlan, WindowPlan, steps_of
 from data_pipeline.plan.planner import PLAN_VERSION, Planner
 from data_pipeline.plan.settings import PackSettings
 from data_pipeline.plan.state import PlanState
@@ -16,4 +16,5 @@ __all__ = [
     "Planner",
     "StepPlan",
     "WindowPlan",
+    "steps_of",
 ]

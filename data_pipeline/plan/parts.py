@@ -1,6 +1,6 @@
 """What a plan is made of: windows, their steps, the packs of a step."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -116,3 +116,13 @@ class WindowPlan:
             tiles=tuple(self.samples.image_tiles[part] for part in parts),
             flops=float(self.flops[items].sum()),
         )
+
+
+def steps_of(
+    windows: Iterable[WindowPlan], state: PlanState | None
+) -> Iterator[tuple[StepPlan, PlanState]]:
+    """The steps of windows, one after the other, from `state` on in the first."""
+    first = state.step if state else 0
+    for window in windows:
+        yield from window.steps(first)
+        first = 0

@@ -15,7 +15,7 @@ from data_pipeline.balance import DEFAULT_COST, CostModel, Packing, balance
 from data_pipeline.draw import TokenCountSettings, uniform_hash
 from data_pipeline.errors import InputError
 from data_pipeline.mixture import Mixture, make_ids, split_ids
-from data_pipeline.plan.parts import LeftOut, StepPlan, WindowPlan
+from data_pipeline.plan.parts import LeftOut, StepPlan, WindowPlan, steps_of
 from data_pipeline.plan.samples import Drawn, Samples, draw, gather
 from data_pipeline.plan.settings import PackSettings
 from data_pipeline.plan.state import PlanState
@@ -68,10 +68,7 @@ class Planner:
         Raises:
             InputError: the state is not one of this plan, or no sample fits into a pack.
         """
-        first = state.step if state else 0
-        for window in self.windows(state):
-            yield from window.steps(first)
-            first = 0
+        return steps_of(self.windows(state), state)
 
     def windows(self, state: PlanState | None = None) -> Iterator[WindowPlan]:
         """The windows from the one of `state` on, as in `steps`; those without a step left out."""
