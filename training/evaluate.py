@@ -6,8 +6,6 @@
 `training/evaluation` holds the parts, this trainer's own evaluation among them.
 """
 
-import sys
-
 from training.evaluation.in_training import (
     ALL,
     Evaluation,
@@ -21,5 +19,6 @@ __all__ = ["ALL", "Evaluation", "Score", "evaluate", "sample_details", "score_an
 
 if __name__ == "__main__":
     from training.evaluation.cli import main
+    from training.exit_codes import run_rank
 
-    sys.exit(main())
+    run_rank(main)

@@ -237,8 +237,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    status = main()
-    sys.stdout.flush()
-    if status:  # srun may drop the last words of a task while it ends the others
-        time.sleep(1)
-    os._exit(status)  # a check that hangs in its thread must not keep the rank
+    exit_codes.run_rank(main)

@@ -10,7 +10,6 @@ checkpoint of `output_dir` unless checkpoint.resume=never.
 
 import argparse
 import logging
-import os
 import sys
 import warnings
 from pathlib import Path
@@ -153,13 +152,10 @@ def main(argv: list[str] | None = None) -> int:
         # Every rank says so: another may end the job before rank 0 has come this far.
         print(f"error: {error}", file=sys.stderr, flush=True)
         return exit_codes.BAD_INPUT
-    if code == exit_codes.PREEMPTED:
-        # A thread that waits for a file system that hangs must not keep the process.
-        sys.stdout.flush()
-        os._exit(code)
-    torch.distributed.destroy_process_group()
+    if code == exit_codes.OK:  # else a rank may wait for one that hangs
+        torch.distributed.destroy_process_group()
     return code
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_codes.run_rank(main)

@@ -1,0 +1,88 @@
+"""How a rank's process ends."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+# Rank 0's thread of gloo waits for the GIL, to free a tensor, when the interpreter goes down.
+BUSY_GLOO = """
+import sys, time, torch
+from training.distributed import init_distributed
+from training.exit_codes import run_rank
+
+class Slow:
+    def __del__(self):
+        time.sleep(0.5)
+
+slow = Slow()
+
+def main():
+    if init_distributed().is_main:
+        sys.setswitchinterval(1000)
+        torch.distributed.all_reduce(torch.ones(1), async_op=True)
+        end = time.monotonic() + 2
+        while time.monotonic() < end:
+            pass
+    else:
+        time.sleep(0.5)
+        torch.distributed.all_reduce(torch.ones(1))
+        time.sleep(3)
+    return 0  # without a word: a write gives the thread the GIL
+
+run_rank(main)
+"""
+
+HUNG_THREAD = """
+import threading, time
+from training.exit_codes import run_rank
+
+def main():
+    threading.Thread(target=time.sleep, args=(1000,)).start()
+    raise OSError("the disk is gone")
+
+run_rank(main)
+"""
+
+
+def start(program: str, rank: int = 0, world_size: int = 1) -> subprocess.Popen[str]:
+    settings = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    ranks = {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
+    return subprocess.Popen(
+        [sys.executable, "-c", program],
+        env=os.environ | settings | ranks,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.multiprocess
+def test_a_thread_of_gloo_cannot_abort_a_run_that_ended_well(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    processes = [start(BUSY_GLOO, rank, 2) for rank in range(2)]
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+
+
+def test_a_crash_is_told_and_does_not_wait_for_a_thread() -> None:
+    process = start(HUNG_THREAD)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert error.startswith("Traceback")
+    assert error.endswith("OSError: the disk is gone\n")
+
+
+def test_argparse_may_end_it() -> None:
+    process = start("import sys; from training.exit_codes import run_rank; run_rank(sys.exit)")
+    assert process.wait(timeout=120) == 0
