@@ -113,7 +113,9 @@ class HuggingFaceTokenizer(Tokenizer):
         self.pad_id = self.end_of_turn_id if pad is None else int(pad)
 
     def _encode_raw(self, text: str) -> list[int]:
-        return list(self._backend.encode(text, add_special_tokens=False).ids)
+        # The fast one keeps no offsets.
+        (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=False)
+        return list(encoding.ids)
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         known = [i for i in map(int, ids) if 0 <= i < self.vocab_size]

@@ -14,7 +14,7 @@ from data_pipeline.files import write_atomically
 from data_pipeline.index import build_index
 from data_pipeline.loader import PackBuilder, PackedBatch, StepLoader
 from data_pipeline.mixture import DatasetSettings
-from data_pipeline.plan import PLAN_VERSION, EvaluationPlan, PlanState, StepPlan
+from data_pipeline.plan import PLAN_VERSION, EvaluationPlan, LeftOut, PlanState
 from data_pipeline.prepare import prepare_demo
 from data_pipeline.settings import PrepareSettings
 from data_pipeline.storage import Storage
@@ -66,6 +66,7 @@ class Run:
         corpus = open_corpus(data, config.seed, cost, config.train.loss_weighting)
         corpus.planner.check()  # a pack too short for every sample must not wait for the engine
         self.tokenizer, self.mixture = corpus.tokenizer, corpus.mixture
+        self.planner = corpus.planner
         self.loader = StepLoader(
             corpus.planner, corpus.builder, data.loader, ranks.rank, ranks.world_size
         )
@@ -179,14 +180,23 @@ class Run:
                 f"{bad[0].shard}:{bad[0].key}: {bad[0].reason}"
             )
 
-    def name_left_out(self, plan: StepPlan) -> None:
+    def data_ended(self, step: int, state: PlanState) -> None:
+        """Say that no step follows this one, and which samples the end of the data left out."""
+        self.say(
+            f"warning: the data ended after step {step} of {self.config.train.steps}: "
+            "every dataset reached its data.datasets.*.repeat; raise one, or lower train.steps"
+        )
+        for window in self.planner.windows(state):
+            self.name_left_out(window.left_out)
+
+    def name_left_out(self, left_out: tuple[LeftOut, ...]) -> None:
         """Say which samples fit into no pack, each once per epoch."""
-        if not plan.left_out or not self.ranks.is_main:
+        if not left_out or not self.ranks.is_main:
             return
         pack = self.config.data.pack
         names = [
             f"{self.mixture.name(sample.sample)} ({sample.tokens} tokens, {sample.tiles} tiles)"
-            for sample in plan.left_out
+            for sample in left_out
         ]
         self.say(
             f"warning: {len(names)} samples do not fit a pack (data.pack.max_tokens "

@@ -29,8 +29,6 @@ from training.precision import settle_precision
 from training.run import Run
 from training.step import shared_denominator, train_step
 
-REPEATS = "every dataset reached its data.datasets.*.repeat; raise one, or lower train.steps"
-
 
 def train(config: RunConfig, ranks: Ranks, stop: StopRequest | None = None) -> int:
     """Run, or go on with, the training that the config describes; evaluate it at the end.
@@ -63,7 +61,7 @@ def _train(run: Run, saver: checkpoint.Saver, monitor: Monitor) -> int:
         denominator = shared_denominator(batch, monitor.stop.requested, ranks)
         if batch is None or denominator is None:
             break
-        run.name_left_out(batch.plan)
+        run.name_left_out(batch.plan.left_out)
         run.name_bad_samples(batch.packs)
         metrics = train_step(engine, batch, denominator, step, meter, run, monitor.guard)
         progress = checkpoint.Progress(step, batch.state)
@@ -79,7 +77,7 @@ def _train(run: Run, saver: checkpoint.Saver, monitor: Monitor) -> int:
     result = None
     ended = progress.step < last and not monitor.stop.agree(ranks.device)
     if ended:
-        run.say(f"warning: the data ended after step {progress.step} of {last}: {REPEATS}")
+        run.data_ended(progress.step, progress.plan)
     if progress.step == last or ended:
         with monitor.phase("evaluation"):
             result = run.evaluate(engine, progress.step, log, monitor.between_batches())

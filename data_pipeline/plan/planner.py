@@ -71,7 +71,11 @@ class Planner:
         return steps_of(self.windows(state), state)
 
     def windows(self, state: PlanState | None = None) -> Iterator[WindowPlan]:
-        """The windows from the one of `state` on, as in `steps`; those without a step left out."""
+        """The windows from the one of `state` on, as in `steps`.
+
+        One without a step is skipped, unless it is the last and there are samples to name that fit
+        into no pack.
+        """
         state = self._checked(state or PlanState())
         barren = 0
         left_out: tuple[LeftOut, ...] = ()
@@ -87,6 +91,8 @@ class Planner:
                 yield replace(window, left_out=left_out)
                 left_out = ()
             state = window.following
+        if left_out:
+            yield replace(window, left_out=left_out)
 
     def quotas(self, state: PlanState) -> np.ndarray:
         """Samples that the window takes from each dataset, int64 [D]; 0 from one that has ended.

@@ -126,7 +126,7 @@ def test_every_sample_comes_as_often_as_asked_and_resumes_anywhere(
     packs = [pack for step, _ in run for pack in step.packs]
     assert all(pack.tokens <= max_tokens for pack in packs)
     times = Counter(int(i) for pack in packs for i in pack.sample_ids)
-    left_out = Counter(one.sample for step, _ in run for one in step.left_out)
+    left_out = Counter(one.sample for window in planner.windows() for one in window.left_out)
     for number, dataset in enumerate(mixture.datasets):
         assert dataset.limit == max(1, round(repeats[number] * len(dataset.index)))
         whole, more = divmod(dataset.limit, len(dataset.index))
@@ -334,6 +334,22 @@ def test_what_was_left_out_is_said_once() -> None:
     assert [len(step.left_out) for step, _ in run] == [1] + [0] * (len(run) - 1)
     for _, state in run[:-1]:
         assert all(not step.left_out for step, _ in planner.steps(state))
+
+
+def test_what_the_end_of_the_data_left_out_is_said() -> None:
+    """Two windows of two samples: one fills two packs, the other fits into none."""
+    index = make_index([100, 100, 200, 200], [[]] * 4)
+    last = []
+    for seed in range(30):
+        planner = make_planner(once(index), packs_per_step=1, window_samples=2, seed=seed)
+        windows = [(w.num_steps, [one.sample for one in w.left_out]) for w in planner.windows()]
+        if len(windows) == 2:
+            last.append((windows[-1][0], sorted(windows[-1][1])))
+            *_, (_, end) = planner.steps()
+            assert [len(w.left_out) for w in planner.windows(end)] == [2]
+        else:
+            assert [(steps, sorted(left_out)) for steps, left_out in windows] == [(2, [2, 3])]
+    assert set(map(str, last)) == {"(0, [2, 3])"}
 
 
 def test_too_many_tiles_are_left_out_and_packs_keep_to_their_limit() -> None:

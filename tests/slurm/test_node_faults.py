@@ -1,16 +1,13 @@
 """slurm/pretrain.sh when a node freezes, a job of higher priority wants the nodes, or host memory
 runs out, on a real cluster.
 
-A small program stands in for the trainer (test_restart.py), except where a node freezes under the
-trainer itself.
+A small program stands in for the trainer (test_restart.py).
 """
 
 import contextlib
-import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -19,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.slurm import cluster as cluster_module
-from tests.slurm.cluster import NODES, ROOT, Cluster
+from tests.slurm.cluster import NODES, Cluster
 from tests.slurm.test_restart import FAST, STAND_IN, starts, wait_for_start
 
 pytestmark = pytest.mark.slurm
@@ -85,65 +82,6 @@ def test_a_frozen_batch_host_requeues_the_job(cluster: Cluster, stand_in: dict[s
     first, second = starts(log, 0)
     assert (first["restart"], second["restart"]) == (0, 1)
     assert second["step"] >= first["step"]
-
-
-def settings(corpus: Path, run: Path) -> list[str]:
-    return [
-        DIGITS,
-        f"output_dir={run}",
-        "train.steps=12",
-        "train.precision=fp32",
-        "checkpoint.every_steps=2",
-        "faults.step_timeout_s=8",
-        "data.prepare=null",
-        f"data.shards=[{corpus}/train]",
-        "data.eval_shards=[]",
-        f"data.tokenizer={corpus}/tokenizer.model",
-        "deepspeed.param_persistence_threshold=0",
-    ]
-
-
-def losses(run: Path) -> dict[int, float]:
-    path = run / "metrics.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return {row["step"]: row["loss"] for row in rows}
-
-
-def start_without_slurm(arguments: list[str]) -> subprocess.Popen[str]:
-    """The same run on two ranks that no fault meets."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    return subprocess.Popen(
-        [sys.executable, *launcher, "-m", "training.train", *arguments],
-        cwd=ROOT,
-        env={k: v for k, v in os.environ.items() if not k.startswith("SLURM")},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def test_a_node_that_freezes_under_the_trainer(
-    cluster: Cluster, tmp_path: Path, digits_corpus: Path
-) -> None:
-    """The watchdog ends the other rank, the script leaves the node; the losses stay the same."""
-    env = {"PYTHON": sys.executable, **FAST, **IMPATIENT}
-    job = cluster.submit(PRETRAIN, *settings(digits_corpus, tmp_path / "run"), env=env)
-    deadline = time.monotonic() + 90
-    while max(losses(tmp_path / "run"), default=0) < 5:
-        assert time.monotonic() < deadline, cluster.logs(job)
-        time.sleep(0.05)
-    with frozen(cluster, NODES[1]):
-        quiet = start_without_slurm(settings(digits_corpus, tmp_path / "quiet"))
-        cluster.wait_for(job, "a node has not ended its tasks 7 s after the first", timeout=40)
-        # By the script, which finds that the node does not answer, or by Slurm (SlurmdTimeout).
-        wait_for_end_of_run(cluster, job)
-    log = cluster.wait(job, timeout=120).log
-    assert "error: rank 0 on" in log and "made no progress for 8 s" in log
-    assert f"no answer from {NODES[1]}" in log or "DUE TO NODE FAILURE" in log
-    said, _ = quiet.communicate(timeout=60)
-    assert quiet.returncode == 0, said
-    assert losses(tmp_path / "run") == losses(tmp_path / "quiet")
-    assert sorted(losses(tmp_path / "run")) == list(range(1, 13))
 
 
 # --- a job of higher priority wants the nodes

@@ -1,11 +1,9 @@
 """slurm/pretrain.sh on a real cluster: tasks and their environment, how jobs end and go on."""
 
-import contextlib
 import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -256,62 +254,6 @@ def test_two_nodes_train_and_a_second_job_goes_on(
     assert both[:6] == first  # with their times: not trained again
     assert [row["step"] for row in both[6:]] == [7, 8, 9]
     assert len(list((tmp_path / "run/checkpoints").glob("step-*/manifest.json"))) == 2
-
-
-def tasks_of(cluster: Cluster, job: int) -> dict[int, int]:
-    """The running trainer of every rank of a job: its process."""
-    found = {}
-    for process in cluster.processes():
-        with contextlib.suppress(OSError):  # ended meanwhile
-            text = Path(f"/proc/{process}/environ").read_bytes().decode()
-            environment = dict(line.split("=", 1) for line in text.split("\0") if "=" in line)
-            command = Path(f"/proc/{process}/cmdline").read_bytes()
-            if environment.get("SLURM_JOB_ID") == str(job) and command.startswith(
-                f"{sys.executable}\0-m\0training.train".encode()
-            ):
-                found[int(environment["SLURM_PROCID"])] = process
-    return found
-
-
-def test_two_nodes_survive_faults(cluster: Cluster, tmp_path: Path, digits_corpus: Path) -> None:
-    """The trainer itself: a killed rank, then a signal; the losses are those of a quiet run."""
-
-    def submit(run: str) -> int:
-        return cluster.submit(
-            PRETRAIN,
-            DIGITS,
-            f"output_dir={tmp_path}/{run}",
-            "train.steps=24",
-            "train.precision=fp32",
-            "checkpoint.every_steps=2",
-            "data.prepare=null",
-            f"data.shards=[{digits_corpus}/train]",
-            "data.eval_shards=[]",
-            f"data.tokenizer={digits_corpus}/tokenizer.model",
-            "deepspeed.param_persistence_threshold=0",
-            env={"PYTHON": sys.executable},
-        )
-
-    def wait_for_step(job: int, step: int) -> None:
-        deadline = time.monotonic() + 60
-        path = tmp_path / "faults/metrics.jsonl"
-        while not path.exists() or not any(row["step"] >= step for row in metrics(path.parent)):
-            assert time.monotonic() < deadline, cluster.logs(job)
-            time.sleep(0.05)
-
-    quiet = submit("quiet")
-    cluster.wait(quiet, timeout=120)
-    job = submit("faults")
-    wait_for_step(job, 5)
-    os.kill(tasks_of(cluster, job)[1], signal.SIGKILL)
-    wait_for_step(job, 10)
-    cluster.run("scancel", "--batch", "--signal=USR1", str(job))
-    log = cluster.wait(job, timeout=180).log
-    assert "restart 1 of at most 3" in log and "requeued; it goes on at step" in log
-    expected, found = metrics(tmp_path / "quiet"), metrics(tmp_path / "faults")
-    assert {row["step"]: row["loss"] for row in found} == {
-        row["step"]: row["loss"] for row in expected
-    }
 
 
 def test_a_wrong_setting_fails_the_job_at_once(cluster: Cluster, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """slurm/pretrain.sh when ranks die, nodes are lost, and signals arrive, on a real cluster.
 
 A small program stands in for the trainer: it has steps, saves each of them, goes on from the last
-one, and ends with the trainer's exit codes. test_two_nodes_survive_faults runs the trainer itself.
+one, and ends with the trainer's exit codes. test_trainer_faults.py runs the trainer itself.
 """
 
 import os

@@ -117,7 +117,7 @@ def test_another_model_is_refused_whatever_is_allowed(
 
 
 def test_a_run_ends_with_its_data_and_saves(
-    two_ranks: RankPool, digits_corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+    two_ranks: RankPool, digits_corpus: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
     settings = [
