@@ -6,6 +6,8 @@ ARGS ?=
 VENV := .venv
 PY := $(VENV)/bin/python
 GPUS := $(shell nvidia-smi -L 2>/dev/null | wc -l)
+# Tests that several processes, a cluster or a GPU belong to.
+ALONE := multiprocess or slurm or gpu
 # One rank per GPU, two on a machine without; the demos' packs_per_step allows 1 and 2.
 NPROC ?= $(if $(filter 1,$(GPUS)),1,2)
 export OMP_NUM_THREADS ?= 1
@@ -40,7 +42,10 @@ pretrain: setup
 test: setup
 	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	  bash tests/slurm/install.sh; bash tests/install_chromium.sh || true; fi
-	$(PY) -m pytest $(ARGS)
+	@# Tests of one process side by side, the others one after the other; 5: none was selected.
+	@$(PY) -m pytest -n logical --maxprocesses 4 --dist loadfile -m "not ($(ALONE))" $(ARGS); \
+	  side=$$?; $(PY) -m pytest -m "$(ALONE)" $(ARGS); alone=$$?; \
+	  [ $$side$$alone != 55 ] && [[ $$side =~ ^[05]$$ ]] && [[ $$alone =~ ^[05]$$ ]]
 
 chaos: setup
 	$(PY) -m tests.training.chaos $(ARGS)

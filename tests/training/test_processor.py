@@ -420,10 +420,12 @@ def test_bad_input_is_one_error_that_names_the_argument(processor, change, messa
 
 
 @pytest.mark.parametrize("data", [b"", b"no image at all", TRUNCATED, b"%!PS-Adobe-3.0 EPSF-3.0\n"])
-def test_a_file_that_is_no_image_is_named(processor, tmp_path, data):
-    (tmp_path / "file.jpg").write_bytes(data)
+@pytest.mark.parametrize("below", ["", "a-long-name/" * 20])
+def test_a_file_that_is_no_image_is_named(processor, tmp_path, data, below):
+    (tmp_path / below).mkdir(parents=True, exist_ok=True)
+    (tmp_path / below / "file.jpg").write_bytes(data)
     with pytest.raises(ValueError, match=r"images\[1\] is .*file.jpg.* cannot be used as an image"):
-        processor(images=[ONE, str(tmp_path / "file.jpg")], text="<image><image>")
+        processor(images=[ONE, str(tmp_path / below / "file.jpg")], text="<image><image>")
 
 
 def test_an_image_that_would_fill_the_memory_is_refused(processor, monkeypatch):

@@ -130,11 +130,16 @@ def to_rgb(image: Any, name: str) -> Image.Image:
     except MemoryError:
         raise
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
-        shown = repr(image[:80]) if isinstance(image, str) else f"of type {type(image).__name__}"
+        shown = _shorten(image) if isinstance(image, str) else f"of type {type(image).__name__}"
         raise ValueError(
             f"{name} is {shown} and cannot be used as an image: {str(error) or repr(error)}"
         ) from error
     return rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb
+
+
+def _shorten(text: str) -> str:
+    """A path, URL or encoded picture for a message: its end names the file."""
+    return repr(text) if len(text) <= 200 else f"{text[:60]!r} ... {text[-60:]!r}"
 
 
 def cut_tiles(
