@@ -1,6 +1,10 @@
 """Writing files so that a reader, or a process killed half-way, never sees half of one."""
 
+import fcntl
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -19,3 +23,21 @@ def write_atomically(path: Path, data: bytes) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def file_lock(path: Path, shared: bool = False) -> Iterator[None]:
+    """Wait for a lock on `path` and hold it; the kernel drops it should this process die.
+
+    shared: beside others that share it. Where the file system has no locks there is none.
+    """
+    mode = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    with path.open("a+b") as file:
+        try:
+            fcntl.lockf(file, mode | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            print(f"waiting for another process that works in {path.parent}", file=sys.stderr)
+            fcntl.lockf(file, mode)
+        except OSError:
+            pass
+        yield

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from data_pipeline.corpus import cost_of, make_exact_builder, open_corpus, open_mixture
 from data_pipeline.errors import InputError
-from data_pipeline.files import write_atomically
+from data_pipeline.files import file_lock, write_atomically
 from data_pipeline.index import build_index
 from data_pipeline.loader import PackBuilder, PackedBatch, StepLoader
 from data_pipeline.mixture import DatasetSettings
@@ -97,16 +97,18 @@ class Run:
         """Write and index the demo corpus if it is not there."""
         data, settings = self.config.data, self.config.data.prepare
         assert settings is not None
-        if settings.out.exists():
-            check_prepared(settings)
-        else:
-            prepare_demo(
-                settings.format,
-                settings.out,
-                train_samples=settings.train_samples,
-                eval_samples=settings.eval_samples,
-                seed=settings.seed,
-            )
+        if not settings.out.exists():
+            settings.out.parent.mkdir(parents=True, exist_ok=True)
+            with file_lock(settings.out.with_name(f".{settings.out.name}.lock")):
+                if not settings.out.exists():  # else another run wrote it meanwhile
+                    prepare_demo(
+                        settings.format,
+                        settings.out,
+                        train_samples=settings.train_samples,
+                        eval_samples=settings.eval_samples,
+                        seed=settings.seed,
+                    )
+        check_prepared(settings)
         tokenizer = load_tokenizer(data.tokenizer)
         storage = Storage(data.storage)
         sources = [source.shards for source in data.sources.values()]

@@ -1,15 +1,18 @@
 """Index shards, several at a time, and publish the result in one go."""
 
 import multiprocessing
+import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import ExitStack
 from pathlib import Path
 
 from tqdm import tqdm
 
 from data_pipeline.chat import ChatSettings
 from data_pipeline.errors import InputError
+from data_pipeline.files import file_lock
 from data_pipeline.index.columns import load_columns, load_header, save_columns
 from data_pipeline.index.files import IndexFiles, find_index_files
 from data_pipeline.index.header import ShardHeader
@@ -31,9 +34,10 @@ def build_index(
 ) -> None:
     """Index the shards that changed since they were indexed, and publish the index.
 
-    Samples left out are printed. InputError naming every shard that is truncated, damaged or
-    without a usable sample: the earlier index then stays as it was, and what is finished is kept
-    for the next run.
+    Where nothing changed, nothing is written. A second run on the same index waits for the first,
+    and finds its work. Samples left out are printed. InputError naming every shard that is
+    truncated, damaged or without a usable sample: the earlier index then stays as it was, and what
+    is finished is kept for the next run.
 
     Args:
         workers: processes that share the shards; with 1 all happens in this process.
@@ -48,10 +52,21 @@ def build_index(
     storage = storage or Storage()
     shards = storage.expand(patterns)
     files = find_index_files(shards, index_dir)
-    _make_folders(files)
     job = _Job(tokenizer, chat, storage, files)
-    own = shards[part::parts]
-    stats = dict(zip(own, storage.stat_all(own), strict=True))
+    if parts == 1 and _is_published(shards, job):
+        return
+    _make_folders(files)
+    with ExitStack() as locks:
+        for place in files.values():
+            locks.enter_context(file_lock(place.lock, shared=parts > 1))
+        _index(shards[part::parts], job, workers)
+        if parts == 1:
+            _publish(shards, job)
+
+
+def _index(shards: Sequence[Shard], job: "_Job", workers: int) -> None:
+    """Index those of the shards that changed; their columns then wait to be published."""
+    stats = dict(zip(shards, job.storage.stat_all(shards), strict=True))
     todo = {shard: stat for shard, stat in stats.items() if job.find_done(shard, stat) is None}
     problems: list[str] = []
     headers: list[ShardHeader] = []
@@ -67,8 +82,6 @@ def build_index(
     _print_summary(headers)
     if problems:
         raise InputError("\n".join(sorted(problems)))
-    if parts == 1:
-        _publish(shards, job)
 
 
 class _Job:
@@ -182,25 +195,52 @@ def _publish(shards: Sequence[Shard], job: _Job) -> None:
     Killed between the moves and the manifest, the two disagree by digest: `Index.columns` says so,
     and the next run only has to write the manifest.
     """
-    stats = job.storage.stat_all(shards)
-    finished = {
-        shard: job.find_done(shard, stat, whole=False)
-        for shard, stat in zip(shards, stats, strict=True)
-    }
-    if changed := [str(shard) for shard, done in finished.items() if done is None]:
+    finished = _finished(shards, job, whole=False)
+    if changed := [str(shard) for shard in shards if shard not in finished]:
         raise InputError(f"{', '.join(changed)} changed while indexed; run again once complete")
-    for folder, files in job.files.items():
-        try:
-            headers = files.read_manifest()
-        except InputError:  # none yet, or of an earlier schema
-            headers = {}
-        if "://" not in folder:
-            headers = {n: header for n, header in headers.items() if (Path(folder) / n).exists()}
-        for shard, done in finished.items():
-            if shard.folder == folder and done is not None:
-                path, headers[shard.name] = done
+    for files in job.files.values():
+        for shard, (path, _) in finished.items():
+            if shard.folder == files.shards:
                 path.replace(files.columns(shard))
-        files.write_manifest(headers)
-        for left_over in files.partial_folder.iterdir():
-            left_over.unlink()
-        files.partial_folder.rmdir()
+        files.write_manifest(_headers(files, finished))
+        shutil.rmtree(files.partial_folder, ignore_errors=True)
+
+
+def _is_published(shards: Sequence[Shard], job: _Job) -> bool:
+    """Whether `_publish` would change nothing."""
+    finished = _finished(shards, job, whole=True)
+    return all(
+        shard in finished and finished[shard][0] == job.files[shard.folder].columns(shard)
+        for shard in shards
+    ) and all(
+        not files.partial_folder.exists() and _manifest(files) == _headers(files, finished)
+        for files in job.files.values()
+    )
+
+
+def _finished(
+    shards: Sequence[Shard], job: _Job, whole: bool
+) -> dict[Shard, tuple[Path, ShardHeader]]:
+    """Those of the shards that are indexed as they are now, as in `_Job.find_done`."""
+    stats = zip(shards, job.storage.stat_all(shards), strict=True)
+    done = ((shard, job.find_done(shard, stat, whole)) for shard, stat in stats)
+    return {shard: found for shard, found in done if found is not None}
+
+
+def _headers(
+    files: IndexFiles, finished: dict[Shard, tuple[Path, ShardHeader]]
+) -> dict[str, ShardHeader]:
+    """What the manifest lists once these shards are published; no shard that is gone."""
+    headers = _manifest(files)
+    if "://" not in files.shards:
+        headers = {n: h for n, h in headers.items() if (Path(files.shards) / n).exists()}
+    own = {s.name: header for s, (_, header) in finished.items() if s.folder == files.shards}
+    return headers | own
+
+
+def _manifest(files: IndexFiles) -> dict[str, ShardHeader]:
+    """What the manifest lists; nothing if there is none yet, or one of an earlier schema."""
+    try:
+        return files.read_manifest()
+    except InputError:
+        return {}

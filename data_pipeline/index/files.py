@@ -3,6 +3,7 @@
 <index>/manifest.json       one header per indexed shard of a folder
 <index>/<shard stem>.npz    its columns
 <index>/partial/            finished shards of a run that is not finished
+<index>/.lock               held by a run while it lasts
 
 <index> is <folder of the shards>/index, or with an index folder of its own one folder in there for
 each folder of shards.
@@ -41,6 +42,11 @@ class IndexFiles:
     def partial_folder(self) -> Path:
         """Where finished shards wait for the rest of their run."""
         return self.folder / "partial"
+
+    @property
+    def lock(self) -> Path:
+        """Held exclusively by the run that publishes, shared by those that index a share."""
+        return self.folder / ".lock"
 
     def columns(self, shard: Shard) -> Path:
         """The published columns of a shard."""

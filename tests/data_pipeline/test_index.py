@@ -20,6 +20,7 @@ from PIL import Image
 import data_pipeline.index.build as build_module
 from data_pipeline.chat import ChatSettings, image_names, parse_sample, tokenize_chat
 from data_pipeline.errors import InputError
+from data_pipeline.files import file_lock
 from data_pipeline.index import BadSample, Index, build_index, load_index
 from data_pipeline.index.__main__ import main
 from data_pipeline.index.columns import COLUMNS
@@ -323,6 +324,34 @@ def test_killed_half_way_leaves_the_earlier_index_and_goes_on(
         build_index(str(shards), tokenizer, other)
     assert_same_index(load_index(str(shards), tokenizer, CHAT), first)
     build_and_load(shards, tokenizer, other)
+
+
+def test_nothing_is_written_where_nothing_changed(shards: Path, tokenizer: Tokenizer) -> None:
+    def written() -> dict[str, int]:
+        return {p.name: p.stat().st_mtime_ns for p in [shards, *(shards / "index").iterdir()]}
+
+    build_and_load(shards, tokenizer)
+    before = written()
+    build_and_load(shards, tokenizer)
+    assert written() == before
+    sorted(shards.glob("*.tar"))[0].unlink()  # a shard that is gone leaves the list
+    assert len(build_and_load(shards, tokenizer).shards) == len(list(shards.glob("*.tar")))
+    assert written()["manifest.json"] != before["manifest.json"]
+
+
+def test_a_second_run_waits_for_the_first(shards: Path, tokenizer: Tokenizer) -> None:
+    (shards / "index").mkdir()
+    command = [sys.executable, "-m", "data_pipeline.index", str(shards)]
+    command += ["--tokenizer", tokenizer.source, "--system", CHAT.system]
+    with file_lock(shards / "index/.lock"):
+        second = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        assert second.stderr is not None
+        assert "waiting for another process that works in" in second.stderr.readline()
+        build_index(str(shards), tokenizer, CHAT)
+        manifest = (shards / "index/manifest.json").stat().st_mtime_ns
+    assert second.wait(timeout=60) == 0, second.stderr.read()
+    load_index(str(shards), tokenizer, CHAT)
+    assert (shards / "index/manifest.json").stat().st_mtime_ns >= manifest
 
 
 def test_killed_while_publishing_is_noticed(
