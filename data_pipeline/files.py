@@ -29,10 +29,16 @@ def write_atomically(path: Path, data: bytes) -> None:
 def file_lock(path: Path, shared: bool = False) -> Iterator[None]:
     """Wait for a lock on `path` and hold it; the kernel drops it should this process die.
 
-    shared: beside others that share it. Where the file system has no locks there is none.
+    shared: beside others that share it. There is none where the file system has no locks, or where
+    another user made the file.
     """
     mode = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-    with path.open("a+b") as file:
+    try:
+        file = path.open("a+b")
+    except PermissionError:
+        yield
+        return
+    with file:
         try:
             fcntl.lockf(file, mode | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
