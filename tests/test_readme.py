@@ -160,19 +160,24 @@ def test_the_layout_names_folders_that_exist() -> None:
             assert any((base / name).exists() for base in (ROOT, ROOT / "data_pipeline")), name
 
 
-@pytest.mark.parametrize("demo", ["digits", "grid"])
-def test_the_numbers_are_those_recorded(demo: str) -> None:
+@pytest.mark.parametrize(
+    ("record", "label"),
+    [("digits", "digits"), ("digits_seed1", "digits, seed 1"), ("grid", "grid")],
+)
+def test_the_numbers_are_those_recorded(record: str, label: str) -> None:
     readme = (ROOT / "README.md").read_text()
-    recorded = json.loads((ROOT / f"training/results/{demo}.json").read_text())
+    recorded = json.loads((ROOT / f"training/results/{record}.json").read_text())
     accuracy: dict[str, dict[int, float]] = {}
     for row in recorded["evaluation"]:
         accuracy.setdefault(row["detail"], {})[row["num_image_tokens"]] = 100 * row["accuracy"]
     for detail in accuracy.keys() - {"all"}:
         cells = " | ".join(f"{accuracy[detail][count]:.1f}" for count in (4, 16, 64))
-        assert f"| {demo}, {detail} | {cells} |" in readme
+        assert f"| {label}, {detail} | {cells} |" in readme
+    assert recorded["machine"] in readme
+    if record == "digits_seed1":
+        return  # other work ran beside it: no time of it is told
     training = f"{recorded['steps']} steps in {recorded['training_s']:.0f} s"
     assert f"{training}, the whole command {recorded['wall_s']:.0f} s" in " ".join(readme.split())
-    assert recorded["machine"] in readme
 
 
 def test_the_projector_table_is_the_recorded_calculation() -> None:
