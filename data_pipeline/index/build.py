@@ -202,20 +202,21 @@ def _publish(shards: Sequence[Shard], job: _Job) -> None:
         for shard, (path, _) in finished.items():
             if shard.folder == files.shards:
                 path.replace(files.columns(shard))
-        files.write_manifest(_headers(files, finished))
+        files.write_manifest(_headers(files, _manifest(files), finished))
         shutil.rmtree(files.partial_folder, ignore_errors=True)
 
 
 def _is_published(shards: Sequence[Shard], job: _Job) -> bool:
     """Whether `_publish` would change nothing."""
+    for files in job.files.values():
+        if files.partial_folder.exists() or not files.manifest.exists():
+            return False
     finished = _finished(shards, job, whole=True)
-    return all(
-        shard in finished and finished[shard][0] == job.files[shard.folder].columns(shard)
-        for shard in shards
-    ) and all(
-        not files.partial_folder.exists() and _manifest(files) == _headers(files, finished)
-        for files in job.files.values()
-    )
+    for shard in shards:
+        if shard not in finished or finished[shard][0] != job.files[shard.folder].columns(shard):
+            return False
+    listed = {files: _manifest(files) for files in job.files.values()}
+    return all(_headers(files, headers, finished) == headers for files, headers in listed.items())
 
 
 def _finished(
@@ -228,10 +229,11 @@ def _finished(
 
 
 def _headers(
-    files: IndexFiles, finished: dict[Shard, tuple[Path, ShardHeader]]
+    files: IndexFiles,
+    headers: dict[str, ShardHeader],
+    finished: dict[Shard, tuple[Path, ShardHeader]],
 ) -> dict[str, ShardHeader]:
-    """What the manifest lists once these shards are published; no shard that is gone."""
-    headers = _manifest(files)
+    """What the manifest lists once these shards join its `headers`; no shard that is gone."""
     if "://" not in files.shards:
         headers = {n: h for n, h in headers.items() if (Path(files.shards) / n).exists()}
     own = {s.name: header for s, (_, header) in finished.items() if s.folder == files.shards}
