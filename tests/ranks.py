@@ -46,9 +46,7 @@ class RankPool:
 
     def _start(self) -> None:
         context = forkserver()
-        with socket.socket() as server:
-            server.bind(("127.0.0.1", 0))
-            port = server.getsockname()[1]
+        port = free_port()
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
             process = context.Process(
@@ -74,6 +72,13 @@ PRELOAD = [
     "transformers.models.qwen2.modeling_qwen2",
     "transformers.models.siglip.modeling_siglip",
 ]
+
+
+def free_port() -> int:
+    """A port for MASTER_PORT."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
 
 
 def forkserver() -> Any:

@@ -1,12 +1,13 @@
 """How a rank's process ends."""
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.ranks import free_port
 
 ROOT = Path(__file__).parents[2]
 
@@ -65,11 +66,8 @@ def start(program: str, rank: int = 0, world_size: int = 1) -> subprocess.Popen[
 def test_a_thread_of_gloo_cannot_abort_a_run_that_ended_well(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        port = server.getsockname()[1]
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    monkeypatch.setenv("MASTER_PORT", str(port))
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
     processes = [start(BUSY_GLOO, rank, 2) for rank in range(2)]
     errors = [process.communicate(timeout=120)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], errors
