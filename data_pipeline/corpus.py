@@ -7,11 +7,12 @@ from transformers import AutoConfig
 
 from data_pipeline.balance import CostModel
 from data_pipeline.batch import LossWeighting, PackBuilder
+from data_pipeline.config_file import load_settings
 from data_pipeline.errors import InputError
 from data_pipeline.index import load_index
 from data_pipeline.mixture import Dataset, DatasetSettings, Mixture
 from data_pipeline.plan import Planner
-from data_pipeline.settings import DataSettings
+from data_pipeline.settings import DataConfig, DataSettings
 from data_pipeline.storage import Storage
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer
 
@@ -98,3 +99,23 @@ def cost_of(vision: dict[str, Any], llm: dict[str, Any]) -> CostModel:
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"the model section does not describe a model: {error}") from error
     return CostModel.from_configs(*full)
+
+
+def open_config(path: str, overrides: list[str]) -> tuple[DataConfig, Corpus]:
+    """Read a training config and open its data.
+
+    Raises:
+        InputError: a setting is wrong, the demo corpus is not there yet, or a shard is not indexed.
+    """
+    config = load_settings(DataConfig, path, overrides)
+    prepare = config.data.prepare
+    if prepare is not None and not prepare.out.exists():
+        raise InputError(
+            f"{prepare.out} is not there yet: training with {path} writes it, or run "
+            f"python -m data_pipeline.prepare --format {prepare.format} {prepare.out} and "
+            "python -m data_pipeline.index on its folders"
+        )
+    vision, llm = config.model.vision.get("config"), config.model.llm.get("config")
+    if not isinstance(vision, dict) or not isinstance(llm, dict):
+        raise InputError(f"{path}: model.vision.config and model.llm.config must be mappings")
+    return config, open_corpus(config.data, config.seed, cost_of(vision, llm))

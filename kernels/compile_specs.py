@@ -15,8 +15,8 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 from kernels import launch, triton_impl
-from kernels.layout import tile_layout
 from kernels.passes import Pooling
+from kernels.tile_layout import tile_layout
 from kernels.triton_impl.column_sum import column_sum
 from kernels.triton_impl.dual_gemm import dual_gemm_swiglu
 from kernels.triton_impl.gate_gemm import gate_gemm_backward

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.layout import TileLayout
+from kernels.tile_layout import TileLayout
 
 
 class Weights(NamedTuple):

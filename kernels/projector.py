@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kernels.checks import check_choice, check_inputs, sides_tensor
+from kernels.arguments import check_choice, check_inputs, sides_tensor
 from kernels.dispatch import GEMM_CHOICES, IMPLEMENTATIONS
 from kernels.registration import Options, projector_forward
 

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.checks import check_inputs, sides_tensor
-from kernels.layout import tile_layout
+from kernels.arguments import check_inputs, sides_tensor
 from kernels.pooling import pool_tiles
+from kernels.tile_layout import tile_layout
 
 
 def projector_reference(

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from kernels.dispatch import implementation, use_fused
-from kernels.layout import TileLayout, tile_layout
 from kernels.passes import Needs, Pooling, Saved, Weights, backward, forward
+from kernels.tile_layout import TileLayout, tile_layout
 
 
 def steps(impl: str, gemm: str, kernel: str, like: Tensor) -> tuple[ModuleType, bool]:

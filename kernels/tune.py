@@ -23,10 +23,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from kernels.launch import TILES_VARIABLE, LaunchConfig, device_architecture, launch_config, trial
-from kernels.layout import tile_layout
 from kernels.passes import Pooling
 from kernels.profile.system import describe_machine
 from kernels.profile.timing import time_call
+from kernels.tile_layout import tile_layout
 
 ROWS = (1024, 4096, 16384, 65536)
 MAX_ACCUMULATORS = 128  # float32 registers per thread; with more, a kernel spills

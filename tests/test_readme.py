@@ -49,8 +49,8 @@ SMALLER: dict[str, str | None] = {
     COMMANDS[12]: "",  # index a brace pattern
     COMMANDS[13]: "",  # index --check
     "sbatch slurm/index.sh data/captions --tokenizer data/digits/tokenizer.model": None,
-    "python -m data_pipeline.plan stats training/configs/digits.yaml --out runs/stats.png": (
-        "python -m data_pipeline.plan stats training/configs/digits.yaml --out runs/stats.png "
+    "python -m data_pipeline.stats plan training/configs/digits.yaml --out runs/stats.png": (
+        "python -m data_pipeline.stats plan training/configs/digits.yaml --out runs/stats.png "
         "data.prepare.train_samples=240 data.prepare.eval_samples=24"
     ),
     COMMANDS[16]: "",  # plan simulate

@@ -20,14 +20,14 @@ from data_pipeline.settings import PrepareSettings
 from data_pipeline.storage import Storage
 from data_pipeline.tokenizer import load_tokenizer
 from kernels import implementation
-from training.build import DTYPES
 from training.config import RunConfig, save_config
 from training.distributed import Ranks, from_main
-from training.evaluate import Evaluation, evaluate
+from training.evaluate.in_training import Evaluation, evaluate
 from training.metrics import MetricsLog
-from training.plots import plot_run
+from training.metrics.run_curve import plot_run
+from training.model.build import DTYPES
+from training.parameters import module_table
 from training.precision import has_fast_bf16
-from training.stages import module_table
 
 
 def check_prepared(settings: PrepareSettings) -> None:

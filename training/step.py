@@ -9,10 +9,10 @@ from data_pipeline.loader import StepBatch
 from training.distributed import Ranks, all_reduce_sum
 from training.health import LossGuard, Verdict
 from training.health.loss_guard import SKIPPED
-from training.inputs import model_inputs
 from training.metrics import StepMeter, weight_sum
+from training.model.pack_inputs import model_inputs
+from training.parameters import learning_rate_factor
 from training.run import Run
-from training.stages import learning_rate_factor
 
 
 def shared_denominator(batch: StepBatch | None, stop: bool, ranks: Ranks) -> float | None:

@@ -21,13 +21,13 @@ from data_pipeline.errors import InputError
 from training import checkpoint, exit_codes
 from training.config import RunConfig, load_config
 from training.distributed import Ranks, from_main, init_distributed
-from training.engine import build_engine
 from training.health import Monitor, StopRequest
 from training.health.loss_guard import WINDOW
 from training.metrics import MetricsLog, StepMeter, read_metrics
 from training.precision import settle_precision
 from training.run import Run
 from training.step import shared_denominator, train_step
+from training.zero3.engine import build_engine
 
 
 def train(config: RunConfig, ranks: Ranks, stop: StopRequest | None = None) -> int:

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from data_pipeline.balance.checks import check_budget, checked_values
 from data_pipeline.balance.deal import Ints, deal
 from data_pipeline.balance.exchange import Exchange
 from data_pipeline.balance.fit import Caps, best_fit_decreasing, evict, gather
+from data_pipeline.balance.validation import check_budget, checked_values
 from data_pipeline.draw import uniform_hash
 from data_pipeline.errors import InputError
 

@@ -22,7 +22,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.errors import InputError, run_cli
+from data_pipeline.cli import run_cli
+from data_pipeline.errors import InputError
 from data_pipeline.files import write_atomically
 
 NAMES = ("planner", "index", "loader", "startup")
@@ -76,7 +77,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def _module(name: str) -> Any:
     if name not in NAMES:
         raise InputError(f"there is no benchmark {name!r}; name any of {', '.join(NAMES)}")
-    full_name = f"data_pipeline.bench.{name}"
+    full_name = f"data_pipeline.bench.bench_{name}"
     try:
         return importlib.import_module(full_name)
     except ModuleNotFoundError as error:

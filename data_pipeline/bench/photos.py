@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 
 from data_pipeline.chat import ChatSettings
 from data_pipeline.index import build_index
-from data_pipeline.prepare.shards import SampleWriter, ShardLimits
+from data_pipeline.prepare.shard_writer import SampleWriter, ShardLimits
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 
 SIZES = ((640, 480), (480, 640), (800, 600), (1024, 768), (1280, 960), (1200, 1600), (1600, 1200))
@@ -23,7 +23,7 @@ _TEXT = (
 
 
 @dataclass(frozen=True)
-class Corpus:
+class PhotoCorpus:
     """Shards with their index, and what they were indexed with."""
 
     shards: Path
@@ -32,7 +32,7 @@ class Corpus:
     num_samples: int
 
 
-def make_corpus(folder: Path, num_samples: int, num_shards: int) -> Corpus:
+def make_corpus(folder: Path, num_samples: int, num_shards: int) -> PhotoCorpus:
     """Samples of one photograph and a few sentences; every tenth has no image."""
     rng = np.random.default_rng(0)
     limits = ShardLimits(samples=-(-num_samples // num_shards))
@@ -55,7 +55,7 @@ def make_corpus(folder: Path, num_samples: int, num_shards: int) -> Corpus:
     train_sentencepiece(texts, folder / "tokenizer.model", 600)
     tokenizer, chat = load_tokenizer(folder / "tokenizer.model"), ChatSettings()
     build_index(str(folder / "shards"), tokenizer, chat)
-    return Corpus(folder / "shards", tokenizer, chat, num_samples)
+    return PhotoCorpus(folder / "shards", tokenizer, chat, num_samples)
 
 
 def make_photo(width: int, height: int, seed: int) -> bytes:

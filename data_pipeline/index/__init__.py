@@ -8,12 +8,12 @@ it. A run that is killed leaves the earlier index in place, and the next run goe
 stopped. A shard whose size and modification time (or ETag) are unchanged is not read again.
 """
 
-from data_pipeline.index.build import build_index
+from data_pipeline.index.builder import build_index
 from data_pipeline.index.check import CheckReport, check_index
 from data_pipeline.index.columns import ShardColumns
 from data_pipeline.index.header import BadSample
 from data_pipeline.index.index import Index
-from data_pipeline.index.load import load_index
+from data_pipeline.index.open_index import load_index
 
 __all__ = [
     "BadSample",

@@ -6,11 +6,12 @@ import sys
 from collections.abc import Sequence
 
 from data_pipeline.chat import ChatSettings
-from data_pipeline.errors import InputError, run_cli
-from data_pipeline.index.build import build_index
+from data_pipeline.cli import run_cli
+from data_pipeline.errors import InputError
+from data_pipeline.index.builder import build_index
 from data_pipeline.index.check import check_index
-from data_pipeline.index.files import find_index_files, find_tokenizer
-from data_pipeline.index.load import load_index
+from data_pipeline.index.index_files import find_index_files, find_tokenizer
+from data_pipeline.index.open_index import load_index
 from data_pipeline.storage import Storage, StorageSettings
 from data_pipeline.tokenizer import load_tokenizer
 

@@ -11,9 +11,9 @@ from tqdm import tqdm
 
 from data_pipeline.errors import InputError
 from data_pipeline.index.columns import ShardColumns
-from data_pipeline.index.files import IndexFiles, find_index_files
 from data_pipeline.index.header import ShardHeader
-from data_pipeline.index.load import load_shard_columns, read_headers
+from data_pipeline.index.index_files import IndexFiles, find_index_files
+from data_pipeline.index.open_index import load_shard_columns, read_headers
 from data_pipeline.index.tar import SampleMembers, group_samples, scan_tar
 from data_pipeline.storage import Patterns, ReadAhead, Shard, Storage
 

@@ -4,11 +4,12 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_pipeline.errors import InputError, run_cli
+from data_pipeline.cli import add_config_arguments, at_least, run_cli
+from data_pipeline.corpus import open_config
+from data_pipeline.errors import InputError
 from data_pipeline.files import write_atomically
+from data_pipeline.inspect.inspection import InspectSettings, inspect_plan
 from data_pipeline.inspect.page import render
-from data_pipeline.inspect.report import InspectSettings, make_report
-from data_pipeline.plan.cli import add_config_arguments, at_least, open_config
 
 _DESCRIPTION = """\
 Write an HTML page that shows what the model will see in training: samples with
@@ -25,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise InputError(f"--out {options.out} is a folder; name a file, such as report.html")
     config, corpus = open_config(options.config, options.overrides)
     settings = InspectSettings(options.first_step, options.steps, options.packs, options.samples)
-    report = make_report(config, corpus, settings)
+    report = inspect_plan(config, corpus, settings)
     page = render(report, " ".join([options.config, *options.overrides]))
     data = page.encode(errors="backslashreplace")
     try:

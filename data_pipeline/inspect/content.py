@@ -61,7 +61,7 @@ def unpack(batch: PackedBatch, plan: PackPlan, tokenizer: Tokenizer) -> list[Bui
 
 
 @dataclass(frozen=True)
-class Piece:
+class ShownPiece:
     """Text that `tokens` neighbouring tokens give, all of them supervised or none.
 
     kind: "text", "special" (a marker of the prompt) or "image" (a run of <IMG_CONTEXT>).
@@ -73,7 +73,7 @@ class Piece:
     tokens: int = 1
 
 
-def pieces(sample: BuiltSample, image_tiles: list[int], tokenizer: Tokenizer) -> list[Piece]:
+def pieces(sample: BuiltSample, image_tiles: list[int], tokenizer: Tokenizer) -> list[ShownPiece]:
     """A sample token by token; several tokens in a piece only where they make up one character.
 
     Args:
@@ -86,18 +86,18 @@ def pieces(sample: BuiltSample, image_tiles: list[int], tokenizer: Tokenizer) ->
         kind = "image" if token[0] == context else "special" if token[0] in specials else "text"
         return kind, token[1] != IGNORE
 
-    found: list[Piece] = []
+    found: list[ShownPiece] = []
     images = _image_names(sample, image_tiles)
     tokens = zip(sample.input_ids.tolist(), sample.labels.tolist(), strict=True)
     for (kind, supervised), run in groupby(tokens, kind_and_label):
         ids = [token for token, _ in run]
         if kind == "image":
-            found.append(Piece(next(images), kind, supervised, len(ids)))
+            found.append(ShownPiece(next(images), kind, supervised, len(ids)))
         elif kind == "special":
-            found += [Piece(specials[token], kind, supervised) for token in ids]
+            found += [ShownPiece(specials[token], kind, supervised) for token in ids]
         else:
             texts = _decode(ids, tokenizer)
-            found += [Piece(visible(text), kind, supervised, count) for text, count in texts]
+            found += [ShownPiece(visible(text), kind, supervised, count) for text, count in texts]
     return found
 
 

@@ -9,14 +9,14 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from data_pipeline.inspect import charts
 from data_pipeline.inspect.content import visible
-from data_pipeline.inspect.report import Report, StepView
+from data_pipeline.inspect.inspection import Inspection, StepView
 from data_pipeline.mixture import split_ids
 
 _MAX_ROWS = 20_000
 """Rows of a table; more are counted only, browsers give up on them."""
 
 
-def render(report: Report, title: str) -> str:
+def render(report: Inspection, title: str) -> str:
     """The whole page; `title` names the config."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -64,7 +64,7 @@ def percent(fraction: float) -> str:
     return f"{100 * fraction:.1f} %"
 
 
-def _totals(report: Report) -> list[tuple[str, int]]:
+def _totals(report: Inspection) -> list[tuple[str, int]]:
     totals: Counter[str] = Counter()
     for dataset in report.corpus.mixture.datasets:
         totals.update(dataset.index.totals)
@@ -77,7 +77,7 @@ def _totals(report: Report) -> list[tuple[str, int]]:
     ]
 
 
-def _datasets(report: Report) -> list[dict[str, Any]]:
+def _datasets(report: Inspection) -> list[dict[str, Any]]:
     """A row per dataset; epochs when the first window shown began."""
     mixture, windows = report.corpus.mixture, report.planned.windows
     placed = split_ids(report.planned.placed.ids)[0]
@@ -103,7 +103,7 @@ def _spread(step: StepView) -> list[tuple[str, float, float]]:
     return [(name, float(v.max()), float(v.mean())) for name, v in quantities]
 
 
-def _window(report: Report) -> dict[str, Any]:
+def _window(report: Inspection) -> dict[str, Any]:
     """Numbers and histograms of the windows that hold the steps shown."""
     placed, data = report.planned.placed, report.config.data
     fill = 100 * placed.per_pack(placed.tokens).ravel() / data.pack.max_tokens
@@ -142,6 +142,6 @@ def _chart(
     return charts.histogram(values, unit, low, high), summary
 
 
-def _left_out_by_index(report: Report) -> list[tuple[str, Any]]:
+def _left_out_by_index(report: Inspection) -> list[tuple[str, Any]]:
     datasets = report.corpus.mixture.datasets
     return [(dataset.name, bad) for dataset in datasets for bad in dataset.index.bad]

@@ -6,7 +6,7 @@ import numpy as np
 
 from data_pipeline.batch import PackBuilder
 from data_pipeline.index.columns import CAPTION_JSON, CAPTION_TEXT, CHAT
-from data_pipeline.inspect.content import BuiltSample, Piece, picture, pieces, unpack
+from data_pipeline.inspect.content import BuiltSample, ShownPiece, picture, pieces, unpack
 from data_pipeline.mixture import Mixture, split_ids
 from data_pipeline.plan import PackPlan
 from data_pipeline.tiling import TilingSettings, grid_for
@@ -50,7 +50,7 @@ class SampleView:
     tokens: int
     supervised: int
     images: list[ImageView]
-    pieces: list[Piece]
+    pieces: list[ShownPiece]
     reason: str
 
 

@@ -1,9 +1,9 @@
 """The plan: which samples go into which pack of which step."""
 
 from data_pipeline.plan.evaluation import EvaluationPlan
+from data_pipeline.plan.pack_settings import PackSettings
 from data_pipeline.plan.parts import LeftOut, PackPlan, StepPlan, WindowPlan, steps_of
 from data_pipeline.plan.planner import PLAN_VERSION, Planner
-from data_pipeline.plan.settings import PackSettings
 from data_pipeline.plan.state import PlanState
 
 __all__ = [

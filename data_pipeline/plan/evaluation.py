@@ -5,7 +5,7 @@ import numpy as np
 from data_pipeline.mixture import Mixture, make_ids
 from data_pipeline.packing import best_fit
 from data_pipeline.plan.parts import PackPlan
-from data_pipeline.plan.samples import gather
+from data_pipeline.plan.window_samples import gather
 from data_pipeline.tiling import TilingSettings
 
 

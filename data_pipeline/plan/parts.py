@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_pipeline.plan.samples import Drawn, Samples
 from data_pipeline.plan.state import PlanState
+from data_pipeline.plan.window_samples import Drawn, WindowSamples
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class WindowPlan:
     beginning, `following` the next window's.
     """
 
-    samples: Samples
+    samples: WindowSamples
     drawn: Drawn
     flops: np.ndarray
     pack: np.ndarray

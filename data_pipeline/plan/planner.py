@@ -15,11 +15,11 @@ from data_pipeline.balance import DEFAULT_COST, CostModel, Packing, balance
 from data_pipeline.draw import TokenCountSettings, uniform_hash
 from data_pipeline.errors import InputError
 from data_pipeline.mixture import Mixture, make_ids, split_ids
+from data_pipeline.plan.pack_settings import PackSettings
 from data_pipeline.plan.parts import LeftOut, StepPlan, WindowPlan, steps_of
-from data_pipeline.plan.samples import Drawn, Samples, draw, gather
-from data_pipeline.plan.settings import PackSettings
 from data_pipeline.plan.state import PlanState
 from data_pipeline.plan.streams import Stream
+from data_pipeline.plan.window_samples import Drawn, WindowSamples, draw, gather
 from data_pipeline.tiling import TilingSettings
 
 PLAN_VERSION = 2
@@ -176,7 +176,7 @@ class Planner:
 
     def _packs(
         self,
-        samples: Samples,
+        samples: WindowSamples,
         drawn: Drawn,
         flops: np.ndarray,
         first: int,
@@ -227,10 +227,10 @@ class Planner:
         pack[pack >= num_steps * self.packs_per_step] = -1
         return pack, num_steps
 
-    def _shortest(self, samples: Samples) -> np.ndarray:
+    def _shortest(self, samples: WindowSamples) -> np.ndarray:
         return samples.lengths_at(self._counts.trained_sides[0])
 
-    def _fits(self, samples: Samples) -> np.ndarray:
+    def _fits(self, samples: WindowSamples) -> np.ndarray:
         fits = self._shortest(samples) <= self._pack.max_tokens
         if self._pack.max_tiles is not None:
             fits &= samples.tiles <= self._pack.max_tiles

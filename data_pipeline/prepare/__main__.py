@@ -28,8 +28,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.errors import InputError, run_cli
-from data_pipeline.prepare.shards import REPORT_NAME, ShardLimits
+from data_pipeline.cli import run_cli
+from data_pipeline.errors import InputError
+from data_pipeline.prepare.shard_writer import REPORT_NAME, ShardLimits
 
 DEMO_OPTIONS: dict[str, Any] = {
     "train_samples": 24_000,
@@ -126,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         report = prepare_finevision(sources[0], out, **options, **common)
     else:
-        from data_pipeline.prepare.demo import prepare_demo
+        from data_pipeline.prepare.demo_corpus import prepare_demo
 
         options["details"] = options.pop("detail")
         report = prepare_demo(args.format, out, **options, **common)

@@ -27,7 +27,7 @@ QUESTION_CYCLE: tuple[Question, ...] = (
 
 
 @dataclass(frozen=True)
-class Corpus:
+class CellCorpus:
     """What differs between the demo corpora.
 
     Attributes:
@@ -59,7 +59,7 @@ class CellSample:
 
 
 def draw_samples(
-    corpus: Corpus, split: Split, num_samples: int, details: Sequence[int], seed: int
+    corpus: CellCorpus, split: Split, num_samples: int, details: Sequence[int], seed: int
 ) -> Iterator[CellSample]:
     """The samples of one split, a pure function of the arguments.
 
@@ -76,7 +76,9 @@ def draw_samples(
         yield CellSample(k, layout, kind, *_ask(corpus, kind, k, layout, rng))
 
 
-def _draw_layout(corpus: Corpus, split: Split, k: int, rng: np.random.Generator) -> tuple[int, ...]:
+def _draw_layout(
+    corpus: CellCorpus, split: Split, k: int, rng: np.random.Generator
+) -> tuple[int, ...]:
     """Item ids of a k x k grid, [k * k], drawn among the grids that belong to this split."""
     # Where both splits draw from the same items, a tenth of all grids is kept for "eval".
     shared = k > 1 and np.array_equal(corpus.items["train"], corpus.items["eval"])
@@ -88,7 +90,7 @@ def _draw_layout(corpus: Corpus, split: Split, k: int, rng: np.random.Generator)
 
 
 def _ask(
-    corpus: Corpus, kind: Question, k: int, layout: Sequence[int], rng: np.random.Generator
+    corpus: CellCorpus, kind: Question, k: int, layout: Sequence[int], rng: np.random.Generator
 ) -> tuple[str, str]:
     """A question of this kind and its answer."""
     labels = corpus.labels[list(layout)]
@@ -110,7 +112,7 @@ def _ask(
 class Pictures:
     """Draws samples as PNG files; each item is painted once per cell size."""
 
-    def __init__(self, corpus: Corpus, image_size: int) -> None:
+    def __init__(self, corpus: CellCorpus, image_size: int) -> None:
         self._paint = lru_cache(maxsize=None)(corpus.paint)
         self._size = image_size
 

@@ -11,7 +11,12 @@ from tqdm import tqdm
 
 from data_pipeline.errors import InputError
 from data_pipeline.images import image_size
-from data_pipeline.prepare.shards import SampleWriter, ShardLimits, staged_output, write_report
+from data_pipeline.prepare.shard_writer import (
+    SampleWriter,
+    ShardLimits,
+    staged_output,
+    write_report,
+)
 
 # The rest is in prepare.json only.
 MAX_PRINTED_FAULTS = 20

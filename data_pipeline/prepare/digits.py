@@ -4,14 +4,14 @@ import numpy as np
 from PIL import Image
 
 from data_pipeline.errors import InputError
-from data_pipeline.prepare.cells import Corpus
+from data_pipeline.prepare.cells import CellCorpus
 
 # Not the run's seed: whatever is drawn, the held-out scans stay the same ones.
 SPLIT_SEED = 20
 HELD_OUT_FRACTION = 0.2
 
 
-def digits_corpus() -> Corpus:
+def digits_corpus() -> CellCorpus:
     """The 1797 scans of `sklearn.datasets.load_digits`, a fifth of them held out for evaluation.
 
     Scans are resized and nothing else. Item ids are scikit-learn's row numbers.
@@ -35,7 +35,7 @@ def digits_corpus() -> Corpus:
 
     order = np.random.default_rng(SPLIT_SEED).permutation(len(grey))
     num_held_out = round(len(grey) * HELD_OUT_FRACTION)
-    return Corpus(
+    return CellCorpus(
         names=tuple("0123456789"),
         questions={
             "all": "List the digits.",

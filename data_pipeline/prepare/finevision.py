@@ -13,7 +13,7 @@ from data_pipeline.chat import check_messages
 from data_pipeline.errors import InputError
 from data_pipeline.images import open_image
 from data_pipeline.prepare.convert import Candidate, Sample, Unwanted, convert
-from data_pipeline.prepare.shards import ShardLimits
+from data_pipeline.prepare.shard_writer import ShardLimits
 
 # Rows with their images are held at once so many at a time.
 BATCH_ROWS = 32

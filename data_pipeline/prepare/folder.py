@@ -7,7 +7,7 @@ from typing import Any
 from data_pipeline.captions import caption_messages, caption_of_json, caption_of_text
 from data_pipeline.errors import InputError
 from data_pipeline.prepare.convert import Candidate, Sample, convert, member_suffix
-from data_pipeline.prepare.shards import ShardLimits
+from data_pipeline.prepare.shard_writer import ShardLimits
 
 IMAGE_SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".jp2", ".avif")

@@ -3,7 +3,7 @@
 import numpy as np
 from PIL import Image
 
-from data_pipeline.prepare.cells import Corpus
+from data_pipeline.prepare.cells import CellCorpus
 
 # Chosen to stay apart: any two differ by more than 90 in at least one channel.
 COLORS = {
@@ -20,7 +20,7 @@ COLORS = {
 }
 
 
-def grid_corpus() -> Corpus:
+def grid_corpus() -> CellCorpus:
     """Cells of ten named colours; item ids are the places in `COLORS`."""
     names = tuple(COLORS)
     colors = tuple(COLORS.values())
@@ -29,7 +29,7 @@ def grid_corpus() -> Corpus:
         return Image.new("RGB", (side, side), colors[item])
 
     items = np.arange(len(names))
-    return Corpus(
+    return CellCorpus(
         names=names,
         questions={
             "all": "List the colors.",

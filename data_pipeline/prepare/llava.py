@@ -10,7 +10,7 @@ from typing import Any
 from data_pipeline.chat import check_messages
 from data_pipeline.errors import InputError
 from data_pipeline.prepare.convert import Candidate, Sample, convert, member_suffix
-from data_pipeline.prepare.shards import ShardLimits
+from data_pipeline.prepare.shard_writer import ShardLimits
 
 ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 PLACEHOLDER = "<image>"

@@ -17,12 +17,12 @@ import torch
 
 from kernels.dispatch import interpreting
 from kernels.profile import calculated, measured
-from kernels.profile.bench import Settings
+from kernels.profile.bench import BenchSettings
 from kernels.profile.cases import SHAPE_HELP, Case, default_cases, parse_shape
 from kernels.profile.providers import PROVIDERS
-from kernels.profile.report import format_providers
 from kernels.profile.roofline import MODES, Peaks
 from kernels.profile.system import describe_machine
+from kernels.profile.text_report import format_providers
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -52,7 +52,7 @@ def run_calculated(arguments: argparse.Namespace, cases: list[Case]) -> int:
 
 def run_measured(arguments: argparse.Namespace, cases: list[Case], device: torch.device) -> int:
     """On a GPU: measure, print, write."""
-    settings = Settings(
+    settings = BenchSettings(
         tuple(arguments.provider or PROVIDERS),
         tuple(arguments.mode or MODES),
         arguments.min_ms,

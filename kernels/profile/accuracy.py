@@ -5,8 +5,8 @@ from torch import Tensor
 
 from kernels.passes import Weights
 from kernels.profile.cases import Case
-from kernels.profile.inputs import Inputs, outputs_and_gradients
 from kernels.profile.providers import eager_grouped
+from kernels.profile.random_inputs import Inputs, outputs_and_gradients
 
 
 def float64_results(case: Case, inputs: Inputs, max_rows: int = 4096) -> dict[str, Tensor]:

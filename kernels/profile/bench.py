@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from kernels.dispatch import implementation
-from kernels.layout import tile_layout
 from kernels.passes import Pooling
 from kernels.profile.accuracy import float64_results, relative_errors
 from kernels.profile.cases import Case
-from kernels.profile.inputs import Inputs, outputs_and_gradients, rotating_inputs
 from kernels.profile.memory import Memory, measure_memory
 from kernels.profile.providers import EPS, PROVIDERS, Call
+from kernels.profile.random_inputs import Inputs, outputs_and_gradients, rotating_inputs
 from kernels.profile.roofline import Peaks
 from kernels.profile.timing import Timing, phases, synchronize, time_call
+from kernels.tile_layout import tile_layout
 
 REPEATED = "save"  # the provider that is timed twice, where it is among those asked for
 
@@ -27,7 +27,7 @@ class DeviceLostError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Settings:
+class BenchSettings:
     """What is measured. frozen: x needs no gradient, as where the vision tower is not trained."""
 
     providers: tuple[str, ...]
@@ -67,7 +67,7 @@ class CaseResult:
 
 def measure_case(
     case: Case,
-    settings: Settings,
+    settings: BenchSettings,
     device: torch.device,
     peaks: Peaks,
     progress: Callable[[str], None] = lambda what: None,
@@ -120,7 +120,7 @@ def _build(
 
 
 def _time_modes(
-    call: Call, sets: Sequence[Inputs], settings: Settings, device: torch.device
+    call: Call, sets: Sequence[Inputs], settings: BenchSettings, device: torch.device
 ) -> dict[str, Timing]:
     return {
         mode: time_call(*phases(call, sets, mode), device, settings.min_ms)
@@ -132,7 +132,7 @@ def _repeat_one(
     result: CaseResult,
     calls: dict[str, Call],
     sets: Sequence[Inputs],
-    settings: Settings,
+    settings: BenchSettings,
     device: torch.device,
 ) -> None:
     """Time one provider again after all others: how far two equal measurements differ."""
@@ -148,7 +148,7 @@ def _repeat_one(
 
 
 def _time_pool_norm(
-    case: Case, sets: Sequence[Inputs], settings: Settings, device: torch.device
+    case: Case, sets: Sequence[Inputs], settings: BenchSettings, device: torch.device
 ) -> Timing:
     runs = implementation("auto", device, case.torch_dtype)
     pool_norm = import_module(f"kernels.{runs}_impl").pool_norm

@@ -8,12 +8,12 @@ import torch
 
 from kernels.dispatch import interpreting
 from kernels.profile.cases import Case
-from kernels.profile.inputs import make_inputs
 from kernels.profile.memory import saved_for_backward
 from kernels.profile.providers import PROVIDERS
-from kernels.profile.report import calculated_rows, format_calculated, table
+from kernels.profile.random_inputs import make_inputs
 from kernels.profile.results import write_csv, write_json
 from kernels.profile.roofline import Peaks
+from kernels.profile.text_report import calculated_rows, format_calculated, table
 
 # Both measured on an H200: an 8192^3 bf16 matrix product, a copy counted read plus written.
 ASSUMED = Peaks(flops=790e12, bandwidth=4.3e12)

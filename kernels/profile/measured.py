@@ -9,18 +9,18 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from kernels.profile.bench import CaseResult, DeviceLostError, Settings, measure_case
+from kernels.profile.bench import BenchSettings, CaseResult, DeviceLostError, measure_case
 from kernels.profile.cases import Case
-from kernels.profile.report import EXPLANATION, format_case, format_targets
 from kernels.profile.results import rows_of, write_csv, write_json
 from kernels.profile.roofline import Peaks
 from kernels.profile.system import clocks, datasheet
 from kernels.profile.targets import judge
+from kernels.profile.text_report import EXPLANATION, format_case, format_targets
 from kernels.profile.timing import measure_peaks
 
 
 def measure(
-    cases: Sequence[Case], settings: Settings, device: torch.device
+    cases: Sequence[Case], settings: BenchSettings, device: torch.device
 ) -> tuple[list[CaseResult], list[str], dict[str, Any]]:
     """Measure the cases one after another and print each as it ends.
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.profile.inputs import Inputs, backward
 from kernels.profile.providers import Call
+from kernels.profile.random_inputs import Inputs, backward
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ import numpy as np
 from kernels.profile.bench import CaseResult
 from kernels.profile.cases import Case
 from kernels.profile.providers import PROVIDERS
-from kernels.profile.report import LABELS
 from kernels.profile.results import rows_of
 from kernels.profile.roofline import MODES, WAYS, Peaks, steps
+from kernels.profile.text_report import LABELS
 
 MARKERS = {"forward": "o", "backward": "s", "both": "D", "kernel": "*"}
 COLORS = {name: f"C{i}" for i, name in enumerate((*PROVIDERS, "pool_norm"))}  # of 10

@@ -72,20 +72,20 @@ def eager_loop(case: Case, device: torch.device) -> Call:
 
 
 @dataclass(frozen=True)
-class Group:
+class TilesOfSide:
     """The tiles that share a side: n, and which they are, int64 on the device."""
 
     n: int
     tiles: Tensor
 
 
-def group_by_side(case: Case, device: torch.device) -> tuple[list[Group], Tensor]:
+def group_by_side(case: Case, device: torch.device) -> tuple[list[TilesOfSide], Tensor]:
     """The groups, and for each row of the result where it lies in the groups one after another."""
     groups, rows = [], []
     first_row = torch.tensor(case.sides).square().cumsum(0) - torch.tensor(case.sides).square()
     for n in sorted(set(case.sides)):
         tiles = torch.tensor([tile for tile, side in enumerate(case.sides) if side == n])
-        groups.append(Group(n, tiles.to(device)))
+        groups.append(TilesOfSide(n, tiles.to(device)))
         rows.append((first_row[tiles][:, None] + torch.arange(n * n)).flatten())
     return groups, torch.cat(rows).argsort().to(device)
 

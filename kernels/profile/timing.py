@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.profile.inputs import Inputs, backward
 from kernels.profile.providers import Call
+from kernels.profile.random_inputs import Inputs, backward
 from kernels.profile.roofline import Peaks
 
 WARMUP_MS = 100.0

@@ -6,8 +6,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from kernels.profile.bench import CaseResult
-from kernels.profile.inputs import backward, make_inputs
 from kernels.profile.providers import PROVIDERS
+from kernels.profile.random_inputs import backward, make_inputs
 from kernels.profile.timing import synchronize
 
 TRACE = "trace.json"

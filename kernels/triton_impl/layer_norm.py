@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kernels.launch import launch_config
 from kernels.triton_impl.column_sum import column_sum
-from kernels.triton_impl.rows import contiguous, load_row, row_blocks, store_row
+from kernels.triton_impl.row_blocks import contiguous, load_row, row_blocks, store_row
 
 # Programs of the backward, each with its own partial sums. Fixed: were it the number of SMs, the
 # weights' gradients would have other bits on another card.

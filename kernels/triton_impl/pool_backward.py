@@ -8,7 +8,7 @@ from torch import Tensor
 from kernels.launch import launch_config
 from kernels.passes import Pooling
 from kernels.tables import axis_tables
-from kernels.triton_impl.rows import row_blocks, store_row
+from kernels.triton_impl.row_blocks import row_blocks, store_row
 
 
 @triton.jit(do_not_specialize_on_alignment=["first_rows", "tile_sides"])

@@ -8,7 +8,7 @@ from torch import Tensor
 from kernels.launch import launch_config
 from kernels.passes import Pooling
 from kernels.tables import axis_tables
-from kernels.triton_impl.rows import (
+from kernels.triton_impl.row_blocks import (
     contiguous,
     load_row,
     row_blocks,

@@ -11,7 +11,7 @@ from sklearn.datasets import load_sample_images
 
 from data_pipeline.chat import ChatSettings
 from data_pipeline.index import build_index
-from data_pipeline.prepare.shards import SampleWriter, ShardLimits
+from data_pipeline.prepare.shard_writer import SampleWriter, ShardLimits
 from data_pipeline.tokenizer import load_tokenizer
 from tests.data_pipeline.small_tokenizers import save_sentencepiece
 

@@ -12,12 +12,12 @@ from data_pipeline.balance import DEFAULT_COST, Packing, balance
 from data_pipeline.balance.deal import deal, order_by
 from data_pipeline.balance.exchange import Exchange
 from data_pipeline.balance.fit import best_fit_decreasing, evict, gather
-from data_pipeline.balance.measures import Measures, Samples, fewest_packs, measure
-from data_pipeline.balance.mixes import MIXES, draw_mix
-from data_pipeline.balance.simulate import Budget, planned_windows
+from data_pipeline.bench.mixes import MIXES, draw_mix
 from data_pipeline.draw import uniform_hash
 from data_pipeline.errors import InputError
 from data_pipeline.packing import best_fit
+from data_pipeline.stats.measures import Measures, SampleCosts, fewest_packs, measure
+from data_pipeline.stats.simulation import PackBudget, planned_windows
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def plan_window(
     lengths = draw_mix(mix, 3, samples, max_tokens)
     cost = DEFAULT_COST.flops(*lengths)
     packing = balance(*lengths, cost, max_tokens, packs_per_step)
-    values = Samples(*lengths, cost)
+    values = SampleCosts(*lengths, cost)
     return measure(values, packing.pack, packs_per_step, packing.num_steps, max_tokens)
 
 
@@ -194,7 +194,7 @@ def test_a_cap_on_tiles_that_binds() -> None:
     lengths = draw_mix("standard", 3, 20_000, 8192)
     cost = DEFAULT_COST.flops(*lengths)
     packing = balance(*lengths, cost, 8192, 64, max_tiles=32)
-    found = measure(Samples(*lengths, cost), packing.pack, 64, packing.num_steps, 8192)
+    found = measure(SampleCosts(*lengths, cost), packing.pack, 64, packing.num_steps, 8192)
     loads = np.bincount(packing.pack[packing.pack >= 0], lengths.tiles[packing.pack >= 0])
     assert loads.max() <= 32 and loads.mean() >= 0.96 * 32
     assert found.efficiency >= 0.96
@@ -219,7 +219,7 @@ def test_what_is_carried_stays_small(
     tokens, tiles = draw_mix(mix, 5, num_windows * window, max_tokens)
     starts = range(0, len(tokens), window)
     ids = (np.arange(start, min(start + window, len(tokens))) for start in starts)
-    budget = Budget(max_tokens, packs_per_step, seed=7)
+    budget = PackBudget(max_tokens, packs_per_step, seed=7)
     placed: list[np.ndarray] = []
     carried_ids = np.empty(0, dtype=np.int64)
     for part in planned_windows(((i, tokens[i], tiles[i]) for i in ids), budget):
@@ -345,7 +345,7 @@ def test_what_is_wrong_is_named(change: dict, message: str) -> None:
 
 
 def test_measures_of_two_small_steps() -> None:
-    samples = Samples(
+    samples = SampleCosts(
         np.array([4, 6, 8, 2, 9]), np.array([1, 3, 2, 2, 5]), np.array([1.0, 3, 4, 2, 9])
     )
     found = measure(samples, np.array([0, 1, 2, 3, -1]), 2, 2, 10)

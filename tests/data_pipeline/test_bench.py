@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipeline.bench import loader
+from data_pipeline.bench import bench_loader as loader
 from data_pipeline.bench.__main__ import main
 from data_pipeline.bench.photos import make_photo
 from data_pipeline.errors import InputError
@@ -60,13 +60,13 @@ def test_unknown_and_missing_benchmarks_are_named(
     load = importlib.import_module
 
     def without_startup(name: str) -> object:
-        if name == "data_pipeline.bench.startup":
+        if name == "data_pipeline.bench.bench_startup":
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
         return load(name)
 
     monkeypatch.setattr(importlib, "import_module", without_startup)
     with pytest.raises(
-        InputError, match=r"startup is missing here: .*data_pipeline\.bench\.startup"
+        InputError, match=r"startup is missing here: .*data_pipeline\.bench\.bench_startup"
     ):
         main(["loader", "startup", "--out", str(tmp_path / "out.json")])
     assert not list(tmp_path.iterdir())

@@ -17,14 +17,14 @@ import pytest
 import webdataset
 from PIL import Image
 
-import data_pipeline.index.build as build_module
+import data_pipeline.index.builder as build_module
 from data_pipeline.chat import ChatSettings, image_names, parse_sample, tokenize_chat
 from data_pipeline.errors import InputError
 from data_pipeline.files import file_lock
 from data_pipeline.index import BadSample, Index, build_index, load_index
 from data_pipeline.index.__main__ import main
 from data_pipeline.index.columns import COLUMNS
-from data_pipeline.index.files import IndexFiles
+from data_pipeline.index.index_files import IndexFiles
 from data_pipeline.storage import Shard
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer
 from tests.data_pipeline.small_tokenizers import save_sentencepiece
@@ -265,7 +265,7 @@ def test_many_bad_samples_are_counted_not_all_printed(
 def test_huge_json_is_a_bad_sample(
     tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("data_pipeline.index.rows._MAX_TEXT_BYTES", 1000)
+    monkeypatch.setattr("data_pipeline.index.sample_row._MAX_TEXT_BYTES", 1000)
     write_shard(tmp_path / "a.tar", [make_sample("a", {}), make_sample("b", {}, "x" * 1000)])
     index = build_and_load(tmp_path, tokenizer)
     assert index.keys.tolist() == ["a"] and "more than 1000" in index.bad[0].reason
@@ -501,7 +501,7 @@ def test_a_shard_that_is_still_being_written(
         os.utime(shard, ns=(0, 7))
         return tokenize_chat(*arguments)
 
-    monkeypatch.setattr("data_pipeline.index.rows.tokenize_chat", touching)
+    monkeypatch.setattr("data_pipeline.index.sample_row.tokenize_chat", touching)
     with pytest.raises(InputError, match=r"shard-000000\.tar changed while indexed"):
         build_index(str(shard), tokenizer, CHAT)
 

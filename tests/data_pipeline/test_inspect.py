@@ -11,13 +11,12 @@ import pytest
 from PIL import Image
 
 from data_pipeline.batch import IGNORE, PackedBatch
-from data_pipeline.corpus import Corpus
-from data_pipeline.errors import run_cli
+from data_pipeline.cli import run_cli
+from data_pipeline.corpus import Corpus, open_config
 from data_pipeline.inspect import charts
 from data_pipeline.inspect.__main__ import main
 from data_pipeline.inspect.content import BuiltSample, pieces, unpack, visible
 from data_pipeline.plan import StepPlan
-from data_pipeline.plan.cli import open_config
 from data_pipeline.tokenizer import load_tokenizer
 from tests.chromium import Element, browse, parse, require_chromium
 from tests.data_pipeline.inspect_corpus import EVIL, write_mixture, write_texts

@@ -15,7 +15,7 @@ from sklearn.datasets import load_digits
 from data_pipeline.images import decode_rgb
 from data_pipeline.prepare import prepare_demo
 from data_pipeline.prepare.__main__ import main
-from data_pipeline.prepare.cells import Corpus, Split, draw_samples
+from data_pipeline.prepare.cells import CellCorpus, Split, draw_samples
 from data_pipeline.prepare.digits import digits_corpus
 from data_pipeline.prepare.grid import COLORS, grid_corpus
 from data_pipeline.tokenizer import load_tokenizer
@@ -128,7 +128,7 @@ def test_demo_pictures_show_the_cells(demo: tuple[str, Path]) -> None:
                 assert np.abs(small - scan).mean() < 15
 
 
-def cells_drawn(corpus: Corpus, split: Split, number: int, seed: int) -> set[tuple[int, ...]]:
+def cells_drawn(corpus: CellCorpus, split: Split, number: int, seed: int) -> set[tuple[int, ...]]:
     samples = draw_samples(corpus, split, number, corpus.details, seed)
     return {sample.layout for sample in samples if sample.k > 1}
 

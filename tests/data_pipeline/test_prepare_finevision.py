@@ -267,7 +267,7 @@ def test_without_pyarrow_the_error_says_what_to_install(tmp_path: Path) -> None:
     arguments = ["--format", "finevision", str(path), str(tmp_path / "out")]
     code = (
         "import sys; sys.modules['pyarrow'] = None\n"
-        "from data_pipeline.errors import run_cli\n"
+        "from data_pipeline.cli import run_cli\n"
         "from data_pipeline.prepare.__main__ import main\n"
         f"run_cli(lambda: main({arguments!r}))"
     )

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipeline.balance import simulate
-from data_pipeline.balance.mixes import MIXES
+from data_pipeline.bench.mixes import MIXES
 from data_pipeline.errors import InputError
+from data_pipeline.stats import simulation as simulate
 
 
 def run(tmp_path: Path, *options: str, **arrays: np.ndarray) -> dict[str, np.ndarray]:
@@ -73,7 +73,7 @@ def test_the_printed_table_is_right(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 def test_next_fit_closes_packs_in_order() -> None:
     tokens = np.array([4, 5, 9, 1, 10, 2, 3])
-    budget = simulate.Budget(10, 2)
+    budget = simulate.PackBudget(10, 2)
     ids = np.array([0, 1, 2, 3, 4, 5])
     np.testing.assert_array_equal(
         simulate._next_fit(ids, tokens, budget, 3), [0, 0, 1, 1, 2, 3, -1]

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipeline.errors import run_cli
+from data_pipeline.cli import run_cli
+from data_pipeline.corpus import open_config
 from data_pipeline.plan import StepPlan
-from data_pipeline.plan.__main__ import main
-from data_pipeline.plan.cli import open_config
+from data_pipeline.stats.__main__ import main
 from tests.data_pipeline.inspect_corpus import write_mixture, write_texts
 
 
@@ -21,7 +21,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def stats(capsys: pytest.CaptureFixture, *arguments: str) -> dict[str, str]:
     """The lines of the table by their names; lines without one belong to the one before."""
-    main(["stats", *arguments])
+    main(["plan", *arguments])
     lines: dict[str, str] = {}
     name = ""
     for line in capsys.readouterr().out.splitlines():
@@ -125,7 +125,7 @@ def test_mistakes_are_one_line_and_exit_status_2(
     config: str, capsys: pytest.CaptureFixture, arguments: list[str], message: str
 ) -> None:
     with pytest.raises(SystemExit) as exit:
-        run_cli(lambda: main(["stats", config, *arguments]))
+        run_cli(lambda: main(["plan", config, *arguments]))
     error = capsys.readouterr().err
     assert exit.value.code == 2 and error.count("error: ") == 1 and message in error
 
@@ -133,7 +133,7 @@ def test_mistakes_are_one_line_and_exit_status_2(
 def test_both_commands_are_named(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
         main(["--help"])
-    assert "simulate" in (text := capsys.readouterr().out) and "stats" in text
+    assert "simulate" in (text := capsys.readouterr().out) and "plan" in text
     with pytest.raises(SystemExit):
         main(["simulate", "--help"])
-    assert "data_pipeline.plan simulate" in capsys.readouterr().out
+    assert "data_pipeline.stats simulate" in capsys.readouterr().out

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from kernels import projector_reference, token_adaptive_projector
-from kernels.layout import tile_layout
 from kernels.passes import Pooling
+from kernels.tile_layout import tile_layout
 from tests.kernels.inputs import eager, gradients, make_tiles, make_weights, relative_error
 
 pytestmark = [
@@ -176,7 +176,7 @@ INITIALISED = """
 import torch
 from tests.kernels.test_gpu import GRID, SIDES, real_inputs
 from kernels import triton_impl as do
-from kernels.layout import tile_layout
+from kernels.tile_layout import tile_layout
 from kernels.passes import Pooling
 gpu = torch.device("cuda")
 give = lambda *shape: torch.randn(*shape).bfloat16().to(gpu)

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels import POOL_MODES, dispatch, launch, projector_reference, token_adaptive_projector
 from kernels import registration as ops
-from kernels.layout import tile_layout
+from kernels.tile_layout import tile_layout
 from tests.kernels.inputs import (
     CHANNELS,
     DEVICE,

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 import kernels.profile.__main__ as command
-from kernels.profile import bench, calculated, inputs, providers, system, targets, timing
+from kernels.profile import bench, calculated, providers, random_inputs, system, targets, timing
 from kernels.profile.accuracy import float64_results, relative_errors
-from kernels.profile.bench import CaseResult, Measured, Settings, measure_case
+from kernels.profile.bench import BenchSettings, CaseResult, Measured, measure_case
 from kernels.profile.cases import Case, default_cases, parse_shape
-from kernels.profile.inputs import make_inputs, outputs_and_gradients, rotating_inputs
 from kernels.profile.memory import Memory, measure_memory, saved_for_backward
 from kernels.profile.providers import PROVIDERS, Provider
+from kernels.profile.random_inputs import make_inputs, outputs_and_gradients, rotating_inputs
 from kernels.profile.results import rows_of, write_csv, write_json
 from kernels.profile.roofline import MODES, WAYS, Peaks, floor_s, model_flops, saved_bytes, steps
 from kernels.profile.timing import Timing, phases, time_call
@@ -146,7 +146,7 @@ def test_providers_agree_with_float64(sides, pool, quick_compile):
     case = parse_shape(f"{sides},pool={pool},{SMALL}")
     given = make_inputs(case, CPU)
     expected = float64_results(case, given, max_rows=9)
-    assert expected.keys() == {"out", *inputs.GRADIENTS}
+    assert expected.keys() == {"out", *random_inputs.GRADIENTS}
     found = runnable(case)
     assert {"eager_loop", "eager_grouped", "compile", "save", "recompute"} <= found.keys()
     assert ("eager_batched" in found) == (not case.uniform)
@@ -189,7 +189,7 @@ def test_saved_memory_is_what_is_calculated(way, name, pool):
 
 def test_only_the_timed_part_is_timed_and_inputs_rotate(monkeypatch):
     case = parse_shape(f"T=2,n=2,{SMALL}")
-    monkeypatch.setattr(inputs, "l2_bytes", lambda device: 40_000)
+    monkeypatch.setattr(random_inputs, "l2_bytes", lambda device: 40_000)
     sets = rotating_inputs(case, CPU)
     size = sum(t.nbytes for t in (sets[0].x, *sets[0].weights, sets[0].grad))
     assert (len(sets) - 1) * size <= 3 * 40_000 < len(sets) * size
@@ -294,7 +294,7 @@ def test_the_machine_is_described(fake_gpu, monkeypatch):
     assert "--id=GPU-12345678-90ab" in asked[-1]
     assert system.clocks(fake_gpu)["power.limit"] == "700 W"
     assert system.datasheet("NVIDIA GH200 480GB") is None
-    assert inputs.l2_bytes(fake_gpu) == 60 << 20
+    assert random_inputs.l2_bytes(fake_gpu) == 60 << 20
 
 
 def result_of(case: Case, both_ms: dict[str, float], **changes) -> CaseResult:
@@ -341,7 +341,7 @@ def broken(case, device):
 def test_a_provider_that_fails_is_named_and_the_others_are_measured(monkeypatch):
     monkeypatch.setitem(PROVIDERS, "compile", Provider("compile", "", "compile", broken))
     case = parse_shape(f"T=2,n=2,{SMALL}")
-    result = measure_case(case, Settings(("compile", "save"), ("both",), 0.1), CPU, H200)
+    result = measure_case(case, BenchSettings(("compile", "save"), ("both",), 0.1), CPU, H200)
     assert result.failed == {"compile": "RuntimeError: no such kernel"}
     assert result.measured.keys() == {"save"} and result.repeated == "save"
     assert [row["provider"] for row in rows_of(result)] == ["save", "pool_norm"]
@@ -354,7 +354,9 @@ def test_a_lost_gpu_ends_the_run(monkeypatch):
     monkeypatch.setattr(bench, "synchronize", lost)
     monkeypatch.setitem(PROVIDERS, "compile", Provider("compile", "", "compile", broken))
     with pytest.raises(bench.DeviceLostError, match="compile on T=2"):
-        measure_case(parse_shape(f"T=2,n=2,{SMALL}"), Settings(("compile",), ("both",)), CPU, H200)
+        measure_case(
+            parse_shape(f"T=2,n=2,{SMALL}"), BenchSettings(("compile",), ("both",)), CPU, H200
+        )
 
 
 def test_all_that_a_gpu_run_does(tmp_path, monkeypatch, capsys, quick_compile):

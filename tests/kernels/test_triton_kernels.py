@@ -6,8 +6,8 @@ from torch import Tensor
 
 from kernels import POOL_MODES, projector_reference, token_adaptive_projector
 from kernels.dispatch import interpreting
-from kernels.layout import tile_layout
 from kernels.passes import Pooling
+from kernels.tile_layout import tile_layout
 from kernels.triton_impl import norm, norm_backward, pool_backward, pool_norm, swiglu
 from kernels.triton_impl import swiglu_backward as triton_swiglu_backward
 from kernels.triton_impl.column_sum import column_sum

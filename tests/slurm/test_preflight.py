@@ -10,7 +10,7 @@ import pytest
 
 from tests.slurm.cluster import NODES, ROOT, Cluster
 from training import exit_codes
-from training.preflight import BAD_NODE, clock_problem, judge
+from training.preflight.phases import BAD_NODE, clock_problem, judge
 
 PREFLIGHT = "slurm/preflight.sh"
 DIGITS = "training/configs/digits.yaml"

@@ -33,7 +33,7 @@ from tests.training.chaos_faults import FAULTS, Fault
 from tests.training.chaos_ranks import EVERY, RANKS, Job, Start
 from training.checkpoint import finished
 from training.metrics import read_metrics
-from training.record import PACKAGES, machine
+from training.record.run_record import PACKAGES, machine
 
 TIMES = {"step_s", "data_wait", "memory_gib"}
 COLUMNS = ("fault", "at step", "exit codes", "job ended after", "resumed at", "steps lost")

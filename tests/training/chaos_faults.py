@@ -11,7 +11,8 @@ from pathlib import Path
 
 from tests.training.chaos_ranks import EVERY, RANKS, Start
 from training import exit_codes
-from training.checkpoint import finished, layout
+from training.checkpoint import finished
+from training.checkpoint import folder_layout as layout
 
 KILLED = -signal.SIGKILL
 CRASHED = "crashed"

@@ -20,7 +20,7 @@ from tests.ranks import forkserver
 from tests.training.scenarios import DIGITS, tiny_overrides
 from training import exit_codes, train
 from training.checkpoint import TEMPORARY, finished, publication
-from training.checkpoint.layout import step_of
+from training.checkpoint.folder_layout import step_of
 
 RANKS, EVERY = 2, 4
 # The longer one also holds while saving: a rank that is stopped there is noticed late.

@@ -16,16 +16,17 @@ from torch import nn
 
 from data_pipeline.plan import PlanState
 from tests.training.scenarios import one_step, tiny_config
-from training import build, checkpoint
-from training.checkpoint import elastic
-from training.checkpoint.elastic import load_resharded, sub_groups
-from training.checkpoint.layout import Manifest
-from training.checkpoint.shards import Shards
+from training import checkpoint
+from training.checkpoint.folder_layout import Manifest
 from training.config import RunConfig
 from training.distributed import Ranks
-from training.engine import build_engine
 from training.metrics import StepMeter
+from training.model import build
 from training.run import Run
+from training.zero3 import elastic
+from training.zero3.elastic import load_resharded, sub_groups
+from training.zero3.engine import build_engine
+from training.zero3.shards import Shards
 
 SAVED, STEPS = 1, 3
 FP32 = ["train.precision=fp32"]
@@ -74,7 +75,7 @@ def with_extra() -> Iterator[None]:
         model.projector.register_forward_hook(lambda module, _, out: module.extra(out))
         return model
 
-    with patch("training.engine.build_model", build_model):
+    with patch("training.zero3.engine.build_model", build_model):
         yield
 
 

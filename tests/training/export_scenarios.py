@@ -12,10 +12,10 @@ from data_pipeline.plan import PlanState
 from tests.training.scenarios import full_parameters, one_step, tiny_config
 from training import checkpoint
 from training.distributed import Ranks
-from training.engine import build_engine
-from training.evaluate import evaluate
+from training.evaluate.in_training import evaluate
 from training.metrics import MetricsLog, StepMeter
 from training.run import Run
+from training.zero3.engine import build_engine
 
 Outcome = tuple[bool, int]
 """Whether an answer was right, and how many of its first tokens were, end of turn included."""

@@ -9,7 +9,7 @@ from PIL import Image
 
 from data_pipeline.chat import ChatSettings
 from data_pipeline.index import build_index
-from data_pipeline.prepare.shards import SampleWriter, ShardLimits
+from data_pipeline.prepare.shard_writer import SampleWriter, ShardLimits
 from data_pipeline.tokenizer import load_tokenizer
 from tests.training.tiny import make_model, make_processor, picture
 from training.model import TokenFlexForConditionalGeneration

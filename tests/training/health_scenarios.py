@@ -14,13 +14,13 @@ from data_pipeline.plan import PlanState
 from tests.training.scenarios import full_parameters, tiny_config
 from training.config import FaultSettings
 from training.distributed import Ranks, all_reduce_sum
-from training.engine import build_engine
-from training.evaluate import evaluate
+from training.evaluate.in_training import evaluate
 from training.health.loss_guard import LossGuard, Verdict
 from training.health.preemption import SIGNALS, StopRequest
-from training.inputs import model_inputs
 from training.metrics import weight_sum
+from training.model.pack_inputs import model_inputs
 from training.run import Run
+from training.zero3.engine import build_engine
 
 State = dict[str, np.ndarray]
 

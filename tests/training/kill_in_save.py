@@ -33,7 +33,8 @@ import torch
 from tqdm import tqdm
 
 from tests.training import checkpoint_scenarios as scenarios
-from training.checkpoint import Saver, layout, publication
+from training.checkpoint import Saver, publication
+from training.checkpoint import folder_layout as layout
 from training.checkpoint.verify import problems_of
 from training.distributed import Ranks, init_distributed
 from training.train import quiet_libraries

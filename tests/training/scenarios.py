@@ -13,11 +13,11 @@ from data_pipeline.plan import PackPlan, PlanState, StepPlan
 from training import checkpoint
 from training.config import RunConfig, load_config
 from training.distributed import Ranks
-from training.engine import build_engine
 from training.health import LossGuard
 from training.metrics import StepMeter
 from training.run import Run
 from training.step import shared_denominator, train_step
+from training.zero3.engine import build_engine
 
 DIGITS = "training/configs/digits.yaml"
 

@@ -9,9 +9,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, SiglipVisionModel
 from data_pipeline.errors import InputError
 from tests.ranks import RankPool
 from tests.training import scenarios
-from training.build import model_config
 from training.config import load_config
 from training.model import PackedTokenFlex
+from training.model.build import model_config
 
 PRESETS = sorted(Path("training/configs").glob("*.yaml"))
 PARAMETERS = {  # vision tower, projector, language model

@@ -16,14 +16,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_pipeline.errors import InputError, run_cli
+from data_pipeline.cli import run_cli
+from data_pipeline.errors import InputError
 from data_pipeline.plan import PlanState
 from tests.ranks import RankPool
 from tests.training import checkpoint_scenarios as scenarios
 from tests.training.kill_in_save import PHASES
 from training.checkpoint import finished, read_manifest, scan_pickle, verify_files
 from training.checkpoint.__main__ import main
-from training.checkpoint.layout import Manifest, candidates, to_prune
+from training.checkpoint.folder_layout import Manifest, candidates, to_prune
 from training.checkpoint.lock import FolderLock
 from training.checkpoint.verify import share
 

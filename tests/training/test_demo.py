@@ -19,8 +19,9 @@ from tests.chromium import require_chromium
 from tests.devtools import Page
 from tests.training.exported import make_folder
 from tests.training.tiny import make_processor
-from training.demo import checked_side, draw_token_grid, main, open_image
-from training.generation import LoadedModel, load_model
+from training.demo.__main__ import main
+from training.demo.gradio_page import checked_side, draw_token_grid, open_image
+from training.generate import LoadedModel, load_model
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from data_pipeline.errors import InputError
 from tests.ranks import RankPool
 from tests.training import elastic_scenarios as scenarios
 from tests.training.elastic_scenarios import FP32, SAVED, STEPS, same
-from training.checkpoint import universal
+from training.zero3 import universal
 
 pytestmark = pytest.mark.multiprocess
 STEP = f"step-{SAVED:08d}"

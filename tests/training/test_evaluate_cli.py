@@ -21,13 +21,13 @@ from data_pipeline.settings import DataSettings
 from tests.ranks import RankPool
 from tests.training.exported import make_folder
 from training.distributed import Ranks
-from training.evaluate import evaluate
-from training.evaluation.budget import decide, parse_budget
-from training.evaluation.cli import main
-from training.evaluation.examples import HeldOut
-from training.evaluation.metrics import levenshtein, score_text
-from training.evaluation.summary import resample_means
-from training.generation import load_model
+from training.evaluate.__main__ import main
+from training.evaluate.budget import decide, parse_budget
+from training.evaluate.examples import HeldOut
+from training.evaluate.in_training import evaluate
+from training.evaluate.scorers import levenshtein, score_text
+from training.evaluate.summary import resample_means
+from training.generate import load_model
 from training.model import PackedTokenFlex
 
 COUNTS = ["4", "9", "16"]

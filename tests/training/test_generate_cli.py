@@ -14,10 +14,10 @@ from PIL import Image
 
 from data_pipeline.errors import InputError
 from tests.training.exported import COLOURS, make_folder
-from training.generate import main
-from training.generation import generate_answer, load_model
-from training.generation.answer import prepare_messages
-from training.generation.chat import Conversation, user_message
+from training.generate import generate_answer, load_model
+from training.generate.__main__ import main
+from training.generate.answer import prepare_messages
+from training.generate.conversation import Conversation, user_message
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,8 @@ import torch
 
 from data_pipeline.errors import InputError
 from training.distributed import Ranks
-from training.goodput import PHASES, Goodput, record, summarize, table
+from training.goodput import PHASES, Goodput, summarize, table
+from training.goodput import recorder as record
 from training.goodput.__main__ import main
 
 RANKS = Ranks(0, 2, 0, torch.device("cpu"))

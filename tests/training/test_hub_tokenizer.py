@@ -19,7 +19,7 @@ from data_pipeline.tokenizer import (
     load_tokenizer,
     train_sentencepiece,
 )
-from training.hub_tokenizer import check_same_ids, to_hub_tokenizer
+from training.export.hub_tokenizer import check_same_ids, to_hub_tokenizer
 from training.model.hub.prompt_tokenflex import encode_text
 
 LINES = Path("README.md").read_text(encoding="utf-8").splitlines()

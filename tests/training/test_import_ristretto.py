@@ -23,8 +23,8 @@ from data_pipeline.errors import InputError
 from data_pipeline.tokenizer import SPECIAL_TOKENS
 from tests.data_pipeline.small_tokenizers import save_hugging_face
 from tests.training.tiny import picture
-from training.import_ristretto import main
-from training.ristretto import VISION_HEAD, from_release, to_release
+from training.import_ristretto.__main__ import main
+from training.import_ristretto.release import VISION_HEAD, from_release, to_release
 
 WIDTH, TEXT, GRID = 16, 32, 5
 BIG = 10**9

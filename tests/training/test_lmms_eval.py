@@ -14,7 +14,8 @@ from PIL import Image
 
 from data_pipeline.errors import InputError
 from tests.training.exported import COLOURS, make_folder
-from training.lmms_eval_adapter import TokenFlexLmmsEval, as_messages, cut_at, main
+from training.lmms_eval_adapter.__main__ import main
+from training.lmms_eval_adapter.adapter import TokenFlexLmmsEval, as_messages, cut_at
 
 ROOT = Path(__file__).parents[2]
 HAS_LMMS_EVAL = importlib.util.find_spec("lmms_eval") is not None

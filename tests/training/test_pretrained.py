@@ -19,7 +19,7 @@ from data_pipeline.errors import InputError
 from data_pipeline.tokenizer import load_tokenizer
 from tests.ranks import RankPool
 from tests.training import scenarios
-from training.build import build_model
+from training.model.build import build_model
 
 SMALL_TEXT = {
     "hidden_size": 64,

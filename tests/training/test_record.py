@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.errors import InputError
-from training.record import record
+from training.record.run_record import record
 
 
 def test_it_sums_up_the_metrics(tmp_path: Path) -> None:

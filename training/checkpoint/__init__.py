@@ -6,10 +6,10 @@ after one offline.
 """
 
 from training.checkpoint.find import find, refuse_later
-from training.checkpoint.layout import MANIFEST, TEMPORARY, finished, read_manifest
-from training.checkpoint.load import load, start_from
+from training.checkpoint.folder_layout import MANIFEST, TEMPORARY, finished, read_manifest
 from training.checkpoint.pickles import scan_pickle
 from training.checkpoint.progress import Progress
+from training.checkpoint.resume import load, start_from
 from training.checkpoint.saver import Saver
 from training.checkpoint.verify import verify_files
 

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data_pipeline.errors import InputError, run_cli
-from training.checkpoint.layout import (
+from data_pipeline.cli import run_cli
+from data_pipeline.errors import InputError
+from training.checkpoint.folder_layout import (
     BAD,
     LATEST,
     MANIFEST,

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch.distributed
 
 from data_pipeline.errors import InputError
-from training.checkpoint.layout import (
+from training.checkpoint.folder_layout import (
     LATEST,
     candidates,
     finished,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO
 
 from data_pipeline.errors import InputError
-from training.checkpoint.layout import warn
+from training.checkpoint.folder_layout import warn
 
 LOCK = ".lock"
 # A process that is just ending may still hold it; after a node loss a network file system keeps

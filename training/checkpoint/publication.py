@@ -17,7 +17,7 @@ from typing import IO, Any, cast
 import torch
 
 from data_pipeline.files import write_atomically
-from training.checkpoint.layout import (
+from training.checkpoint.folder_layout import (
     TEMPORARY,
     Manifest,
     publish,

@@ -9,15 +9,15 @@ from typing import Any
 import torch.distributed
 
 from data_pipeline.errors import InputError
-from training.checkpoint import layout
-from training.checkpoint.frozen import frozen_hashes
-from training.checkpoint.layout import Manifest, finished, warn
+from training.checkpoint import folder_layout as layout
+from training.checkpoint.folder_layout import Manifest, finished, warn
 from training.checkpoint.lock import FolderLock
 from training.checkpoint.progress import Progress, rng_state
 from training.checkpoint.publication import Plan, Publication, first_error
-from training.checkpoint.snapshot import HostBuffers, snapshot_bytes, take_snapshot
 from training.config import CheckpointSettings
 from training.distributed import Ranks, all_reduce_sum, from_main
+from training.zero3.frozen import frozen_hashes
+from training.zero3.snapshot import HostBuffers, snapshot_bytes, take_snapshot
 
 EXIT_WAIT_S = 60.0
 """Longest wait for this rank's own shards when the run ends with an error."""

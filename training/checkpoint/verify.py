@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import InputError
-from training.checkpoint.layout import Manifest, read_manifest
+from training.checkpoint.folder_layout import Manifest, read_manifest
 from training.checkpoint.pickles import scan_pickle
 
 Seen = Callable[[int], object]

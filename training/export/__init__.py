@@ -1,7 +1,7 @@
 """A trained checkpoint as a folder that loads with transformers alone."""
 
-from training.export.checkpoint import export
-from training.export.folder import ModelFolder, new_folder
+from training.export.export import export
+from training.export.model_folder import ModelFolder, new_folder
 from training.export.weights import Weight, checkpoint_weights, folder_weights
 
 __all__ = [

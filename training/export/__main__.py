@@ -7,7 +7,7 @@ python -m training.export runs/digits/checkpoints/step-00001200 out/digits --dty
 import argparse
 from pathlib import Path
 
-from data_pipeline.errors import run_cli
+from data_pipeline.cli import run_cli
 from training.export import export
 from training.export.safetensors_files import parse_size
 

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit, urlunsplit
 import yaml
 
 from data_pipeline.tiling import TilingSettings
-from training.export.run import TrainedRun
+from training.export.trained_run import TrainedRun
 from training.model.hub import TokenFlexConfig
 
 _USE = """\

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from data_pipeline.errors import InputError
-from training.checkpoint.shards import Shards
+from training.zero3.shards import Shards
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

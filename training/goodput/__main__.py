@@ -12,9 +12,10 @@ import argparse
 import json
 from pathlib import Path
 
-from data_pipeline.errors import InputError, run_cli
-from training.goodput.plot import plot
-from training.goodput.report import summarize, table
+from data_pipeline.cli import run_cli
+from data_pipeline.errors import InputError
+from training.goodput.accounting import summarize, table
+from training.goodput.goodput_plot import plot
 
 
 def main(argv: list[str] | None = None) -> None:

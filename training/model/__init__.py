@@ -7,8 +7,8 @@ from training.model.hub import (
     TokenFlexProcessor,
     chatml_template,
 )
-from training.model.modeling_tokenflex import PackedTokenFlex, TokenFlexOutput
-from training.model.projector import RELEASED_NAMES, TokenAdaptiveProjector
+from training.model.packed import PackedTokenFlex, TokenFlexOutput
+from training.model.packed_projector import RELEASED_NAMES, TokenAdaptiveProjector
 
 __all__ = [
     "RELEASED_NAMES",

@@ -1,0 +1,38 @@
+"""What the command lines have in common: errors as one line, options, arguments."""
+
+import argparse
+import sys
+from collections.abc import Callable
+
+from data_pipeline.errors import InputError
+
+
+def run_cli(main: Callable[[], object]) -> None:
+    """Run a command-line tool; an `InputError` becomes one line on stderr and exit status 2."""
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """`options.config`, `options.overrides`: the config of a training run and changes to it."""
+    parser.add_argument("config", metavar="CONFIG.yaml", help="the config of the training run")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="settings to change, as for training"
+    )
+
+
+def at_least(smallest: int) -> "type[int]":
+    """A type for argparse: an integer from `smallest` on."""
+
+    class Whole(int):
+        def __new__(cls, text: str) -> "Whole":
+            value = super().__new__(cls, text)
+            if value < smallest:
+                raise argparse.ArgumentTypeError(f"must be at least {smallest}, found {text}")
+            return value
+
+    Whole.__name__ = "integer"  # what argparse says is expected
+    return Whole

@@ -1,0 +1,79 @@
+"""Indexing one shard in one pass: columns of the usable samples, and what was wrong with others."""
+
+from data_pipeline.chat import ChatSettings, template_fingerprint
+from data_pipeline.errors import InputError
+from data_pipeline.index.columns import OF_IMAGES, OF_SAMPLES, ShardColumns
+from data_pipeline.index.header import SCHEMA, ShardHeader
+from data_pipeline.index.sample_row import Row, SampleFault, SampleReader
+from data_pipeline.index.tar import group_samples, scan_tar
+from data_pipeline.storage import ReadAhead, Shard, Storage
+from data_pipeline.tokenizer import Tokenizer
+
+
+def index_shard(
+    shard: Shard, tokenizer: Tokenizer, chat: ChatSettings, storage: Storage
+) -> tuple[ShardHeader, ShardColumns]:
+    """Index one shard; samples that cannot be used are listed in the header's `bad`.
+
+    InputError if the tar is truncated or damaged, or has no usable sample.
+    """
+    storage.forget()  # an earlier file of this name may still be open
+    stat = storage.stat(shard)  # before reading: a shard that changes meanwhile will not fit it
+    reader = ReadAhead(storage, shard, stat.bytes)
+    samples = SampleReader(reader, tokenizer, chat)
+    found: dict[str, Row | SampleFault] = {}
+    for key, group in group_samples(scan_tar(reader)):
+        try:
+            found[key] = samples.row(key, group)
+        except SampleFault as fault:
+            found[key] = fault
+    rows = {key: row for key, row in found.items() if isinstance(row, Row)}
+    bad = [
+        {"key": key, "fault": fault.fault, "reason": str(fault)}
+        for key, fault in found.items()
+        if isinstance(fault, SampleFault)
+    ]
+    if not rows:
+        raise InputError(f"{shard} has no usable sample ({_why(bad)})")
+    columns = _columns(rows)
+    return ShardHeader(
+        schema=SCHEMA,
+        shard=shard.name,
+        bytes=stat.bytes,
+        version=stat.version,
+        tokenizer=tokenizer.fingerprint,
+        tokenizer_source=tokenizer.source,
+        template=template_fingerprint(chat),
+        chat=chat.model_dump(),
+        samples=len(rows),
+        images=len(columns.image_offset),
+        text_tokens=int(columns.text_tokens.sum(dtype="int64")),
+        supervised_tokens=int(columns.supervised_tokens.sum(dtype="int64")),
+        unused_images=sum(row.unused_images for row in rows.values()),
+        digest=columns.digest(),
+        bad=bad,
+    ), columns
+
+
+def _why(bad: list[dict[str, str]]) -> str:
+    if bad:
+        return f"{len(bad)} bad ones, the first: {bad[0]['key']}: {bad[0]['reason']}"
+    return (
+        'samples are members "{key}.json" with their images "{key}.*", or "{key}.jpg" with '
+        '"{key}.txt"'
+    )
+
+
+def _columns(rows: dict[str, Row]) -> ShardColumns:
+    images = [image for row in rows.values() for image in row.images]
+    image_start = [0]
+    for row in rows.values():
+        image_start.append(image_start[-1] + len(row.images))
+    of_samples = zip(*(row[: len(OF_SAMPLES)] for row in rows.values()), strict=True)
+    of_images = zip(*images, strict=True) if images else [()] * len(OF_IMAGES)
+    return ShardColumns.from_lists(
+        list(rows),
+        image_start=image_start,
+        **dict(zip(OF_SAMPLES, of_samples, strict=True)),
+        **dict(zip(OF_IMAGES, of_images, strict=True)),
+    )

@@ -1,0 +1,1 @@
+"""How good a plan is, from the index alone. `python -m data_pipeline.stats --help`."""

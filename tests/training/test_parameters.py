@@ -1,0 +1,71 @@
+"""Freezing, parameter groups, the learning-rate schedule."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from training.config import ModuleSettings, StageModules, TrainSettings
+from training.parameters import freeze, learning_rate_factor, module_table, parameter_groups
+
+
+class Tiny(nn.Module):
+    """Stands for the model: the three parts, each a Linear with a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vision_model = nn.Linear(2, 3)
+        self.projector = nn.Linear(3, 4)
+        self.language_model = nn.Linear(4, 5)
+
+
+def settings(**modules: ModuleSettings) -> TrainSettings:
+    return TrainSettings(steps=100, weight_decay=0.1, modules=StageModules(**modules))
+
+
+def test_groups_hold_each_trainable_parameter_once_with_its_learning_rate() -> None:
+    model = Tiny()
+    train = settings(
+        vision_model=ModuleSettings(train=False),
+        projector=ModuleSettings(lr=1e-3),
+        language_model=ModuleSettings(lr=2e-5),
+    )
+    freeze(model, train.modules)
+    groups = parameter_groups(model, train)
+    assert [(g["name"], g["lr"], g["weight_decay"]) for g in groups] == [
+        ("projector.decay", 1e-3, 0.1),
+        ("projector.no_decay", 1e-3, 0.0),
+        ("language_model.decay", 2e-5, 0.1),
+        ("language_model.no_decay", 2e-5, 0.0),
+    ]
+    grouped = [id(p) for g in groups for p in g["params"]]
+    expected = [*model.projector.parameters(), *model.language_model.parameters()]
+    assert sorted(grouped) == sorted(id(p) for p in expected)
+
+
+def test_freezing_is_undone_by_the_next_stage() -> None:
+    model = Tiny()
+    freeze(model, settings(vision_model=ModuleSettings(train=False)).modules)
+    assert not model.vision_model.weight.requires_grad
+    freeze(model, settings().modules)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_schedule_warms_up_linearly_and_decays_as_a_cosine() -> None:
+    train = TrainSettings(steps=110, warmup_fraction=10 / 110, min_lr_fraction=0.1)
+    factors = [learning_rate_factor(step, train) for step in range(train.steps)]
+    assert factors[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert factors[10] == pytest.approx(1.0)
+    assert factors[60] == pytest.approx(0.1 + 0.9 * 0.5)  # half-way down
+    assert factors[85] == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(0.75 * math.pi)))
+    assert min(factors[10:]) == factors[-1] > 0.1
+
+
+def test_table_names_modules_sizes_rates_and_dtypes() -> None:
+    model = Tiny().to(torch.bfloat16)
+    modules = settings(vision_model=ModuleSettings(train=False)).modules
+    freeze(model, modules)
+    lines = module_table(model, modules).splitlines()
+    assert lines[1].split() == ["vision_model", "9", "0", "frozen", "bfloat16"]
+    assert lines[2].split() == ["projector", "16", "16", "1.0e-05", "bfloat16"]

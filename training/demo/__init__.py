@@ -1,0 +1,1 @@
+"""A page to try an exported model. `python -m training.demo --help`."""

@@ -1,0 +1,1 @@
+"""Evaluation: the trainer's own (`in_training`), and that of exported models."""

@@ -1,0 +1,202 @@
+"""Accuracy, latency, FLOPs and memory of an exported model on held-out shards, per token count."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_pipeline.cli import at_least
+from data_pipeline.errors import InputError
+from data_pipeline.files import write_atomically
+from training import exit_codes
+from training.evaluate.accuracy_plot import plot_accuracy
+from training.evaluate.budget import ServingBudget, decide, parse_budget
+from training.evaluate.counts import EvaluationSettings, evaluate_counts
+from training.evaluate.examples import HeldOut
+from training.evaluate.group import EvaluationGroup, join_group
+from training.evaluate.summary import summarise, table
+from training.generate import LoadedModel, add_model_arguments, load_model
+
+NO_COUNT_FITS = 1
+
+_DESCRIPTION = """\
+Score a model on held-out shards at several token counts. Answers must match
+exactly, or by what a sample's metadata name: "metric" is exact, anls, relaxed
+or choice, and "answers" lists further right answers.
+
+    python -m training.evaluate MODEL data/digits/eval --num-image-tokens 4 16 64
+    torchrun --nproc-per-node 8 -m training.evaluate MODEL SHARDS --out runs/evaluation
+    sbatch slurm/evaluate.sh MODEL SHARDS --out runs/evaluation
+
+Started again with the same --out it goes on where it stopped, also with other
+counts and another number of ranks. --budget names the smallest token count that
+meets it; exit code 1 says that none does.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns an exit code; every rank says what the user can set right."""
+    options = _parse(arguments)
+    try:
+        budgets = [parse_budget(text) for text in options.budget]
+        group = join_group()
+        code = _run(options, budgets, group)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return exit_codes.BAD_INPUT
+    group.leave()
+    return code
+
+
+def _run(options: argparse.Namespace, budgets: list[ServingBudget], group: EvaluationGroup) -> int:
+    loaded = load_model(options.model, options.dtype, group.device, options.trust_remote_code)
+    counts = loaded.check_counts(options.num_image_tokens or _default_counts(loaded))
+    held_out = HeldOut(
+        loaded,
+        options.shards,
+        options.tokenizer,
+        options.index_dir,
+        options.limit,
+        options.reduced_jpeg,
+    )
+    out = options.out or Path("runs") / f"evaluation-{Path(options.model).resolve().name}"
+    settings = EvaluationSettings(
+        out=out,
+        max_new_tokens=options.max_new_tokens,
+        batch_tokens=options.batch_tokens,
+        generate_all=options.generate,
+        latency_samples=options.latency_samples,
+    )
+    if group.is_main:
+        _say_left_out(held_out)
+    rows, latencies = evaluate_counts(loaded, held_out, counts, settings, group)
+    if not group.is_main:
+        return exit_codes.OK
+    trained = options.trained or loaded.trained_counts
+    entries, resampled = summarise(loaded, rows, counts, trained, options.resamples, options.seed)
+    for entry in entries:
+        entry["latency"] = latencies.get(entry["num_image_tokens"])
+    decisions = [decide(budget, entries, resampled) for budget in budgets]
+    bad = [row for row in rows[counts[0]].values() if "bad" in row]
+    title = f"{Path(options.model).resolve().name}, {entries[0]['samples']} samples"
+    plot_accuracy(entries, out / "accuracy.png", title)
+    record = {
+        "model": options.model,
+        "shards": options.shards,
+        "counts": entries,
+        "budgets": [vars(decision) for decision in decisions],
+        "bad": [{"name": row["name"], "reason": row["bad"]} for row in bad],
+        "bootstrap": {"resamples": options.resamples, "seed": options.seed},
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        **_machine(loaded, group),
+    }
+    text = table(entries)
+    write_atomically(out / "results.json", json.dumps(record, indent=1).encode())
+    write_atomically(out / "table.txt", (text + "\n").encode())
+    print(f"\n{text}\n")
+    if too_long := {e["num_image_tokens"]: e["too_long"] for e in entries if e["too_long"]}:
+        print(f"longer than the context, counted as wrong: {too_long}")
+    if bad:
+        print(f"{len(bad)} samples cannot be used, the first {bad[0]['name']}: {bad[0]['bad']}")
+    for decision in decisions:
+        print(f"{decision.budget}  ->  {decision.reason}")
+    print(f"results  {out / 'results.json'}\nplot     {out / 'accuracy.png'}")
+    return NO_COUNT_FITS if any(d.count is None for d in decisions) else exit_codes.OK
+
+
+def _default_counts(loaded: LoadedModel) -> list[int]:
+    return loaded.trained_counts or [int(loaded.processor.num_image_tokens)]
+
+
+def _say_left_out(held_out: HeldOut) -> None:
+    if bad := held_out.index.bad:
+        print(
+            f"warning: the index left out {len(bad)} bad samples, the first "
+            f"{bad[0].shard}:{bad[0].key}: {bad[0].reason}"
+        )
+
+
+def _machine(loaded: LoadedModel, group: EvaluationGroup) -> dict[str, Any]:
+    import transformers
+
+    cuda = loaded.device.type == "cuda"
+    return {
+        "machine": {
+            "device": torch.cuda.get_device_name(loaded.device) if cuda else "cpu",
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "ranks": group.size,
+            "dtype": str(loaded.dtype).removeprefix("torch."),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        }
+    }
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m training.evaluate",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_model_arguments(parser)
+    parser.add_argument("shards", nargs="+", metavar="SHARDS", help="folders, globs or URLs")
+    whole = at_least(1)
+    parser.add_argument(
+        "--num-image-tokens",
+        nargs="+",
+        type=int,
+        metavar="N",
+        help="tokens per tile, each a square (default: the counts that were trained)",
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: runs/evaluation-MODEL")
+    parser.add_argument(
+        "--budget",
+        action="append",
+        default=[],
+        metavar="latency=50ms | accuracy=99%%",
+        help="name the token count to serve: the most accurate in time, or the smallest with this "
+        "share of the best accuracy",
+    )
+    parser.add_argument(
+        "--trained", nargs="+", type=int, metavar="N", help="counts to mark as trained"
+    )
+    parser.add_argument(
+        "--generate",
+        action="store_true",
+        help="generate every answer; exact ones are otherwise read off one forward pass",
+    )
+    parser.add_argument("--max-new-tokens", type=whole, default=128, metavar="N", help="(128)")
+    parser.add_argument("--limit", type=whole, metavar="N", help="so many samples, evenly spread")
+    parser.add_argument(
+        "--batch-tokens", type=whole, default=16384, metavar="N", help="of a batch (16384)"
+    )
+    parser.add_argument(
+        "--latency-samples",
+        type=at_least(0),
+        default=16,
+        metavar="N",
+        help="answers timed one at a time, on rank 0; 0 for none (16)",
+    )
+    parser.add_argument(
+        "--resamples", type=whole, default=2000, metavar="N", help="of the bootstrap (2000)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (0)")
+    parser.add_argument("--tokenizer", metavar="PATH", help="that the index was made with")
+    parser.add_argument("--index-dir", type=Path, metavar="DIR", help="where the index is")
+    parser.add_argument(
+        "--reduced-jpeg",
+        action="store_true",
+        help="decode large JPEGs at a smaller scale, which is faster; the processor does not",
+    )
+    return parser.parse_intermixed_args(arguments)
+
+
+if __name__ == "__main__":
+    exit_codes.run_rank(main)

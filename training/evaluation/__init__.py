@@ -1,1 +1,0 @@
-"""Evaluation: the trainer's own (`in_training`), and that of exported models (`cli`)."""

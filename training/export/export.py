@@ -1,0 +1,61 @@
+"""From a checkpoint of the trainer to a model folder."""
+
+from pathlib import Path
+
+import torch
+
+from training.export.card import run_card
+from training.export.hub_tokenizer import to_hub_tokenizer
+from training.export.model_folder import ModelFolder, new_folder
+from training.export.trained_run import TrainedRun, open_run
+from training.export.weights import checkpoint_weights
+from training.model.build import DTYPES, model_config
+
+
+def export(
+    path: Path,
+    out: Path,
+    *,
+    dtype: str | None = None,
+    max_bytes: int = 5 * 10**9,
+    config: Path | None = None,
+    tokenizer: str | None = None,
+) -> TrainedRun:
+    """Write a checkpoint as a folder for `from_pretrained`; returns what it was made from.
+
+    Args:
+        path: a checkpoint, or a run's output_dir, whose newest whole checkpoint is taken.
+        out: a folder that does not exist yet, or is empty.
+        dtype: "bf16" or "fp32"; None: as the model computed in training. Master weights are fp32,
+            but evaluation saw them in the precision of training.
+        max_bytes: of one weights file.
+        config, tokenizer: see `open_run`.
+
+    Raises:
+        InputError: see `open_run`; or `out` is in use, the tokenizer cannot be converted, or the
+            weights do not fit the config.
+    """
+    with new_folder(out) as temporary:
+        run = open_run(path, config, tokenizer)
+        form = _form(run, DTYPES[dtype or run.precision])
+        weights = checkpoint_weights(run.checkpoint, run.manifest.world_size, form.dtype)
+        card = run_card(run, form.config, form.num_image_tokens)
+        form.write(temporary, weights, card, max_bytes)
+    return run
+
+
+def _form(run: TrainedRun, dtype: torch.dtype) -> ModelFolder:
+    settings, tokenizer = run.config, run.tokenizer
+    image_token_id = tokenizer.special_id("<IMG_CONTEXT>")
+    config = model_config(settings.model, tokenizer.vocab_size, image_token_id)
+    config.trained_num_image_tokens = [n * n for n in settings.data.tokens.trained_sides]
+    context = getattr(config.text_config, "max_position_embeddings", 10**9)
+    return ModelFolder(
+        config,
+        dtype,
+        to_hub_tokenizer(tokenizer, context),
+        settings.data.tiling,
+        max(n * n for n in settings.data.tokens.trained_sides),
+        settings.data.chat.system,
+        str(run.checkpoint),
+    )

@@ -1,0 +1,121 @@
+"""A model folder that transformers loads: everything in it but the weights' values."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+from transformers.dynamic_module_utils import custom_object_save
+
+from data_pipeline.errors import InputError
+from data_pipeline.files import write_atomically
+from data_pipeline.tiling import TilingSettings
+from training.checkpoint.folder_layout import sync_folder
+from training.export.safetensors_files import write_weights
+from training.export.weights import Weight, check_weights
+from training.model.hub import (
+    TokenFlexConfig,
+    TokenFlexForConditionalGeneration,
+    TokenFlexImageProcessor,
+    TokenFlexProcessor,
+    chatml_template,
+)
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """What a folder is made of.
+
+    config: the model's. dtype: what it is loaded in. tokenizer: a fast one of transformers, with
+    the markers. num_image_tokens: per tile, where a user gives none. system: the prompt's, empty
+    for none. source: where the weights came from, for messages.
+    """
+
+    config: TokenFlexConfig
+    dtype: torch.dtype
+    tokenizer: Any
+    tiling: TilingSettings
+    num_image_tokens: int
+    system: str
+    source: str
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every tensor that the model loads."""
+        return tensor_shapes(self._model())
+
+    def write(self, folder: Path, weights: list[Weight], card: str, max_bytes: int) -> None:
+        """Write all files; InputError unless the weights are the model's."""
+        model = self._model()
+        found = {weight.name: weight.shape for weight in weights}
+        check_weights(found, tensor_shapes(model), self.source)
+        model.config.architectures = [type(model).__name__]
+        custom_object_save(model, folder, config=model.config)  # type: ignore[arg-type]
+        model.config.save_pretrained(folder)
+        GenerationConfig(
+            eos_token_id=self.tokenizer.convert_tokens_to_ids("<|im_end|>"),
+            pad_token_id=self.tokenizer.pad_token_id,
+            suppress_tokens=model.generation_config.suppress_tokens,
+        ).save_pretrained(folder)
+        self._processor().save_pretrained(folder)
+        write_atomically(folder / "README.md", card.encode())
+        write_weights(folder, weights, max_bytes)
+
+    def _model(self) -> TokenFlexForConditionalGeneration:
+        """The model without memory for its weights."""
+        with torch.device("meta"):
+            model = TokenFlexForConditionalGeneration._from_config(self.config, dtype=self.dtype)
+        assert isinstance(model, TokenFlexForConditionalGeneration)
+        return model
+
+    def _processor(self) -> TokenFlexProcessor:
+        tiling = self.tiling
+        return TokenFlexProcessor(
+            TokenFlexImageProcessor(
+                tile_size=self.config.tile_size,
+                min_tiles=tiling.min_tiles,
+                max_tiles=tiling.max_tiles,
+                thumbnail=tiling.thumbnail,
+            ),
+            self.tokenizer,
+            chat_template=chatml_template(self.system),
+            num_image_tokens=self.num_image_tokens,
+            patches_per_side=min(self.config.patch_grid),
+        )
+
+
+def tensor_shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every parameter and saved buffer; tied ones once, by their first name."""
+    seen: set[int] = set()
+    shapes = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            shapes[name] = tuple(tensor.shape)
+        seen.add(id(tensor))
+    return shapes
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A temporary folder beside `out` that becomes `out` when all in it is written.
+
+    Raises:
+        InputError: if `out` is there and not an empty folder.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} is there already and not empty; remove it or give another name")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        sync_folder(temporary)
+        temporary.rename(out)  # over an empty folder, too
+        sync_folder(out.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,1 @@
+"""The released Ristretto-3B, both ways. `python -m training.import_ristretto --help`."""

@@ -1,0 +1,32 @@
+"""lmms-eval's benchmarks on an exported model.
+
+    python -m training.lmms_eval_adapter --model tokenflex --batch_size 8 \\
+        --model_args pretrained=exported/mine,num_image_tokens=144 --output_path runs/benchmarks \\
+        --tasks mmstar,ocrbench,ai2d,hallusion_bench_image,mmbench_en_dev,mmvet,mmmu_val
+
+is lmms-eval's own command line with this model registered. Where this project is installed as a
+package, its entry point "lmms_eval.models" registers it for the command `lmms-eval` too. lmms-eval
+is an optional extra with many requirements of its own: give it an environment of its own.
+"""
+
+from data_pipeline.cli import run_cli
+from data_pipeline.errors import InputError
+from training.lmms_eval_adapter.adapter import manifest
+
+
+def main() -> None:
+    """lmms-eval's command line."""
+    try:
+        from lmms_eval.__main__ import cli_evaluate
+        from lmms_eval.models import MODEL_REGISTRY_V2
+    except ImportError as error:
+        raise InputError(
+            f"this needs lmms-eval ({error}); install it with: pip install lmms-eval (into an "
+            "environment of its own: it asks for many packages)"
+        ) from error
+    MODEL_REGISTRY_V2.register_manifest(manifest(), overwrite=True)
+    cli_evaluate()
+
+
+if __name__ == "__main__":
+    run_cli(main)

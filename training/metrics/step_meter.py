@@ -1,0 +1,143 @@
+"""What a step reports: loss per token count, speed, padding, waiting, memory."""
+
+import resource
+import time
+import zlib
+from collections.abc import Sequence
+
+import torch
+
+from data_pipeline.loader import IGNORE, PackedBatch, StepBatch
+from training.distributed import Ranks, all_reduce_max, all_reduce_sum
+
+TEXT, MIXED = 0, -1  # `PackedBatch.sample_sides` of samples without images, and of several sides
+
+COUNTS = ("packs", "tokens", "samples", "images", "tiles", "supervised", "bad_samples", "data_hash")
+
+
+class StepMeter:
+    """Sums over the packs of one step, and its time; each joined over the ranks by a collective.
+
+    Args:
+        sides: token grid sides n that are trained.
+        max_tokens: of a pack.
+        ranks: whose sums are joined.
+        datasets: names in the mixture; with several, each has its own loss too.
+    """
+
+    def __init__(
+        self, sides: list[int], max_tokens: int, ranks: Ranks, datasets: Sequence[str] = ()
+    ) -> None:
+        self.groups = [*sorted(set(sides)), TEXT, MIXED]
+        self.datasets = datasets if len(datasets) > 1 else ()
+        self.max_tokens = max_tokens
+        self.ranks = ranks
+        self.start()
+
+    def start(self) -> None:
+        """Begin a step."""
+        self.started = time.perf_counter()
+        self.token_groups: list[torch.Tensor] = []
+        self.token_datasets: list[torch.Tensor] = []
+        self.token_weights: list[torch.Tensor] = []
+        self.token_losses: list[torch.Tensor] = []
+        self.counts = dict.fromkeys(COUNTS, 0)
+
+    def add(self, batch: PackedBatch, token_losses: torch.Tensor) -> None:
+        """Count one pack.
+
+        Args:
+            batch: the pack, on the host.
+            token_losses: float32 [K], cross-entropy of each supervised token, in order.
+        """
+        positions = (batch.labels != IGNORE).nonzero().flatten()
+        sample = torch.searchsorted(batch.cu_seqlens, positions, right=True) - 1
+        group_of_sample = torch.tensor([self._group(s) for s in batch.sample_sides or [TEXT]])
+        self.token_groups.append(group_of_sample[sample])
+        self.token_datasets.append(torch.tensor(batch.sample_datasets or [0])[sample])
+        self.token_weights.append(batch.loss_weights[positions].double())
+        self.token_losses.append(token_losses)  # stays on the device until `reduce`
+        self.counts["packs"] += 1
+        self.counts["tokens"] += batch.planned_tokens
+        self.counts["samples"] += len(batch.sample_ids)
+        self.counts["images"] += batch.num_images
+        self.counts["tiles"] += len(batch.tile_sides)
+        self.counts["supervised"] += len(positions)
+        self.counts["bad_samples"] += len(batch.bad)
+        self.counts["data_hash"] += zlib.crc32(repr((batch.sample_ids, batch.tile_sides)).encode())
+
+    def _group(self, side: int) -> int:
+        return self.groups.index(side) if side in self.groups else self.groups.index(MIXED)
+
+    def reduce(self) -> dict[str, float]:
+        """Losses and counts over all ranks, once every pack is added."""
+        weights = torch.cat(self.token_weights)
+        losses = torch.cat(self.token_losses).double().cpu()
+        names = [{TEXT: "text", MIXED: "mixed"}.get(side, str(side * side)) for side in self.groups]
+        sums = [_sums(torch.cat(self.token_groups), weights, losses, len(names))]
+        if self.datasets:
+            names += [f"dataset_{name}" for name in self.datasets]
+            by_dataset = torch.cat(self.token_datasets)
+            sums.append(_sums(by_dataset, weights, losses, len(self.datasets)))
+        flat = torch.cat(sums, dim=1)  # [2, names]
+        local = [*flat.flatten().tolist(), *map(float, self.counts.values())]
+        total = all_reduce_sum(local, self.ranks.device)
+        size, groups = len(names), len(self.groups)
+        loss_sums, weight_sums = total[:size], total[size : 2 * size]
+        counts = dict(zip(self.counts, total[2 * size :], strict=True))
+        metrics = {"loss": sum(loss_sums[:groups]) / (sum(weight_sums[:groups]) or 1.0)}
+        for name, loss, weight in zip(names, loss_sums, weight_sums, strict=True):
+            if weight > 0:
+                metrics[f"loss_{name}"] = loss / weight
+        return metrics | {
+            "padding": 1 - counts["tokens"] / (counts["packs"] * self.max_tokens),
+            "tokens": counts["tokens"],
+            "images": counts["images"],
+            "tiles": counts["tiles"],
+            "samples": counts["samples"],
+            "supervised_tokens": counts["supervised"],
+            "bad_samples": counts["bad_samples"],
+            # Sum over packs, so that it does not depend on the world size; exact in a float64.
+            "data_hash": counts["data_hash"],
+        }
+
+    def timing(self, metrics: dict[str, float], wait_s: float) -> dict[str, float]:
+        """Speed and memory, the slowest rank's, once the optimizer step is done.
+
+        `metrics` are those of `reduce`; `wait_s` is how long this rank waited for data.
+        """
+        seconds, wait_s, memory = all_reduce_max(
+            [time.perf_counter() - self.started, wait_s, _memory_bytes(self.ranks.device)],
+            self.ranks.device,
+        )
+        return {
+            "step_s": seconds,
+            "tokens_per_s": metrics["tokens"] / seconds,
+            "images_per_s": metrics["images"] / seconds,
+            "tiles_per_s": metrics["tiles"] / seconds,
+            "samples_per_s": metrics["samples"] / seconds,
+            "data_wait": wait_s / seconds,
+            "memory_gib": memory / 2**30,
+        }
+
+
+def _sums(
+    groups: torch.Tensor, weights: torch.Tensor, losses: torch.Tensor, size: int
+) -> torch.Tensor:
+    """Per group the weighted sum of the losses and the sum of the weights, float64 [2, size]."""
+    sums = torch.zeros(2, size, dtype=torch.float64)
+    sums[0].index_add_(0, groups, weights * losses)
+    sums[1].index_add_(0, groups, weights)
+    return sums
+
+
+def weight_sum(batch: StepBatch) -> float:
+    """Sum of the loss weights of this rank's packs."""
+    return float(sum(pack.loss_weights.double().sum() for pack in batch.packs))
+
+
+def _memory_bytes(device: torch.device) -> float:
+    """Peak memory: of the GPU allocator, or of the process on a CPU."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0

@@ -1,0 +1,242 @@
+"""The trainer's model: the one that users load, with packed rows and a loss in chunks.
+
+B rows (1 when packed), L tokens, S samples, T tiles, D language width, V vocabulary,
+K supervised positions.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.utils import ModelOutput
+
+from data_pipeline.errors import InputError
+from training.model.attention import ATTENTION_NAME
+from training.model.hub import TokenFlexConfig, TokenFlexForConditionalGeneration
+from training.model.loss import chunked_cross_entropy, find_supervision
+from training.model.packed_projector import TokenAdaptiveProjector
+from training.model.segments import PackedSegments, find_segments
+
+_PACKABLE_LAYERS = ("full_attention", "sliding_attention")
+
+# Config keys with which a language model's own forward changes the logits behind lm_head, and the
+# values that change nothing. The loss calls lm_head directly, so any other value would silently
+# train a different model.
+_LOGIT_KEYS: dict[str, tuple[Any, ...]] = {
+    "final_logit_softcapping": (None,),
+    "logits_soft_cap": (None,),
+    "output_logit_soft_cap": (None,),
+    "logit_scale": (None, 1),
+    "logits_scaling": (None, 1),
+    "lm_head_multiplier": (None, 1),
+}
+
+
+@dataclass
+class TokenFlexOutput(ModelOutput):
+    """What a forward returns.
+
+    loss: float32 scalar, the sum of weight * cross-entropy, not normalised.
+    token_losses: float32 [K], detached. predictions: int64 [K], the most likely ids. Both in order
+        of the supervised positions. num_supervised: K.
+    logits: [B, L, V], only without labels.
+    """
+
+    loss: Tensor | None = None
+    token_losses: Tensor | None = None
+    predictions: Tensor | None = None
+    logits: Tensor | None = None
+    num_supervised: int | None = None
+
+
+class PackedTokenFlex(TokenFlexForConditionalGeneration):
+    """The same parameters, trained: the projector op, packed attention, the chunked loss.
+
+    Anything that is neither a pack nor supervised runs as in the class that users load.
+    """
+
+    _auto_class = None  # what this saves needs no code of ours beside it
+    _no_split_modules = ["TokenAdaptiveProjector"]  # noqa: RUF012 - transformers' own style
+    _projector_class = TokenAdaptiveProjector
+
+    def __init__(self, config: TokenFlexConfig) -> None:
+        _check_language_model(config)
+        if config._attn_implementation is None:
+            config._attn_implementation = ATTENTION_NAME
+        super().__init__(config)
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        tile_sides: Sequence[int] | Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        loss_weights: Tensor | None = None,
+        loss_chunks: int = 1,
+        **kwargs: Any,
+    ) -> TokenFlexOutput | CausalLMOutputWithPast:
+        """Loss of a pack or of rows; without labels the logits of a pack.
+
+        Arguments that are not named here, and rows with neither labels nor cu_seqlens nor positions
+        that restart: as in `TokenFlexForConditionalGeneration`.
+
+        input_ids: int64 [B, L]; one <IMG_CONTEXT> per vision token.
+        tile_sides: n of each tile, on the host.
+        position_ids: int64 [B, L], restarting at 0 per sample.
+        cu_seqlens: int32 [S + 1], for packs (B = 1); when None, found from position_ids that
+            restart. max_seqlen: the longest sample, on the host.
+        labels: int64 [B, L], not shifted, -100 ignored, a sample's first token never supervised.
+            Left on the host they save a wait for the device. loss_weights: float32 [B, L].
+        loss_chunks: see `chunked_cross_entropy`.
+        attention_mask: [B, L], 1 for real tokens: for padded rows.
+
+        Raises InputError (a ValueError) when image tokens, tiles and sides disagree. On CUDA a
+        disagreeing count of image tokens fails a device-side assertion instead: checking it on the
+        host would wait for the device.
+        """
+        # First what may wait for the device, before this forward has queued any work there.
+        supervision = None
+        if labels is not None and input_ids is not None:
+            supervision = find_supervision(labels, loss_weights, input_ids.device)
+        segments = None
+        alone = attention_mask is None and past_key_values is None
+        if input_ids is not None and len(input_ids) == 1 and alone:
+            segments = find_segments(input_ids, position_ids, cu_seqlens, max_seqlen)
+        elif cu_seqlens is not None:
+            raise InputError(
+                "cu_seqlens came with several rows, inputs_embeds, an attention_mask or a cache; "
+                "give the whole pack as one row of input_ids without them"
+            )
+        if input_ids is None or (supervision is None and segments is None):
+            return super().forward(
+                input_ids,
+                pixel_values,
+                tile_sides,
+                attention_mask,
+                position_ids,
+                past_key_values,
+                inputs_embeds,
+                labels,
+                use_cache,
+                logits_to_keep,
+                mm_encoder_outputs,
+                **kwargs,
+            )
+        inputs_embeds = self.get_input_embeddings()(input_ids)
+        inputs_embeds = self._insert_images(input_ids, inputs_embeds, pixel_values, tile_sides)
+        hidden = self.language_model.get_decoder()(
+            inputs_embeds=inputs_embeds,
+            position_ids=position_ids,
+            use_cache=False,
+            **self._attention_arguments(attention_mask, segments),
+        ).last_hidden_state
+        self._check_isolation(segments)
+        lm_head = self.get_output_embeddings()
+        if supervision is None:
+            return TokenFlexOutput(logits=lm_head(hidden))
+        loss, token_losses, predictions = chunked_cross_entropy(
+            hidden, supervision, lm_head, loss_chunks
+        )
+        return TokenFlexOutput(
+            loss=loss,
+            token_losses=token_losses,
+            predictions=predictions,
+            num_supervised=len(supervision.positions),
+        )
+
+    def _insert_images(
+        self,
+        input_ids: Tensor,
+        inputs_embeds: Tensor,
+        pixel_values: Tensor | None,
+        tile_sides: Sequence[int] | Tensor | None,
+    ) -> Tensor:
+        """Put the image features at the image positions of inputs_embeds [B, L, D].
+
+        Without tiles a blank one runs and contributes zero: under ZeRO-3 a rank that skips a module
+        leaves the others waiting for ever.
+        """
+        image_positions = torch.eq(input_ids, self.config.image_token_id)
+        if pixel_values is None or len(pixel_values) == 0:
+            _check_count(image_positions, 0)
+            size = self.config.tile_size
+            blank = torch.zeros(1, 3, size, size, dtype=torch.uint8, device=inputs_embeds.device)
+            return inputs_embeds + 0 * self.image_features(blank, [1]).sum()
+        features = self.image_features(pixel_values, tile_sides).to(inputs_embeds.dtype)
+        _check_count(image_positions, len(features))
+        return inputs_embeds.masked_scatter(image_positions[..., None], features)
+
+    def _attention_arguments(
+        self, attention_mask: Tensor | None, segments: PackedSegments | None
+    ) -> dict[str, Any]:
+        """How the decoder learns where samples end.
+
+        Other attention functions than ours find that in position_ids by themselves. Ours gets the
+        segments, and an unused 4D mask, which keeps transformers from searching position_ids: that
+        would wait for the device.
+        """
+        if segments is None or self.config.text_config._attn_implementation != ATTENTION_NAME:
+            return {"attention_mask": attention_mask}
+        unused = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=segments.cu_seqlens.device)
+        return {"attention_mask": unused, "segments": segments}
+
+    def _check_isolation(self, segments: PackedSegments | None) -> None:
+        """Raise InputError if a pack just ran through layers that do not keep samples apart."""
+        if segments is None:
+            return
+        text_config = self.config.text_config
+        layers = set(getattr(text_config, "layer_types", None) or []).difference(_PACKABLE_LAYERS)
+        if layers:
+            raise InputError(
+                f"text_config.layer_types has {', '.join(sorted(layers))}: such layers do not keep "
+                f"packed samples apart; use a model with {' and '.join(_PACKABLE_LAYERS)} only"
+            )
+        if text_config._attn_implementation == ATTENTION_NAME and not segments.used:
+            raise InputError(
+                f"the language model {text_config.model_type!r} does not hand extra arguments to "
+                "its attention, so packed samples would see each other; use one that supports "
+                "attention backends"
+            )
+
+
+def _check_language_model(config: TokenFlexConfig) -> None:
+    """Raise InputError where the language model does not fit the image token or the loss."""
+    try:
+        config.check_image_token()
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    for key, neutral in _LOGIT_KEYS.items():
+        value = getattr(config.text_config, key, None)
+        if value not in neutral:
+            raise InputError(
+                f"text_config.{key} is {value}: this language model changes its logits behind "
+                "lm_head, which the chunked loss does not; use a language model whose "
+                f"{key} is {neutral[-1]}"
+            )
+
+
+def _check_count(image_positions: Tensor, features: int) -> None:
+    """One image position per feature: InputError on CPU, an asynchronous assertion elsewhere."""
+    found = image_positions.sum()
+    if image_positions.device.type != "cpu":
+        torch._assert_async(
+            found == features, f"input_ids do not hold the {features} image tokens of the tiles"
+        )
+    elif found != features:
+        raise InputError(
+            f"input_ids hold {int(found)} image tokens, but the tiles give {features} image "
+            "features; each tile of side n needs n * n <IMG_CONTEXT> tokens"
+        )

@@ -1,0 +1,1 @@
+"""Write down what a finished run measured. `python -m training.record --help`."""
