@@ -8,6 +8,7 @@ from typing import Any
 from data_pipeline.errors import InputError
 
 PROMPT = "Describe the image."
+_CAPTION_KEYS = ("caption", "text")
 _BOM = codecs.BOM_UTF8  # some editors put it before UTF-8; the codec "utf-8-sig" is slow
 
 
@@ -21,9 +22,9 @@ def caption_messages(image_name: str, caption: str) -> list[dict[str, Any]]:
 
 
 def caption_of_text(data: bytes) -> str:
-    """The caption in a text file; InputError if it is not UTF-8 or empty."""
+    """The caption in a text file, its line ends as one; InputError if not UTF-8, or empty."""
     try:
-        return _checked(data.removeprefix(_BOM).decode())
+        return _checked(data.removeprefix(_BOM).decode().replace("\r\n", "\n"))
     except UnicodeDecodeError as error:
         raise InputError(
             f"the caption is not UTF-8 ({error.reason} at byte {error.start})"
@@ -51,11 +52,16 @@ def parse_metadata(data: bytes) -> dict[str, Any]:
 
 
 def caption_of_metadata(content: Mapping[str, Any]) -> str:
-    """The caption in metadata; InputError if there is none."""
-    caption = content.get("caption")
-    if not isinstance(caption, str):
-        raise InputError('the JSON has no text as "caption"')
-    return _checked(caption)
+    """The caption in metadata; InputError if there is none, or more than one."""
+    found = {key: content[key] for key in content if key.lower() in _CAPTION_KEYS and content[key]}
+    texts = [text for text in found.values() if isinstance(text, str)]
+    if len(texts) == 1:
+        return _checked(texts[0])
+    if lists := [text for text in found.values() if isinstance(text, list)]:
+        raise InputError(
+            f'"caption" is a list of {len(lists[0])}, expected one text; write one picture for each'
+        )
+    raise InputError(f'the JSON has {len(texts) or "no"} text as "caption" or "text"')
 
 
 def _checked(caption: str) -> str:

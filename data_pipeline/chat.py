@@ -18,6 +18,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from data_pipeline.errors import InputError
+from data_pipeline.media_claims import check_no_claim
 from data_pipeline.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 # Part of every fingerprint: raise it when the same messages would get other ids or labels.
@@ -56,11 +57,9 @@ def tokenize_chat(
 ) -> TokenizedChat:
     """Tokenise a whole sample, its last turn being the assistant's.
 
-    InputError if the messages are not of the expected form (see `check_messages`).
+    InputError if there is nothing whole to learn from (see `check_sample`).
     """
-    check_messages(messages)
-    if messages[-1]["role"] != "assistant":
-        raise InputError("the last turn is not the assistant's: there is no answer to learn from")
+    check_sample(messages)
     return _render(messages, tokenizer, settings)
 
 
@@ -139,6 +138,29 @@ def parse_sample(data: bytes) -> dict[str, Any]:
         raise InputError(f'"metadata" is {_kind(sample["metadata"])}, not an object')
     check_messages(sample["messages"])
     return sample
+
+
+def check_sample(messages: Any) -> None:
+    """InputError unless messages are a sample to learn from; the same rules for every reader.
+
+    Besides `check_messages`: the last turn is the assistant's, every answer says something, every
+    question has content, and no text but the assistant's claims a picture that is not shown.
+    """
+    check_messages(messages)
+    if messages[-1]["role"] != "assistant":
+        raise InputError("the last turn is not the assistant's: there is no answer to learn from")
+    for number, turn in enumerate(messages):
+        where = f"turn {number}"
+        texts = [part["text"] for part in turn["content"] if part["type"] == "text"]
+        images = len(turn["content"]) - len(texts)
+        if turn["role"] == "assistant":
+            if not any(text.strip() for text in texts):
+                raise InputError(f"{where} is an empty answer; leave the sample out")
+            continue
+        if turn["role"] == "user" and not images and not any(text.strip() for text in texts):
+            raise InputError(f"{where} has no user text and no image; leave the sample out")
+        for text in texts:
+            check_no_claim(text, where, images)
 
 
 def check_messages(messages: Any) -> None:

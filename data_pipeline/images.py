@@ -1,5 +1,6 @@
 """Image files as bytes -> their size from the header, or a correct RGB picture."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
@@ -21,6 +22,12 @@ FORMATS = tuple(
     if name in Image.OPEN
 )
 
+# File name endings of these formats, lower case: the one list for every reader.
+IMAGE_SUFFIXES = frozenset(
+    {ending for ending, name in Image.registered_extensions().items() if name in FORMATS}
+    | ({".mpo"} if "MPO" in Image.OPEN else set())
+)
+
 # EXIF orientation -> what turns the stored picture upright.
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -33,6 +40,11 @@ UPRIGHT = {
 }
 _ORIENTATION_SOURCES = ("exif", "xmp", "Raw profile type exif", "XML:com.adobe.xmp")
 _SWAPS_SIDES = (5, 6, 7, 8)
+
+
+def has_image_suffix(name: str) -> bool:
+    """Whether a file's name ends as those of a format that is read, in any case."""
+    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES  # noqa: PTH122 - a member's name
 
 
 def image_size(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:

@@ -1,30 +1,32 @@
 """Turn data into webdataset shards.
 
-python -m data_pipeline.prepare --format llava SRC.json --images DIR OUT/
+python -m data_pipeline.prepare SRC OUT/                     # what SRC holds is told by its content
+python -m data_pipeline.prepare SRC.json --images DIR OUT/
 python -m data_pipeline.prepare --format folder DIR OUT/
-python -m data_pipeline.prepare --format finevision SRC OUT/
 python -m data_pipeline.prepare --format digits OUT/
-python -m data_pipeline.prepare --format grid OUT/
 
-llava    LLaVA's instruction format (.json list, or .jsonl): {"id", "image": name or list of names
-         or absent, "conversations": [{"from": "human"|"gpt"|"system", "value": "..<image>.."}]}.
-folder   images with a caption beside each: photo.jpg with photo.txt, or photo.json holding
-         {"caption": "..."}.
-finevision
-         parquet files as FineVision has them, a file or a folder (needs pyarrow): columns "images",
-         a list of {bytes, path}, and "texts", a list of {user, assistant}. The images come first
-         in the first turn; "source" is kept with the sample.
+records  files with a record for every sample: .json (a list), .jsonl, .parquet, .csv, or a folder
+         of parquet files, or an ImageFolder with its metadata.jsonl or .csv. A record has turns
+         ("messages", "conversations", "texts"), or a "question" with its "answer" (and "choices"),
+         or a "caption"; its pictures are in "image" or "images", or inside the turns, as paths,
+         bytes or data: URIs. They go where the text says <image>, or else first. llava, messages
+         and finevision are names for the same. --map and --ignore are for other keys.
+folder   images with a caption beside each: photo.jpg with photo.txt, photo.jpg.txt or
+         photo.caption, or photo.json holding {"caption": "..."}.
+mixture  a list of datasets: InternVL's meta JSON or LLaVA-NeXT's data YAML. Each is converted to
+         OUT/NAME, and OUT/mixture.yaml is the data.datasets section, weights carried over.
 digits   demo corpus: grids of real handwritten digits (needs scikit-learn).
 grid     demo corpus: grids of coloured cells.
 
-llava, folder and finevision write OUT/000000.tar, ...; digits and grid write
-OUT/train/000000.tar, ..., OUT/eval/000000.tar, ... and OUT/tokenizer.model. OUT/prepare.json tells
-what was made and which faulty samples were left out, and why. OUT appears only when everything is
-written.
+OUT/prepare.json tells what was made, which samples were left out and why, and which files were
+passed over; digits and grid write OUT/train, OUT/eval and OUT/tokenizer.model. OUT appears only
+when everything is written. Exit status: 0; 1 if more was left out than --max-bad-fraction; 2 if
+nothing was written.
 """
 
 import argparse
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +41,20 @@ DEMO_OPTIONS: dict[str, Any] = {
     "image_size": 32,
     "detail": None,
 }
+RECORD_OPTIONS: dict[str, Any] = {"images": None, "min_relevance": None, "map": [], "ignore": []}
+RECORD_FORMATS = ("records", "llava", "messages", "finevision")
 # Which options belong to which formats, with their defaults; those of all formats are not here.
 FORMAT_OPTIONS: dict[str, dict[str, Any]] = {
-    "llava": {"images": None},
+    "auto": RECORD_OPTIONS,
+    **dict.fromkeys(RECORD_FORMATS, RECORD_OPTIONS),
     "folder": {},
-    "finevision": {"min_relevance": None},
+    "mixture": RECORD_OPTIONS,
     "digits": DEMO_OPTIONS,
     "grid": DEMO_OPTIONS,
 }
+MAX_BAD_FRACTION = 0.01
+MOST_REASONS = 20
+TOO_MANY_LEFT_OUT = 1
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -55,7 +63,9 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--format", required=True, choices=tuple(FORMAT_OPTIONS))
+    parser.add_argument(
+        "--format", default="auto", choices=tuple(FORMAT_OPTIONS), help="(default: by content)"
+    )
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="[SRC] OUT")
     parser.add_argument(
         "--overwrite", action="store_true", help="replace what an earlier run wrote to OUT"
@@ -69,18 +79,40 @@ def build_parser() -> argparse.ArgumentParser:
         default=ShardLimits.num_bytes,
         help="begin a new shard after this many bytes (default: %(default)s)",
     )
-    llava = parser.add_argument_group("options of llava")
-    llava.add_argument(
+    parser.add_argument(
+        "--max-bad-fraction",
+        type=float,
+        default=MAX_BAD_FRACTION,
+        metavar="X",
+        help="exit with status 1 if more than this part was left out as faulty (%(default)s)",
+    )
+    parser.add_argument(
+        "--strict", action="store_true", help="stop at the first sample that cannot be used"
+    )
+    records = parser.add_argument_group("options of records and mixture")
+    records.add_argument(
         "--images", type=Path, metavar="DIR", help="where the images are (default: beside SRC)"
     )
-    finevision = parser.add_argument_group("options of finevision")
-    finevision.add_argument(
+    records.add_argument(
+        "--map",
+        action="append",
+        metavar="KEY=NAME",
+        help="read KEY (question, answer, image, ...) from the records' NAME; with commas for more",
+    )
+    records.add_argument(
+        "--ignore", action="append", metavar="NAME", help="leave a key of the records unread"
+    )
+    records.add_argument(
         "--min-relevance",
         type=int,
         metavar="N",
-        help='leave out samples whose "relevance_min" is below N of 1..5; those without stay',
+        help='leave out records whose "relevance_min" is below N of 1..5; those without stay',
     )
-    demo = parser.add_argument_group("options of digits and grid")
+    _add_demo_options(parser.add_argument_group("options of digits and grid"))
+    return parser
+
+
+def _add_demo_options(demo: Any) -> None:
     for name, metavar, meaning in (
         ("train_samples", "N", "samples to train on"),
         ("eval_samples", "N", "samples to evaluate on, over all k"),
@@ -97,41 +129,87 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="K",
         help="k x k cells per image (default: digits 1 2, grid 1 2 4)",
     )
-    return parser
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Command-line entry point."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command-line entry point; returns the exit status."""
     # Intermixed: options may stand between SRC and OUT.
     args = build_parser().parse_intermixed_args(arguments)
     options = _format_options(args)
     limits = ShardLimits(args.samples_per_shard, args.shard_bytes)
     *sources, out = args.paths
-    expected = 1 if args.format in ("llava", "folder", "finevision") else 0
+    expected = 0 if args.format in ("digits", "grid") else 1
     if len(sources) != expected:
         usage = "SRC OUT" if expected else "OUT"
         given = " ".join(map(str, args.paths))
         raise InputError(f"--format {args.format} takes the paths {usage}, found: {given}")
-    common: dict[str, Any] = {"limits": limits, "overwrite": args.overwrite}
     # Imported here: --help and mistakes answer at once.
-    if args.format == "llava":
-        from data_pipeline.prepare.llava import prepare_llava
-
-        report = prepare_llava(sources[0], out, **options, **common)
-    elif args.format == "folder":
-        from data_pipeline.prepare.folder import prepare_folder
-
-        report = prepare_folder(sources[0], out, **common)
-    elif args.format == "finevision":
-        from data_pipeline.prepare.finevision import prepare_finevision
-
-        report = prepare_finevision(sources[0], out, **options, **common)
-    else:
+    if not expected:
         from data_pipeline.prepare.demo_corpus import prepare_demo
 
         options["details"] = options.pop("detail")
-        report = prepare_demo(args.format, out, **options, **common)
-    _print_summary(report, out)
+        report = prepare_demo(args.format, out, **options, limits=limits, overwrite=args.overwrite)
+        for part in ("train", "eval"):
+            counts = report[part]
+            print(f"{out / part}: {counts['samples']} samples, {counts['images']} images")
+        print(f"{out / 'tokenizer.model'}: {report['vocab_size']} tokens")
+        return 0
+    from data_pipeline.prepare.convert import Conversion
+
+    conversion = Conversion(limits, args.overwrite, args.strict)
+    reports = _convert(args.format, sources[0], out, options, conversion)
+    bad = [_print_summary(report, path) for path, report in reports.items()]
+    if max(bad) > args.max_bad_fraction:
+        print(
+            f"error: {100 * max(bad):.3g} % of the samples could not be used, more than "
+            f"--max-bad-fraction {args.max_bad_fraction}; {REPORT_NAME} names them. What could be "
+            "used is written",
+            file=sys.stderr,
+        )
+        return TOO_MANY_LEFT_OUT
+    return 0
+
+
+def _convert(
+    format: str, source: Path, out: Path, options: dict[str, Any], conversion: Any
+) -> dict[Path, dict[str, Any]]:
+    """Convert a source; returns the report of every folder of shards that was written."""
+    from data_pipeline.prepare.folder import prepare_folder
+    from data_pipeline.prepare.from_records import prepare_records
+    from data_pipeline.prepare.mixtures import prepare_mixture
+    from data_pipeline.prepare.sources import FOLDER, MIXTURE, RECORDS, find_source
+
+    images = options.pop("images", None)
+    if images is not None and not images.is_dir():
+        raise InputError(f"the image folder {images} does not exist; name it with --images")
+    options |= {"renamed": _mapping(options.pop("map", [])), "ignored": options.pop("ignore", [])}
+    kind = {"auto": None, "folder": FOLDER, "mixture": MIXTURE}.get(format, RECORDS)
+    found = find_source(source, kind, options["renamed"])
+    print(f"{source}: {found.what}")
+    if found.kind == FOLDER:
+        return {out: prepare_folder(source, out, conversion=conversion)}
+    if found.kind == MIXTURE:
+        reports = prepare_mixture(source, out, images=images, conversion=conversion, **options)
+        return {out / name: report for name, report in reports.items()}
+    report = prepare_records(
+        found.files,
+        out,
+        source=source,
+        images=images,
+        passed_over=found.passed,
+        conversion=conversion,
+        format=format,
+        **options,
+    )
+    return {out: report}
+
+
+def _mapping(given: Sequence[str]) -> dict[str, str]:
+    """--map question=prompt,answer=label: what is read -> the key that holds it."""
+    pairs = [pair for text in given for pair in text.split(",")]
+    if wrong := [pair for pair in pairs if not all(pair.partition("="))]:
+        raise InputError(f"--map {wrong[0]!r}: expected KEY=NAME, as in --map question=prompt")
+    return dict(pair.split("=", 1) for pair in pairs)
 
 
 def _format_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -141,25 +219,31 @@ def _format_options(args: argparse.Namespace) -> dict[str, Any]:
         for name in names:
             if name not in own and getattr(args, name) is not None:
                 option = "--" + name.replace("_", "-")
+                format = "records" if format == "auto" else format
                 raise InputError(f"{option} is for --format {format}, not {args.format}: drop it.")
     given = {name: getattr(args, name) for name in own}
     return {name: own[name] if value is None else value for name, value in given.items()}
 
 
-def _print_summary(report: dict[str, Any], out: Path) -> None:
-    for part in ("train", "eval"):
-        if part in report:
-            counts = report[part]
-            print(f"{out / part}: {counts['samples']} samples, {counts['images']} images")
-    if "skipped" in report:
-        print(f"{out}: {report['samples']} samples, {report['images']} images")
-        for option, count in report.get("left_out", {}).items():
-            print(f"{count} samples left out by {option}")
-        if report["skipped"]:
-            print(f"{len(report['skipped'])} faulty samples skipped: see {out / REPORT_NAME}")
-    if "vocab_size" in report:
-        print(f"{out / 'tokenizer.model'}: {report['vocab_size']} tokens")
+def _print_summary(report: Mapping[str, Any], out: Path) -> float:
+    """Print what became of the samples and files; returns the share that could not be used."""
+    print(f"{out}: {report['samples']} samples, {report['images']} images")
+    for option, count in report.get("left_out", {}).items():
+        print(f"{count} samples left out by {option}")
+    skipped = len(report["skipped"])
+    if skipped:
+        print(f"{skipped} faulty samples skipped: see {out / REPORT_NAME}")
+        width = len(str(skipped))
+        for reason, count in list(report["reasons"].items())[:MOST_REASONS]:
+            print(f"  {count:>{width}}  {reason}")
+    for what, counts in report["passed_over"].items():
+        if what == "broken links":
+            print(f"files passed over, {what}: {', '.join(counts[:MOST_REASONS])}")
+        else:
+            text = ", ".join(f"{name} {count}" for name, count in counts.items())
+            print(f"files passed over {what}: {text[:400]}")
+    return float(skipped / max(1, skipped + report["samples"]))
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_cli(lambda: sys.exit(main()))

@@ -1,5 +1,6 @@
 """The loop shared by the formats that convert somebody's files: faulty samples do not end it."""
 
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,9 +18,25 @@ from data_pipeline.prepare.shard_writer import (
     staged_output,
     write_report,
 )
+from data_pipeline.walk import PassedOver
 
 # The rest is in prepare.json only.
 MAX_PRINTED_FAULTS = 20
+# What differs between two faults of one kind: names in quotes, paths, numbers.
+_PARTICULARS = re.compile(r"'[^']*'|\"[^\"]*\"|\S*/\S+|\d+")
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """How samples are converted, whatever their format.
+
+    limits: of a shard. overwrite: replace what an earlier run wrote. strict: the first sample that
+    cannot be used ends the run.
+    """
+
+    limits: ShardLimits = field(default_factory=ShardLimits)
+    overwrite: bool = False
+    strict: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,28 +72,29 @@ def convert(
     *,
     total: int | None,
     sources: Sequence[Path],
-    limits: ShardLimits,
-    overwrite: bool,
+    conversion: Conversion,
     settings: Mapping[str, Any],
+    passed_over: PassedOver | None = None,
 ) -> dict[str, Any]:
     """Write every candidate that can be built to OUT/000000.tar, ...; return the report.
 
-    A faulty one is skipped, counted, and named with the reason on stderr and in prepare.json; an
+    A faulty one is skipped, counted by reason, and named with it on stderr and in prepare.json; an
     unwanted one is counted there under "left_out".
 
     Args:
         total: number of candidates for the progress bar, None if unknown.
         sources: the inputs, which --overwrite must not delete.
         settings: what goes into the report to name this run.
+        passed_over: files of the sources that are no candidates.
 
     Raises:
-        InputError: no candidate is usable, or `out` may not be written.
+        InputError: no candidate is usable, one is faulty and `strict`, or `out` may not be written.
     """
     skipped: list[dict[str, str]] = []
     left_out: Counter[str] = Counter()
-    with staged_output(out, overwrite=overwrite, sources=sources) as staged:
+    with staged_output(out, overwrite=conversion.overwrite, sources=sources) as staged:
         progress = tqdm(candidates, desc=out.name, total=total, unit="sample", disable=None)
-        with SampleWriter(staged, limits) as writer:
+        with SampleWriter(staged, conversion.limits) as writer:
             for candidate in progress:
                 try:
                     sample = candidate.build()
@@ -85,6 +103,8 @@ def convert(
                 except Unwanted as option:
                     left_out[str(option)] += 1
                 except InputError as error:
+                    if conversion.strict:
+                        raise InputError(f"{candidate.label}: {error}") from error
                     skipped.append({"sample": candidate.label, "reason": str(error)})
                     if len(skipped) <= MAX_PRINTED_FAULTS:
                         tqdm.write(f"skipped {candidate.label}: {error}", file=sys.stderr)
@@ -98,20 +118,21 @@ def convert(
             )
         report = {
             **settings,
+            "read": writer.num_samples + len(skipped) + left_out.total(),
             "samples": writer.num_samples,
             "images": writer.num_images,
             **({"left_out": dict(left_out)} if left_out else {}),
+            "reasons": dict(reasons(fault["reason"] for fault in skipped)),
+            "passed_over": passed_over.to_json() if passed_over else {},
             "skipped": skipped,
         }
         write_report(staged, report)
     return report
 
 
-def member_suffix(number: int, path: Path) -> str:
-    """Name of the tar member for a sample's image `number`: "0.jpg" for photo.JPG."""
-    extension = path.suffix[1:].lower()
-    usable = extension.isascii() and extension.isalnum() and len(extension) <= 8
-    return f"{number}.{extension if usable else 'image'}"
+def reasons(texts: Iterable[str]) -> list[tuple[str, int]]:
+    """Faults of one kind counted together, the most frequent first: names and numbers left out."""
+    return Counter(_PARTICULARS.sub("..", text)[:160] for text in texts).most_common()
 
 
 def _read_image(image: Path | bytes) -> bytes:

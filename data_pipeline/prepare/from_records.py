@@ -1,0 +1,208 @@
+"""Files of records as people have them -> shards: LLaVA's, messages, questions, captions."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_pipeline.chat import check_sample
+from data_pipeline.draw import uniform_hash
+from data_pipeline.errors import InputError
+from data_pipeline.prepare.convert import Candidate, Conversion, Sample, Unwanted, convert
+from data_pipeline.prepare.picture_sources import find_picture, member_suffix
+from data_pipeline.prepare.record_files import Entry, count_entries, read_entries
+from data_pipeline.records import Record, parse_record, record_kind
+from data_pipeline.walk import PassedOver
+
+RELEVANCE = "relevance_min"
+
+
+@dataclass(frozen=True)
+class Share:
+    """A part of a file's records: the first, last or random ones; a fraction, or so many."""
+
+    which: str
+    amount: float
+    is_fraction: bool
+
+    def __str__(self) -> str:
+        amount = f"{100 * self.amount:g}%" if self.is_fraction else f"{self.amount:g}"
+        return f"{self.which}:{amount}"
+
+    def numbers(self, total: int) -> frozenset[int]:
+        """The numbers, out of 0 .. total - 1, of the records that belong to it."""
+        size = math.ceil(self.amount * total) if self.is_fraction else int(self.amount)
+        order = np.arange(total)
+        if self.which == "random":
+            order = np.argsort(uniform_hash(0, "share of records", order), kind="stable")
+        chosen = order[-size:] if self.which == "end" and size else order[:size]
+        return frozenset(chosen.tolist())
+
+
+_LOOKED_AT = 20  # records that tell what a source holds
+
+
+def prepare_records(
+    files: Sequence[Path],
+    out: Path,
+    *,
+    source: Path,
+    format: str = "records",
+    images: Path | None = None,
+    renamed: Mapping[str, str] | None = None,
+    ignored: Sequence[str] = (),
+    min_relevance: int | None = None,
+    share: Share | None = None,
+    passed_over: PassedOver | None = None,
+    conversion: Conversion,
+) -> dict[str, Any]:
+    """Convert files of records into shards in `out`; returns the report.
+
+    What records say is read by `data_pipeline.records`, which lists the keys. Records that cannot
+    be used are left out, counted by reason and named with file and place.
+
+    Args:
+        files: JSON, JSON lines, parquet or CSV, read one after the other.
+        source: what the user named: a file, or the folder of the files; format: as what.
+        images: the folder that pictures are named from; each file's own folder if None.
+        renamed, ignored: see `parse_record`.
+        min_relevance: leave out records whose `relevance_min` is below; those without stay.
+        share: only these records of each file.
+        passed_over: files of the source that are not read, for the report.
+
+    Raises:
+        InputError: a folder or file is missing or does not parse, nothing is usable, or `out` may
+            not be written.
+    """
+    if images is not None and not images.is_dir():
+        raise InputError(f"the image folder {images} does not exist; name it with --images")
+    counts = [count_entries(path) for path in files]
+    root = source if source.is_dir() else source.parent
+    read = partial(_build, renamed=renamed or {}, ignored=ignored, min_relevance=min_relevance)
+    return convert(
+        _candidates(files, root, images, read, share),
+        out,
+        total=sum(filter(None, counts)) if None not in counts else None,
+        sources=[source, *([images] if images else [])],
+        conversion=conversion,
+        settings={
+            "format": format,
+            "source": str(source),
+            "files": len(files),
+            "min_relevance": min_relevance,
+            **({"map": dict(renamed)} if renamed else {}),
+            **({"ignore": list(ignored)} if ignored else {}),
+        },
+        passed_over=passed_over,
+    )
+
+
+def what_it_holds(path: Path, renamed: Mapping[str, str] | None = None) -> str | None:
+    """What the first records of a file are told by: "turns", "question" or "caption"; else None."""
+    entries = read_entries(path)
+    for _, entry in zip(range(_LOOKED_AT), entries, strict=False):
+        if isinstance(entry.value, Mapping):
+            taken = {to: entry.value.get(key) for to, key in (renamed or {}).items()}
+            try:
+                kind, key = record_kind({**entry.value, **taken})
+            except InputError:
+                continue
+            return f"{kind} (under {key!r})"
+    return None
+
+
+def _candidates(
+    files: Sequence[Path], root: Path, images: Path | None, read: Any, share: Share | None
+) -> Iterator[Candidate]:
+    alone = len(files) == 1
+    for path in files:
+        inner = path.relative_to(root)
+        # The end of a long path tells more, and the number must not be cut off.
+        stem = inner.with_suffix("").as_posix()[-54:]
+        chosen = share.numbers(sum(1 for _ in read_entries(path))) if share else None
+        for entry in read_entries(path):
+            if chosen is not None and entry.number not in chosen:
+                yield Candidate(entry.where, partial(_leave_out, f"sampling_strategy {share}"))
+                continue
+            name = f"{stem}_{entry.number:08d}" if path.suffix.lower() == ".parquet" else None
+            label = entry.where if alone and name is None else f"{inner}, {entry.where}"
+            own = entry.value.get("id") if isinstance(entry.value, Mapping) else None
+            label += f" (id {own!r:.80})" if own is not None else ""
+            yield Candidate(label, partial(read, entry, name, images or path.parent))
+
+
+def _build(
+    entry: Entry,
+    name: str | None,
+    folder: Path,
+    *,
+    renamed: Mapping[str, str],
+    ignored: Sequence[str],
+    min_relevance: int | None,
+) -> Sample:
+    """A sample from one entry, its images not yet read."""
+    if entry.fault is not None:
+        raise entry.fault
+    if isinstance(entry.value, Mapping) and min_relevance is not None:
+        _check_relevance(entry.value.get(RELEVANCE), min_relevance)
+    record = parse_record(entry.value, renamed=renamed, ignored=ignored)
+    pictures = [_picture(source, number, folder) for number, source in enumerate(record.images)]
+    suffixes = [_suffix(number, picture) for number, picture in enumerate(pictures)]
+    messages = _with_suffixes(record, suffixes)
+    check_sample(messages)
+    own = record.metadata.get("id")
+    return Sample(
+        name=name or (f"{entry.number:08d}" if own is None else str(own)),
+        messages=messages,
+        images=dict(zip(suffixes, pictures, strict=True)),
+        metadata={**record.metadata, "entry": entry.number},
+    )
+
+
+def _leave_out(option: str) -> Sample:
+    raise Unwanted(option)
+
+
+def _check_relevance(rating: Any, least: int) -> None:
+    if rating is None:
+        return
+    try:
+        rated = float(rating)
+    except (TypeError, ValueError):
+        raise InputError(f"{RELEVANCE!r} is {rating!r:.40}, expected a number") from None
+    if rated < least:
+        raise Unwanted(f"--min-relevance {least}")
+
+
+def _picture(source: Any, number: int, folder: Path) -> Path | bytes:
+    try:
+        return find_picture(source, folder)
+    except InputError as error:
+        raise InputError(f"image {number}: {error}") from error
+
+
+def _suffix(number: int, picture: Path | bytes) -> str:
+    try:
+        return member_suffix(number, picture)
+    except InputError as error:
+        raise InputError(f"image {number}: {error}") from error
+
+
+def _with_suffixes(record: Record, suffixes: Sequence[str]) -> list[dict[str, Any]]:
+    """The messages, their images by the names of the members: "0" becomes "0.jpg"."""
+    return [
+        {
+            "role": turn["role"],
+            "content": [
+                {"type": "image", "image": suffixes[int(part["image"])]}
+                if part["type"] == "image"
+                else part
+                for part in turn["content"]
+            ],
+        }
+        for turn in record.messages
+    ]

@@ -1,0 +1,73 @@
+"""Where the pictures that records name are: beside them, inside them, or nowhere to be had."""
+
+import base64
+import binascii
+import os
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from data_pipeline.errors import InputError
+from data_pipeline.images import open_image
+
+_EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "JPEG2000": "jp2"}
+
+
+def find_picture(source: Any, folder: Path) -> Path | bytes:
+    """The file, or its bytes, of a picture that a record names.
+
+    Args:
+        source: bytes; a path, relative to `folder` or absolute inside it; or a data: URI.
+        folder: of the pictures; links inside it may lead elsewhere.
+
+    Raises:
+        InputError: a URL, a path that leads out of the folder, or a broken data: URI.
+    """
+    if isinstance(source, bytes):
+        return source
+    name = str(source)
+    if name.startswith("data:"):
+        return _decode(name)
+    if "://" in name and not name.startswith("file://"):
+        raise InputError(
+            f"the image {name[:80]!r} is a URL; download it (img2dataset does) and name the file"
+        )
+    path = _inside(name.removeprefix("file://"), folder)
+    if "\\" in name and not path.is_file():  # written on Windows
+        path = _inside(name.replace("\\", "/"), folder)
+    return path
+
+
+def member_suffix(number: int, picture: Path | bytes) -> str:
+    """Name of the tar member for a sample's image `number`: "0.jpg" for photo.JPG.
+
+    InputError for bytes that are no image.
+    """
+    if isinstance(picture, bytes):
+        with open_image(picture) as image:
+            kind = image.format or "image"
+        return f"{number}.{_EXTENSIONS.get(kind, kind.lower())}"
+    extension = PurePosixPath(picture).suffix[1:].lower()
+    usable = extension.isascii() and extension.isalnum() and len(extension) <= 8
+    return f"{number}.{extension if usable else 'image'}"
+
+
+def _inside(name: str, folder: Path) -> Path:
+    """The path, without "..", of a name that must lie in the folder, or where it links to."""
+    for root in (os.path.abspath(folder), os.path.realpath(folder)):  # noqa: PTH100
+        path = Path(os.path.normpath(os.path.join(root, name)))  # noqa: PTH118
+        if path.is_relative_to(root):
+            return path
+    raise InputError(
+        f"the image {name[:200]!r} leads out of the image folder {folder}; name the folder that "
+        "holds it with --images"
+    )
+
+
+def _decode(uri: str) -> bytes:
+    head, _, data = uri.partition(",")
+    if not head.endswith(";base64"):
+        raise InputError(f"the image {uri[:40]!r} is a data: URI without base64")
+    try:
+        return base64.b64decode(data, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise InputError(f"the image {uri[:40]!r} is no base64: {error}") from error

@@ -1,0 +1,5 @@
+"""Records as people have them, read the same by every format: `parse_record`."""
+
+from data_pipeline.records.record import Record, parse_record, record_kind
+
+__all__ = ["Record", "parse_record", "record_kind"]

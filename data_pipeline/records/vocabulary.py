@@ -1,0 +1,50 @@
+"""The keys of records as people have them, by what they carry.
+
+A key that carries content is read or refused by name; any other key is kept as metadata. Names are
+compared without regard to case. Sources: the data formats of LLaVA, LLaVA-NeXT, InternVL, Qwen-VL,
+ms-swift, LLaMA-Factory, TRL, FineVision, The Cauldron, VQAv2, ImageFolder (Hugging Face datasets).
+"""
+
+TURNS = ("messages", "conversations", "conversation", "texts")
+QUESTION = ("question", "query", "prompt", "instruction", "problem")
+ANSWER = ("answer", "response", "output", "completion", "solution", "multiple_choice_answer")
+ANSWERS = ("answers",)
+CHOICES = ("choices", "options")
+CAPTION = ("caption", "text")
+MORE_QUESTION = ("input",)
+"""Alpaca's second half of an instruction."""
+
+SYSTEM = ("system", "system_prompt")
+IMAGES = (
+    *("image", "images", "image_path", "image_paths", "image_file", "image_files", "img", "imgs"),
+    *("image_url", "image_urls", "img_path", "picture", "pictures", "photo", "file_name"),
+)
+ID = ("id", "sample_id", "question_id", "uid", "uuid")
+
+MEDIA = (
+    *("video", "videos", "video_path", "video_paths", "video_url", "video_file", "clip", "clips"),
+    *("audio", "audios", "audio_path", "audio_paths", "audio_url", "audio_file", "sound", "sounds"),
+    *("speech", "wav", "point_cloud", "pointcloud", "frames"),
+)
+"""Media that the model cannot take."""
+UNREAD = (
+    *("tools", "functions", "tool_calls", "function_call", "history", "chosen", "rejected"),
+    *("reasoning_content", "thinking", "prefix", "suffix"),
+)
+"""Texts that other trainers put into the prompt or learn from, and this one does not."""
+LOSS = ("weight", "loss", "loss_weight", "train", "trainable", "loss_mask", "loss_scale")
+"""What other trainers take as a switch or weight of the loss; anything but on is refused."""
+
+ROLE = ("role", "from", "speaker")
+CONTENT = ("content", "value", "text")
+ROLES = {
+    **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "model", "bot", "chatgpt"), "assistant"),
+    "system": "system",
+}
+
+MEDIA_SUFFIXES = (
+    *(".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2"),
+    *(".mp4", ".avi", ".mkv", ".mov", ".webm", ".wav", ".mp3", ".flac", ".ogg", ".m4a"),
+)
+"""A value that ends in one of these names a media file, whatever its key."""
