@@ -81,6 +81,14 @@ def image_tiles(
     return cut_grid(pixels, grid, tiling, extent=extent, resample=resample, out=out)
 
 
+def check_decodes(data: bytes) -> None:
+    """InputError unless an image file decodes whole; what training would find out later."""
+    with open_image(data) as image:
+        if _decode_turbo(data, image, 1) is None:
+            image.load()
+            to_rgb(image)
+
+
 def _reduction(
     image: Image.Image, orientation: int, grid: tuple[int, int], tiling: TilingSettings
 ) -> int:

@@ -1,6 +1,5 @@
 """Image files as bytes -> their size from the header, or a correct RGB picture."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
@@ -44,7 +43,7 @@ _SWAPS_SIDES = (5, 6, 7, 8)
 
 def has_image_suffix(name: str) -> bool:
     """Whether a file's name ends as those of a format that is read, in any case."""
-    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES  # noqa: PTH122 - a member's name
+    return f".{name.rpartition('.')[2].lower()}" in IMAGE_SUFFIXES
 
 
 def image_size(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:

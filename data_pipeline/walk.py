@@ -13,6 +13,14 @@ from pathlib import Path
 LEFT_BEHIND = frozenset(("__MACOSX", "@eaDir", "__pycache__", "lost+found", "Thumbs.db"))
 
 
+def is_left_behind(folder: str) -> bool:
+    """Whether a folder, named with "/", is or lies in a hidden one or one of `LEFT_BEHIND`."""
+    return any(
+        part in LEFT_BEHIND or (part.startswith(".") and part not in (".", ".."))
+        for part in folder.split("/")
+    )
+
+
 @dataclass
 class PassedOver:
     """Files that a walk met and did not take, counted by suffix and by folder."""

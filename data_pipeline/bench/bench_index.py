@@ -199,6 +199,8 @@ def _header(name: str, columns: ShardColumns, tokenizer: Tokenizer) -> ShardHead
         text_tokens=int(columns.text_tokens.sum(dtype=np.int64)),
         supervised_tokens=int(columns.supervised_tokens.sum(dtype=np.int64)),
         unused_images=0,
+        passed_over={},
+        decoded=False,
         digest=columns.digest(),
         bad=[],
     )

@@ -10,10 +10,15 @@ from data_pipeline.cli import run_cli
 from data_pipeline.errors import InputError
 from data_pipeline.index.builder import build_index
 from data_pipeline.index.check import check_index
+from data_pipeline.index.header import BROKEN
+from data_pipeline.index.index import Index
 from data_pipeline.index.index_files import find_index_files, find_tokenizer
 from data_pipeline.index.open_index import load_index
 from data_pipeline.storage import Storage, StorageSettings
 from data_pipeline.tokenizer import load_tokenizer
+
+MAX_BAD_FRACTION = 0.01
+TOO_MANY_LEFT_OUT = 1
 
 _DESCRIPTION = """\
 Index webdataset shards in place: for every sample where its bytes lie, its token
@@ -24,30 +29,37 @@ A shard is an uncompressed tar with, per sample, {key}.json
                                              {"type": "text", "text": "..."}]},
                 {"role": "assistant", "content": [...]}]}
 and the images it names, here {key}.0.png. Shards of img2dataset are taken as they
-are: {key}.jpg (or .jpeg, .png, .webp) with its caption in {key}.txt, or under
-"caption" in {key}.json.
+are: {key}.jpg (or any other picture) with its caption in {key}.txt, or under
+"caption" in {key}.json. So are records in {key}.json as other trainers have them:
+"conversations", "messages" with strings and <image>, "question" and "answer"; the
+pictures are the members that they name, or those beside them.
 
-Samples that cannot be used are left out, printed, and listed in the manifest.
+Samples that cannot be used are left out, printed, and listed in the manifest; so
+are shards that are damaged or hold no sample.
 Shards that did not change since the last run are not read again; after an
 interruption, run the same command again.
 """
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point; InputError for everything the user can set right."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point, returns the exit status; InputError for what the user can set right."""
     options = _parse(arguments)
     storage = Storage(StorageSettings(options=dict(options.storage_option)))
     if options.check:
         _check(options, storage)
-        return
+        return 0
     tokenizer = load_tokenizer(options.tokenizer or find_tokenizer(storage.expand(options.shards)))
     chat = ChatSettings(system=options.system)
     places = options.index_dir, storage
-    build_index(options.shards, tokenizer, chat, options.workers, *places, options.share)
+    build_index(
+        *(options.shards, tokenizer, chat, options.workers, *places, options.share),
+        decode=options.decode,
+        strict=options.strict,
+    )
     part, parts = options.share
     if parts > 1:
         print(f"share {part}/{parts} is done; once all are, run without --share to publish")
-        return
+        return 0
     index = load_index(options.shards, tokenizer, chat, *places)
     counts = {
         "shards": len(index.shards),
@@ -60,6 +72,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(", ".join(f"{count:,} {what}" for what, count in counts.items()))
     for files in find_index_files(index.shards, options.index_dir).values():
         print(f"index: {files.manifest}")
+    return _verdict(index, options.max_bad_fraction)
+
+
+def _verdict(index: Index, most: float) -> int:
+    """The exit status: whether more was left out than may be."""
+    broken = sum(bad.fault == BROKEN for bad in index.bad)
+    samples = len(index.bad) - broken
+    share = max(samples / (samples + len(index)), broken / len(index.shards))
+    if share <= most:
+        return 0
+    print(
+        f"error: {100 * share:.3g} % of the samples or shards cannot be used, more than "
+        f"--max-bad-fraction {most}; the manifest names them. The index is written",
+        file=sys.stderr,
+    )
+    return TOO_MANY_LEFT_OUT
 
 
 def _check(options: argparse.Namespace, storage: Storage) -> None:
@@ -138,6 +166,22 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "publishes the index (slurm/index.sh does both)",
     )
     parser.add_argument(
+        "--decode",
+        action="store_true",
+        help="decode every picture once, not only its header: those that cannot be used are left "
+        "out now, not met in training. Run it once on data of unknown origin",
+    )
+    parser.add_argument(
+        "--strict", action="store_true", help="a shard that cannot be used ends the run"
+    )
+    parser.add_argument(
+        "--max-bad-fraction",
+        type=float,
+        default=MAX_BAD_FRACTION,
+        metavar="X",
+        help="exit with status 1 if a larger part of samples or shards was left out (%(default)s)",
+    )
+    parser.add_argument(
         "--check",
         action="store_true",
         help="read every member and compare it with the index; nothing is written, exit status 2 "
@@ -155,4 +199,4 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_cli(lambda: sys.exit(main()))

@@ -16,7 +16,8 @@ from data_pipeline.files import file_lock
 from data_pipeline.index.columns import load_columns, load_header, save_columns
 from data_pipeline.index.header import ShardHeader
 from data_pipeline.index.index_files import IndexFiles, find_index_files
-from data_pipeline.index.index_shard import index_shard
+from data_pipeline.index.index_shard import broken_shard, index_shard
+from data_pipeline.index.tar import ShardFault
 from data_pipeline.storage import Patterns, Shard, ShardStat, Storage
 from data_pipeline.tokenizer import Tokenizer
 
@@ -31,18 +32,24 @@ def build_index(
     index_dir: Path | str | None = None,
     storage: Storage | None = None,
     share: tuple[int, int] = (0, 1),
+    decode: bool = False,
+    strict: bool = False,
 ) -> None:
     """Index the shards that changed since they were indexed, and publish the index.
 
     Where nothing changed, nothing is written. A second run on the same index waits for the first,
-    and finds its work. Samples left out are printed. InputError naming every shard that is
-    truncated, damaged or without a usable sample: the earlier index then stays as it was, and what
-    is finished is kept for the next run.
+    and finds its work. Samples left out are printed; so are shards that are truncated, damaged or
+    without a usable sample, which are left out whole.
+
+    InputError, and the earlier index stays as it was, if a shard cannot be read from where it is
+    stored, if none has a usable sample, or, where `strict`, if one is left out.
 
     Args:
         workers: processes that share the shards; with 1 all happens in this process.
         index_dir: local folder for the index; None: beside the shards, which must then be local.
         storage: how the shards are read.
+        decode: decode every picture, so that none is found damaged in training.
+        strict: a shard that cannot be used ends the run, named with all others.
         share: (k, n) indexes only shards k, k+n, k+2n, ... and publishes nothing: a run without
             it does, once all n are done.
     """
@@ -52,19 +59,19 @@ def build_index(
     storage = storage or Storage()
     shards = storage.expand(patterns)
     files = find_index_files(shards, index_dir)
-    job = _Job(tokenizer, chat, storage, files)
+    job = _Job(tokenizer, chat, storage, files, decode)
     if parts == 1 and _is_published(shards, job):
         return
     _make_folders(files)
     with ExitStack() as locks:
         for place in files.values():
             locks.enter_context(file_lock(place.lock, shared=parts > 1))
-        _index(shards[part::parts], job, workers)
+        _index(shards[part::parts], job, workers, strict)
         if parts == 1:
             _publish(shards, job)
 
 
-def _index(shards: Sequence[Shard], job: "_Job", workers: int) -> None:
+def _index(shards: Sequence[Shard], job: "_Job", workers: int, strict: bool) -> None:
     """Index those of the shards that changed; their columns then wait to be published."""
     stats = dict(zip(shards, job.storage.stat_all(shards), strict=True))
     todo = {shard: stat for shard, stat in stats.items() if job.find_done(shard, stat) is None}
@@ -80,6 +87,9 @@ def _index(shards: Sequence[Shard], job: "_Job", workers: int) -> None:
                 _print_bad(outcome)
             bar.update(todo[shard].bytes)
     _print_summary(headers)
+    broken = [str(header.broken) for header in headers if header.broken]
+    if strict or len(broken) == len(shards):
+        problems += broken
     if problems:
         raise InputError("\n".join(sorted(problems)))
 
@@ -93,8 +103,10 @@ class _Job:
         chat: ChatSettings,
         storage: Storage,
         files: dict[str, IndexFiles],
+        decode: bool,
     ) -> None:
         self.tokenizer, self.chat, self.storage, self.files = tokenizer, chat, storage, files
+        self.decode = decode
 
     def find_done(
         self, shard: Shard, stat: ShardStat, whole: bool = True
@@ -109,13 +121,17 @@ class _Job:
                 header = ShardHeader(**(load_columns(path)[0] if whole else load_header(path)))
             except (InputError, TypeError):  # TypeError: of an earlier schema
                 continue
-            if header.describes(shard, stat, self.tokenizer, self.chat):
+            if header.describes(shard, stat, self.tokenizer, self.chat, self.decode):
                 return path, header
         return None
 
     def run(self, shard: Shard) -> ShardHeader:
         """Index a shard; its columns then wait to be published."""
-        header, columns = index_shard(shard, self.tokenizer, self.chat, self.storage)
+        made = self.tokenizer, self.chat, self.storage
+        try:
+            header, columns = index_shard(shard, *made, self.decode)
+        except ShardFault as fault:
+            header, columns = broken_shard(shard, *made, fault)
         save_columns(self.files[shard.folder].partial(shard), header.to_dict(), columns)
         return header
 
@@ -172,6 +188,9 @@ def _worker_task(shard: Shard) -> ShardHeader:
 
 
 def _print_bad(header: ShardHeader) -> None:
+    if header.broken:
+        tqdm.write(f"left out the shard {header.broken}")
+        return
     for bad in header.bad[:_PRINTED_BAD_SAMPLES]:
         tqdm.write(f"left out {header.shard}:{bad['key']}: {bad['reason']}")
     more = len(header.bad) - _PRINTED_BAD_SAMPLES
@@ -180,11 +199,18 @@ def _print_bad(header: ShardHeader) -> None:
 
 
 def _print_summary(headers: Sequence[ShardHeader]) -> None:
-    faults = Counter(bad["fault"] for header in headers for bad in header.bad)
+    whole = [header for header in headers if not header.broken]
+    if len(whole) < len(headers):
+        print(f"left out {len(headers) - len(whole):,} of {len(headers):,} shards (above)")
+    faults = Counter(bad["fault"] for header in whole for bad in header.bad)
     if faults:
         counts = ", ".join(f"{fault}: {count:,}" for fault, count in faults.most_common())
-        samples = sum(header.samples for header in headers) + faults.total()
+        samples = sum(header.samples for header in whole) + faults.total()
         print(f"left out {faults.total():,} of {samples:,} samples ({counts})")
+    passed = sum((Counter(header.passed_over) for header in whole), Counter[str]())
+    if passed:
+        kinds = ", ".join(f"{kind or 'hidden'} {count:,}" for kind, count in passed.most_common())
+        print(f"members passed over, of no sample: {kinds}")
     if unused := sum(header.unused_images for header in headers):
         print(f"images that no message names (not used): {unused:,}")
 

@@ -2,7 +2,8 @@
 
 S samples, I images; images in reading order, sample after sample:
 
-    kind                    uint8 [S]    what the text member is: CHAT, CAPTION_TEXT, CAPTION_JSON
+    kind                    uint8 [S]    what the text member is: CHAT, CAPTION_TEXT, CAPTION_JSON,
+                                         RECORD
     text_offset, text_size  int64 [S]    where the text member's bytes lie in the tar
     text_crc                uint32 [S]   CRC-32 of them: a reader can tell that they changed
     text_tokens             int32 [S]    tokens without image tokens, <img> and </img> included
@@ -34,7 +35,7 @@ import numpy.typing as npt
 from data_pipeline.errors import InputError
 from data_pipeline.files import write_atomically
 
-CHAT, CAPTION_TEXT, CAPTION_JSON = 0, 1, 2
+CHAT, CAPTION_TEXT, CAPTION_JSON, RECORD = range(4)
 
 COLUMNS: dict[str, type[np.generic]] = {
     "kind": np.uint8,

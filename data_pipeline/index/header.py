@@ -7,7 +7,9 @@ from data_pipeline.chat import ChatSettings, template_fingerprint
 from data_pipeline.storage import Shard, ShardStat
 from data_pipeline.tokenizer import Tokenizer
 
-SCHEMA = 2  # raise it when the columns, or what their numbers mean, change
+BROKEN = "broken shard"
+"""The fault of a shard that is left out whole; its key is empty."""
+SCHEMA = 3  # raise it when the columns, or what their numbers mean, change
 
 
 @dataclass(frozen=True)
@@ -39,9 +41,16 @@ class ShardHeader:
     unused_images: int  # members that look like images and that no message names
     digest: str  # of the columns: ties the manifest to this very file
     bad: list[dict[str, str]]  # {"key", "fault", "reason"}
+    passed_over: dict[str, int]  # members that belong to no sample, by suffix
+    decoded: bool  # every picture was decoded, not only its header
 
     def describes(
-        self, shard: Shard, stat: ShardStat, tokenizer: Tokenizer, chat: ChatSettings
+        self,
+        shard: Shard,
+        stat: ShardStat,
+        tokenizer: Tokenizer,
+        chat: ChatSettings,
+        decode: bool = False,
     ) -> bool:
         """Whether indexing the shard as it is now would give this same index."""
         return (
@@ -50,7 +59,13 @@ class ShardHeader:
             and self.version == stat.version
             and self.tokenizer == tokenizer.fingerprint
             and self.template == template_fingerprint(chat)
+            and (self.decoded or not decode)
         )
+
+    @property
+    def broken(self) -> str | None:
+        """Why the shard is left out whole; None if it is not."""
+        return self.bad[0]["reason"] if self.bad and self.bad[0]["fault"] == BROKEN else None
 
     def identity(self) -> list[Any]:
         """What a data set's fingerprint covers; not where the shard lies."""

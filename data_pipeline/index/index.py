@@ -142,7 +142,9 @@ class Index:
         if the bytes are not those that were indexed.
         """
         shard, row = self.locate(i)
-        return sample_of(int(self.columns(shard).kind[row]), self.read_text(i))
+        c = self.columns(shard)
+        images = int(c.image_start[row + 1] - c.image_start[row])
+        return sample_of(int(c.kind[row]), self.read_text(i), images)
 
     def read_text(self, i: int) -> bytes:
         """The member with the text of sample i; InputError as in `read_sample`."""

@@ -1,28 +1,32 @@
 """Indexing one shard in one pass: columns of the usable samples, and what was wrong with others."""
 
+from collections import Counter
+
 from data_pipeline.chat import ChatSettings, template_fingerprint
-from data_pipeline.errors import InputError
 from data_pipeline.index.columns import OF_IMAGES, OF_SAMPLES, ShardColumns
-from data_pipeline.index.header import SCHEMA, ShardHeader
+from data_pipeline.index.header import BROKEN, SCHEMA, ShardHeader
 from data_pipeline.index.sample_row import Row, SampleFault, SampleReader
-from data_pipeline.index.tar import group_samples, scan_tar
-from data_pipeline.storage import ReadAhead, Shard, Storage
+from data_pipeline.index.tar import ShardFault, group_samples, scan_tar
+from data_pipeline.storage import ReadAhead, Shard, ShardStat, Storage
 from data_pipeline.tokenizer import Tokenizer
 
 
 def index_shard(
-    shard: Shard, tokenizer: Tokenizer, chat: ChatSettings, storage: Storage
+    shard: Shard, tokenizer: Tokenizer, chat: ChatSettings, storage: Storage, decode: bool = False
 ) -> tuple[ShardHeader, ShardColumns]:
     """Index one shard; samples that cannot be used are listed in the header's `bad`.
 
-    InputError if the tar is truncated or damaged, or has no usable sample.
+    With `decode` every picture is decoded, so that none is found damaged in training.
+
+    ShardFault if the tar is truncated or damaged, or has no usable sample.
     """
     storage.forget()  # an earlier file of this name may still be open
     stat = storage.stat(shard)  # before reading: a shard that changes meanwhile will not fit it
     reader = ReadAhead(storage, shard, stat.bytes)
-    samples = SampleReader(reader, tokenizer, chat)
+    samples = SampleReader(reader, tokenizer, chat, decode)
     found: dict[str, Row | SampleFault] = {}
-    for key, group in group_samples(scan_tar(reader)):
+    passed: Counter[str] = Counter()
+    for key, group in group_samples(scan_tar(reader), passed):
         try:
             found[key] = samples.row(key, group)
         except SampleFault as fault:
@@ -34,8 +38,32 @@ def index_shard(
         if isinstance(fault, SampleFault)
     ]
     if not rows:
-        raise InputError(f"{shard} has no usable sample ({_why(bad)})")
-    columns = _columns(rows)
+        raise ShardFault(f"{shard} has no usable sample ({_why(bad)})")
+    unused = sum(row.unused_images for row in rows.values())
+    return _described(shard, stat, tokenizer, chat, _columns(rows), unused, bad, passed, decode)
+
+
+def broken_shard(
+    shard: Shard, tokenizer: Tokenizer, chat: ChatSettings, storage: Storage, fault: ShardFault
+) -> tuple[ShardHeader, ShardColumns]:
+    """The index of a shard that is left out whole: no samples, and why."""
+    bad = [{"key": "", "fault": BROKEN, "reason": str(fault)}]
+    columns = _columns({})
+    stat = storage.stat(shard)
+    return _described(shard, stat, tokenizer, chat, columns, 0, bad, Counter(), decode=True)
+
+
+def _described(
+    shard: Shard,
+    stat: ShardStat,
+    tokenizer: Tokenizer,
+    chat: ChatSettings,
+    columns: ShardColumns,
+    unused_images: int,
+    bad: list[dict[str, str]],
+    passed: Counter[str],
+    decode: bool,
+) -> tuple[ShardHeader, ShardColumns]:
     return ShardHeader(
         schema=SCHEMA,
         shard=shard.name,
@@ -45,13 +73,15 @@ def index_shard(
         tokenizer_source=tokenizer.source,
         template=template_fingerprint(chat),
         chat=chat.model_dump(),
-        samples=len(rows),
+        samples=len(columns),
         images=len(columns.image_offset),
         text_tokens=int(columns.text_tokens.sum(dtype="int64")),
         supervised_tokens=int(columns.supervised_tokens.sum(dtype="int64")),
-        unused_images=sum(row.unused_images for row in rows.values()),
+        unused_images=unused_images,
         digest=columns.digest(),
         bad=bad,
+        passed_over=dict(passed.most_common()),
+        decoded=decode,
     ), columns
 
 

@@ -1,26 +1,28 @@
 """One sample of a shard -> its row of the index, or the fault for which it is left out."""
 
 import zlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from data_pipeline.captions import (
-    caption_messages,
-    caption_of_metadata,
-    caption_of_text,
-    parse_metadata,
-)
+from data_pipeline.captions import caption_messages, caption_of_metadata, caption_of_text
+from data_pipeline.captions import parse_metadata as parse_json
 from data_pipeline.chat import ChatSettings, image_names, tokenize_chat
+from data_pipeline.decode import check_decodes
 from data_pipeline.errors import InputError
-from data_pipeline.index.columns import CAPTION_JSON, CAPTION_TEXT, CHAT
+from data_pipeline.images import has_image_suffix
+from data_pipeline.index.columns import CAPTION_JSON, CAPTION_TEXT, CHAT, RECORD
 from data_pipeline.index.image_header import read_image_size
 from data_pipeline.index.prompts import remembering
-from data_pipeline.index.sample import CAPTIONED_IMAGE, chat_messages
+from data_pipeline.index.sample import CAPTIONED_IMAGE, chat_messages, is_chat, read_record
 from data_pipeline.index.tar import Member, SampleMembers
 from data_pipeline.storage import ReadAhead
 from data_pipeline.tokenizer import Tokenizer
 
 _MAX_TEXT_BYTES = 64 << 20  # far above any conversation; a larger one would stall every reader
-_IMAGE_SUFFIXES = frozenset(("jpg", "jpeg", "png", "webp"))  # that img2dataset writes
+_OTHER_MEDIA = frozenset(
+    ("mp4", "avi", "mkv", "mov", "webm", "m4v", "mp3", "wav", "flac", "ogg", "m4a", "aac", "opus")
+)
+_TOLD_BY = ("messages", "conversations", "conversation", "texts", "question", "query")
 
 
 class SampleFault(InputError):
@@ -55,24 +57,33 @@ class Row(NamedTuple):
 
 
 class _Text(NamedTuple):
-    """The text member, its bytes, and the messages in it, not checked."""
+    """The text member, its bytes, the messages in it, not checked, and the images they show."""
 
     kind: int
     member: Member
     data: bytes
     messages: Any
+    images: Sequence[str] | None
 
 
 class SampleReader:
-    """Makes the rows of one shard."""
+    """Makes the rows of one shard; `decode` also decodes every picture, not only its header."""
 
-    def __init__(self, reader: ReadAhead, tokenizer: Tokenizer, chat: ChatSettings) -> None:
+    def __init__(
+        self, reader: ReadAhead, tokenizer: Tokenizer, chat: ChatSettings, decode: bool = False
+    ) -> None:
         self._reader, self._tokenizer, self._chat = reader, remembering(tokenizer), chat
+        self._decode = decode
 
     def row(self, key: str, group: SampleMembers) -> Row:
         """The row of the sample with these members; SampleFault if it cannot be used."""
         if group.problem:
             raise SampleFault("unsafe or duplicate members", group.problem)
+        if media := [name for name in group.members if _suffix(name) in _OTHER_MEDIA]:
+            raise SampleFault(
+                "media that is not read",
+                f"there is a member {key}.{media[0]}, and only pictures are read; leave it out",
+            )
         try:
             text = self._text(key, group)
             # Checks the messages too, which the rest relies on.
@@ -81,26 +92,29 @@ class SampleReader:
             raise
         except InputError as error:
             raise SampleFault("unusable text", str(error)) from error
-        pictures = _plain_images(group)
-        names = image_names(text.messages) if text.kind == CHAT else pictures
+        names = image_names(text.messages) if text.images is None else text.images
         images = [self._image(key, group, name) for name in names]
         return Row(
             *(text.kind, text.member.offset, text.member.size, zlib.crc32(text.data)),
             *(len(tokens.input_ids), sum(tokens.supervised)),
             images,
-            unused_images=len(_images(group) - set(names)),
+            unused_images=len({*_pictures(group)} - {*names}),
         )
 
     def _text(self, key: str, group: SampleMembers) -> _Text:
-        """What is learned from a sample: messages, else the caption in txt, else that in JSON."""
-        json, txt, pictures = group.members.get("json"), group.members.get("txt"), None
+        """What is learned from a sample: messages or a record, else a caption in txt or JSON."""
+        json, txt = group.find("json"), group.find("txt")
         data, content = b"", None
         if json is not None:
             data = self._read_text(json)
-            content = parse_metadata(data)
-            if "messages" in content:
-                return _Text(CHAT, json, data, chat_messages(content))
-        pictures = _plain_images(group)
+            try:
+                content = parse_json(data)
+            except InputError:
+                if txt is None:
+                    raise
+            if content is not None and any(name in content for name in _TOLD_BY):
+                return _of_json(json, data, content, key, group)
+        pictures = _plain_pictures(group)
         if json is None and (txt is None or not pictures):
             beside = ", ".join(group.members)
             missing = f"{key}.json" if not pictures else f"{key}.json or {key}.txt"
@@ -111,13 +125,33 @@ class SampleReader:
             )
         if len(pictures) > 1:
             raise InputError(f"there is one caption for several images: {', '.join(pictures)}")
+        return self._caption(txt, json, data, content, pictures)
+
+    def _caption(
+        self,
+        txt: Member | None,
+        json: Member | None,
+        data: bytes,
+        content: dict[str, Any] | None,
+        pictures: Sequence[str],
+    ) -> _Text:
+        """The caption in txt, or that in JSON where txt has none that is usable."""
+        problem: InputError | None = None
         if txt is not None:
-            data = self._read_text(txt)
-            messages = caption_messages(CAPTIONED_IMAGE, caption_of_text(data))
-            return _Text(CAPTION_TEXT, txt, data, messages)
-        assert json is not None and content is not None, "one of the members is there"
-        messages = caption_messages(CAPTIONED_IMAGE, caption_of_metadata(content))
-        return _Text(CAPTION_JSON, json, data, messages)
+            try:
+                text = self._read_text(txt)
+                messages = caption_messages(CAPTIONED_IMAGE, caption_of_text(text))
+                return _Text(CAPTION_TEXT, txt, text, messages, pictures)
+            except InputError as error:
+                problem = error
+        if json is None or content is None:
+            assert problem is not None, "one of the members is there"
+            raise problem
+        try:
+            messages = caption_messages(CAPTIONED_IMAGE, caption_of_metadata(content))
+        except InputError as error:
+            raise problem or error from error
+        return _Text(CAPTION_JSON, json, data, messages, pictures)
 
     def _read_text(self, member: Member) -> bytes:
         if member.size > _MAX_TEXT_BYTES:
@@ -125,24 +159,61 @@ class SampleReader:
         return self._reader.read(member.offset, member.size)
 
     def _image(self, key: str, group: SampleMembers, name: str) -> ImageRow:
-        member = group.members.get(name)
+        member = group.find(name)
         if member is None:
             raise SampleFault(
                 "missing image",
-                f"the messages name an image {name!r}: there is no member {key}.{name!a}",
+                f"the messages name an image {name!r}: there is no member {f'{key}.{name}'!a}",
             )
         data = self._reader.read(member.offset, member.size)
         try:
             width, height = read_image_size(data)
+            if self._decode:
+                check_decodes(data)
         except InputError as error:
             raise SampleFault("unreadable image", f"image {name!r}: {error}") from error
         return ImageRow(member.offset, member.size, zlib.crc32(data), width, height)
 
 
-def _plain_images(group: SampleMembers) -> list[str]:
+def _of_json(
+    member: Member, data: bytes, content: dict[str, Any], key: str, group: SampleMembers
+) -> _Text:
+    if is_chat(content):
+        return _Text(CHAT, member, data, chat_messages(content), None)
+    pictures = _pictures(group)
+    record = read_record(content, pictures)
+    named = [_member_of(source, key, group, pictures, record.images) for source in record.images]
+    return _Text(RECORD, member, data, record.messages, named)
+
+
+def _member_of(
+    source: Any, key: str, group: SampleMembers, pictures: list[str], all_sources: list[Any]
+) -> str:
+    """The member that a record means by a picture: its suffix, its name, or the only one there."""
+    if not isinstance(source, str) or source.startswith("data:"):
+        raise InputError("a picture lies inside the JSON; write it as a member of its own")
+    name = source.replace("\\", "/").rpartition("/")[2]
+    for candidate in (source, name, name.removeprefix(f"{key.rpartition('/')[2]}.")):
+        if group.find(candidate) is not None:
+            return candidate
+    if len(all_sources) == len(pictures) == 1:
+        return pictures[0]
+    raise SampleFault(
+        "missing image",
+        f"the record names an image {source[:80]!r}: none of the members "
+        f"{', '.join(pictures) or '(there are no pictures)'} is it; name members by their suffix",
+    )
+
+
+def _suffix(name: str) -> str:
+    return name.rpartition(".")[2].lower()
+
+
+def _plain_pictures(group: SampleMembers) -> list[str]:
     """Members such as {key}.jpg, without a name of their own."""
-    return [name for name in group.members if name.lower() in _IMAGE_SUFFIXES]
+    return [name for name in group.members if "." not in name and has_image_suffix(f".{name}")]
 
 
-def _images(group: SampleMembers) -> set[str]:
-    return {n for n in group.members if n.rpartition(".")[2].lower() in _IMAGE_SUFFIXES}
+def _pictures(group: SampleMembers) -> list[str]:
+    """All members that are pictures by their names, in the order of the tar."""
+    return [name for name in group.members if has_image_suffix(f".{name}")]

@@ -7,18 +7,24 @@ without its end marker is reported as truncated, where `tarfile` returns what ca
 """
 
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from data_pipeline.errors import InputError
 from data_pipeline.storage import ReadAhead
+from data_pipeline.walk import is_left_behind
 
 _BLOCK = 512
 _ZEROS = bytes(_BLOCK)
 _PAX_KEYS = (b"path", b"size")
 _ADLER = 65521  # Adler-32 knows sums modulo this prime
 _REWRITE = "write or copy it again"
+
+
+class ShardFault(InputError):
+    """A shard is damaged, or nothing in it can be used: no fault of where it is stored."""
 
 
 class Member(NamedTuple):
@@ -37,23 +43,32 @@ class SampleMembers:
     members: dict[str, Member] = field(default_factory=dict)
     problem: str | None = None
 
+    def find(self, name: str) -> Member | None:
+        """The member of this suffix, else the only one that differs from it by case."""
+        if (member := self.members.get(name)) is not None:
+            return member
+        alike = [member for other, member in self.members.items() if other.lower() == name.lower()]
+        return alike[0] if len(alike) == 1 else None
+
 
 def scan_tar(reader: ReadAhead) -> Iterator[Member]:
     """The members of an uncompressed tar in order, directories left out.
 
-    InputError naming the shard and the byte if it is empty, truncated, damaged or not a tar.
+    ShardFault naming the shard and the byte if it is empty, truncated, damaged or not a tar.
     """
     if reader.size == 0:
-        raise InputError(f"{reader.shard} is empty; {_REWRITE}")
+        raise ShardFault(f"{reader.shard} is empty; {_REWRITE}")
     return _Scanner(reader).members()
 
 
-def group_samples(members: Iterable[Member]) -> Iterator[tuple[str, SampleMembers]]:
+def group_samples(
+    members: Iterable[Member], passed: Counter[str] | None = None
+) -> Iterator[tuple[str, SampleMembers]]:
     """Members by webdataset key: folder and file name up to its first dot.
 
     A group comes when a member of another key follows, and once more at the end if members were
-    added after that: the last one counts. Names without a suffix, or that begin with a dot (as
-    macOS adds them), belong to no sample.
+    added after that: the last one counts. Names without a suffix, hidden ones and those in hidden
+    folders or in folders that systems leave behind belong to no sample; `passed` counts them.
     """
     groups: dict[str, SampleMembers] = {}
     changed: dict[str, None] = {}  # an ordered set
@@ -61,7 +76,9 @@ def group_samples(members: Iterable[Member]) -> Iterator[tuple[str, SampleMember
     for member in members:
         folder, slash, file_name = member.name.rpartition("/")
         stem, _, suffix = file_name.partition(".")
-        if not stem or not suffix:
+        if not stem or not suffix or (folder and is_left_behind(folder)):
+            if passed is not None:
+                passed[f".{suffix.lower()}" if suffix and stem else stem and "no suffix"] += 1
             continue
         key = folder + slash + stem
         if key != current:
@@ -107,7 +124,7 @@ class _Scanner:
                 size = 0
             offset = data + (size + _BLOCK - 1) // _BLOCK * _BLOCK
             if offset > self.size:
-                raise InputError(
+                raise ShardFault(
                     f"{self.shard} is truncated: the entry at byte {data - _BLOCK} reaches to byte "
                     f"{offset}, the file has {self.size}; {_REWRITE}"
                 )
@@ -128,7 +145,7 @@ class _Scanner:
     def _check(self, header: bytes, offset: int) -> tuple[bytes, int]:
         """Type flag and data size of a header block, its checksum verified."""
         if len(header) < _BLOCK:
-            raise InputError(
+            raise ShardFault(
                 f"{self.shard} is truncated: no end marker at byte {offset}, where the file ends; "
                 f"{_REWRITE}"
             )
@@ -142,7 +159,7 @@ class _Scanner:
             return kind, size
         except ValueError:
             what = "is not an uncompressed tar file" if offset == 0 else "is damaged"
-            raise InputError(
+            raise ShardFault(
                 f"{self.shard} {what}: no valid tar header (or a sparse "
                 f"file, which is not supported) at byte {offset}; {_REWRITE}"
             ) from None
@@ -165,7 +182,7 @@ class _Scanner:
             if int(records.get("size", 0)) < 0:
                 raise ValueError
         except ValueError:
-            raise InputError(
+            raise ShardFault(
                 f"{self.shard} is damaged: bad PAX record near byte {offset}; {_REWRITE}"
             ) from None
         return records
@@ -173,7 +190,7 @@ class _Scanner:
     def _check_rest_is_zero(self, offset: int) -> None:
         while chunk := self.read(offset, 1 << 20):
             if chunk.strip(b"\0"):
-                raise InputError(
+                raise ShardFault(
                     f"{self.shard} goes on after its end marker (byte {offset}), as joined tar "
                     "files do; readers would miss what follows: write one tar, or keep them apart"
                 )

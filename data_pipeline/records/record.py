@@ -247,7 +247,7 @@ def _metadata(
         *(*vocabulary.IMAGES, *vocabulary.SYSTEM, *vocabulary.LOSS, *vocabulary.MORE_QUESTION),
         *(*vocabulary.MEDIA, *vocabulary.UNREAD),
     }
-    kept = {}
+    kept: dict[str, Any] = {}
     for key, value in record.items():
         if is_absent(value) or str(key).lower() in read:
             continue
@@ -256,7 +256,10 @@ def _metadata(
                 f"the record has {key!r}, which is or names media that no turn shows; give --map "
                 f"image={key} if it is the picture, or --ignore {key}"
             )
-        kept[str(key)] = value
+        if str(key).lower() == "metadata" and isinstance(value, Mapping):
+            kept |= value
+        else:
+            kept[str(key)] = value
     if more := {str(i): turn.metadata for i, turn in enumerate(turns) if turn.metadata}:
         kept["turns"] = more
     return kept

@@ -11,6 +11,7 @@ from data_pipeline.errors import InputError
 from data_pipeline.storage.shard import Shard, is_http
 
 Patterns = str | Sequence[str]
+_PACKED_ADVICE = "shards are uncompressed tar files: gunzip a .tar.gz first"
 
 
 def expand(patterns: Patterns, list_remote: Callable[[str], list[str]]) -> list[Shard]:
@@ -54,18 +55,32 @@ def _remote_matches(url: str, list_remote: Callable[[str], list[str]]) -> list[S
 def _local_matches(text: str) -> list[Shard]:
     path = Path(text).expanduser()
     if path.is_dir():
-        shards = sorted(path.glob("*.tar"))
+        shards = sorted(p for p in path.iterdir() if p.name.lower().endswith(".tar"))
+        shards = [shard for shard in shards if not shard.name.startswith(".")]
         if not shards:
-            raise InputError(f"there are no .tar files in the folder {text}")
+            raise InputError(f"there are no .tar files in the folder {text}{_what_is_there(path)}")
         return [Shard(str(shard)) for shard in shards]
     if path.is_file():
-        if path.suffix != ".tar":
-            raise InputError(f"{text} is not named *.tar; shards are uncompressed tar files")
+        if path.suffix.lower() != ".tar":
+            raise InputError(f"{text} is not named *.tar; {_PACKED_ADVICE}")
         return [Shard(str(path))]
     if glob.has_magic(text):
         names = [Path(name) for name in glob.glob(str(path), recursive=True)]  # noqa: PTH207
-        shards = [shard for shard in names if shard.suffix == ".tar" and shard.is_file()]
+        shards = [shard for shard in names if shard.suffix.lower() == ".tar" and shard.is_file()]
         if not shards:
-            raise InputError(f"no .tar file matches {text}")
+            others = f"; it matches {names[0]}: {_PACKED_ADVICE}" if names else ""
+            raise InputError(f"no .tar file matches {text}{others}")
         return [Shard(str(shard)) for shard in shards]
     raise InputError(f"the shard {text} does not exist; give a folder, a glob or existing paths")
+
+
+def _what_is_there(folder: Path) -> str:
+    """What a folder without shards holds, for the message: packed ones, or those of subfolders."""
+    packed = sorted(p.name for p in folder.iterdir() if ".tar." in p.name or p.suffix == ".tgz")
+    if packed:
+        return f", but {packed[0]}: {_PACKED_ADVICE}"
+    below = sorted({str(p.parent) for p in folder.rglob("*.tar")})
+    if below:
+        more = f" and {len(below) - 3} more" if len(below) > 3 else ""
+        return f"; name the folders that hold some: {', '.join(below[:3])}{more}"
+    return ""
