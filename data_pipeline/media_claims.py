@@ -13,7 +13,7 @@ PLACEHOLDER = "<image>"
 
 # Placeholders of other trainers and models; lower case, as they are compared without regard to it.
 _CLAIMS = re.compile(
-    r"<img>[^<]+</img>"  # Qwen-VL: the path between the tags; empty tags are no claim
+    r"<img>[^<\s]*[./][^<]*</img>"  # Qwen-VL: a path between the tags; without, they are text
     r"|<(?:video|audio|sound|speech|imagehere|start_of_image|point_?cloud)>"
     r"|<(?:image|picture|video|audio)[ _-]?\d+>"  # <image_1>, <image 1>
     r"|<\|(?:image|video|audio|vision_start|vision_end|image_pad|video_pad|vision_pad|image_\d+"

@@ -60,18 +60,18 @@ def build_index(
     shards = storage.expand(patterns)
     files = find_index_files(shards, index_dir)
     job = _Job(tokenizer, chat, storage, files, decode)
-    if parts == 1 and _is_published(shards, job):
+    if parts == 1 and _is_published(shards, job, strict):
         return
     _make_folders(files)
     with ExitStack() as locks:
         for place in files.values():
             locks.enter_context(file_lock(place.lock, shared=parts > 1))
-        _index(shards[part::parts], job, workers, strict)
+        _index(shards[part::parts], job, workers)
         if parts == 1:
-            _publish(shards, job)
+            _publish(shards, job, strict)
 
 
-def _index(shards: Sequence[Shard], job: "_Job", workers: int, strict: bool) -> None:
+def _index(shards: Sequence[Shard], job: "_Job", workers: int) -> None:
     """Index those of the shards that changed; their columns then wait to be published."""
     stats = dict(zip(shards, job.storage.stat_all(shards), strict=True))
     todo = {shard: stat for shard, stat in stats.items() if job.find_done(shard, stat) is None}
@@ -87,9 +87,6 @@ def _index(shards: Sequence[Shard], job: "_Job", workers: int, strict: bool) -> 
                 _print_bad(outcome)
             bar.update(todo[shard].bytes)
     _print_summary(headers)
-    broken = [str(header.broken) for header in headers if header.broken]
-    if strict or len(broken) == len(shards):
-        problems += broken
     if problems:
         raise InputError("\n".join(sorted(problems)))
 
@@ -215,7 +212,7 @@ def _print_summary(headers: Sequence[ShardHeader]) -> None:
         print(f"images that no message names (not used): {unused:,}")
 
 
-def _publish(shards: Sequence[Shard], job: _Job) -> None:
+def _publish(shards: Sequence[Shard], job: _Job, strict: bool) -> None:
     """Move finished shards into place and list them; other shards of a folder stay listed.
 
     Killed between the moves and the manifest, the two disagree by digest: `Index.columns` says so,
@@ -224,6 +221,9 @@ def _publish(shards: Sequence[Shard], job: _Job) -> None:
     finished = _finished(shards, job, whole=False)
     if changed := [str(shard) for shard in shards if shard not in finished]:
         raise InputError(f"{', '.join(changed)} changed while indexed; run again once complete")
+    broken = [str(header.broken) for _, header in finished.values() if header.broken]
+    if broken and (strict or len(broken) == len(shards)):
+        raise InputError("\n".join(sorted(broken)))
     for files in job.files.values():
         for shard, (path, _) in finished.items():
             if shard.folder == files.shards:
@@ -232,7 +232,7 @@ def _publish(shards: Sequence[Shard], job: _Job) -> None:
         shutil.rmtree(files.partial_folder, ignore_errors=True)
 
 
-def _is_published(shards: Sequence[Shard], job: _Job) -> bool:
+def _is_published(shards: Sequence[Shard], job: _Job, strict: bool) -> bool:
     """Whether `_publish` would change nothing."""
     for files in job.files.values():
         if files.partial_folder.exists() or not files.manifest.exists():
@@ -240,6 +240,8 @@ def _is_published(shards: Sequence[Shard], job: _Job) -> bool:
     finished = _finished(shards, job, whole=True)
     for shard in shards:
         if shard not in finished or finished[shard][0] != job.files[shard.folder].columns(shard):
+            return False
+        if strict and finished[shard][1].broken:
             return False
     listed = {files: _manifest(files) for files in job.files.values()}
     return all(_headers(files, headers, finished) == headers for files, headers in listed.items())

@@ -99,7 +99,8 @@ def _columns(rows: dict[str, Row]) -> ShardColumns:
     image_start = [0]
     for row in rows.values():
         image_start.append(image_start[-1] + len(row.images))
-    of_samples = zip(*(row[: len(OF_SAMPLES)] for row in rows.values()), strict=True)
+    listed = [row[: len(OF_SAMPLES)] for row in rows.values()]
+    of_samples = zip(*listed, strict=True) if listed else [()] * len(OF_SAMPLES)
     of_images = zip(*images, strict=True) if images else [()] * len(OF_IMAGES)
     return ShardColumns.from_lists(
         list(rows),

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from data_pipeline.captions import caption_messages, caption_of_metadata, caption_of_text
 from data_pipeline.captions import parse_metadata as parse_json
-from data_pipeline.chat import ChatSettings, image_names, tokenize_chat
+from data_pipeline.chat import ChatSettings, check_messages, image_names, tokenize_chat
 from data_pipeline.decode import check_decodes
 from data_pipeline.errors import InputError
 from data_pipeline.images import has_image_suffix
@@ -181,7 +181,12 @@ def _of_json(
     if is_chat(content):
         return _Text(CHAT, member, data, chat_messages(content), None)
     pictures = _pictures(group)
-    record = read_record(content, pictures)
+    try:
+        record = read_record(content, pictures)
+    except InputError:
+        if {*content} <= {"messages", "metadata"}:  # our own form: what is wrong by its own rules
+            check_messages(chat_messages(content))
+        raise
     named = [_member_of(source, key, group, pictures, record.images) for source in record.images]
     return _Text(RECORD, member, data, record.messages, named)
 

@@ -42,8 +42,13 @@ ANSWER = turn("assistant", text("A cell."))
 
 texts = st.builds(text, st.lists(st.sampled_from([*SPECIAL_TOKENS, "a b", "\n", "é"])).map("".join))
 images = st.builds(image, st.sampled_from(["0.png", "1.jpg"]))
-users = st.builds(lambda parts: turn("user", *parts), st.lists(texts | images, max_size=5))
-answers = st.builds(lambda parts: turn("assistant", *parts), st.lists(texts, max_size=3))
+words = st.just(text("a b"))  # neither a question nor an answer is empty
+users = st.builds(
+    lambda parts, last: turn("user", *parts, last), st.lists(texts | images, max_size=5), words
+)
+answers = st.builds(
+    lambda parts, last: turn("assistant", *parts, last), st.lists(texts, max_size=3), words
+)
 systems = st.builds(lambda parts: [turn("system", *parts)], st.lists(texts | images, max_size=2))
 
 

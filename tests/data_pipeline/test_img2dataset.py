@@ -10,6 +10,7 @@ from data_pipeline.captions import PROMPT, caption_messages
 from data_pipeline.chat import ChatSettings, tokenize_chat
 from data_pipeline.index import build_index, load_index
 from data_pipeline.index.columns import CAPTION_JSON, CAPTION_TEXT, CHAT
+from data_pipeline.prepare.convert import Conversion
 from data_pipeline.prepare.folder import prepare_folder
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer
 from tests.data_pipeline.small_tokenizers import save_sentencepiece
@@ -74,13 +75,13 @@ def test_captions_that_cannot_be_used(tmp_path: Path, tokenizer: Tokenizer) -> N
         [
             captioned("good", txt=b"A cat."),
             captioned("blank", txt=b" \n"),
-            captioned("zero", txt=b"", json=metadata("txt wins")),
+            captioned("zero", txt=b"", json=metadata(" ")),
             captioned("latin", txt="Über".encode("latin-1")),
             captioned("null", json=metadata(None)),
             captioned("none", json=b'{"url": "https://host"}'),
             captioned("number", json=metadata(3)),
             captioned("list", json=b"[]"),
-            captioned("broken", json=b"{", txt=b"What is it: a chat?"),
+            captioned("broken", json=b"{", txt=b""),
             captioned("alone"),
             {"__key__": "text", "txt": b"No image."},
             {"__key__": "captions", "json": metadata("No image.")},
@@ -99,7 +100,7 @@ def test_captions_that_cannot_be_used(tmp_path: Path, tokenizer: Tokenizer) -> N
         "none": 'has no text as "caption"',
         "number": 'has no text as "caption"',
         "list": "not an object",
-        "broken": "does not parse",
+        "broken": "the caption is empty",
         "alone": "there is no member alone.json or alone.txt beside jpg",
         "text": "there is no member text.json beside txt",
         "captions": 'the JSON has no "messages"',
@@ -118,7 +119,7 @@ def test_the_prompt_is_that_of_prepare_folder(tmp_path: Path, tokenizer: Tokeniz
     source.mkdir()
     (source / "one.png").write_bytes(picture(5, 5))
     (source / "one.txt").write_text("A picture.\n")
-    prepare_folder(source, tmp_path / "out")
+    prepare_folder(source, tmp_path / "out", conversion=Conversion())
     sample = {"__key__": "one", "png": picture(5, 5), "txt": b"A picture.\n"}
     write_shard(tmp_path / "img2dataset" / "00000.tar", [sample])
     samples = []

@@ -51,7 +51,7 @@ def make_sample(key: str, images: dict[str, bytes], answer: str = "A cell.") -> 
 def ordinary(number: int) -> Sample:
     """A sample with number % 3 images of sizes that no other has."""
     images = {f"{j}.png": picture(10 + number, 20 + j) for j in range(number % 3)}
-    return make_sample(f"{number:04d}", images, "é " * (number % 5))
+    return make_sample(f"{number:04d}", images, "é " * (1 + number % 5))
 
 
 def write_shard(path: Path, samples: list[Sample]) -> Path:
@@ -220,7 +220,7 @@ def test_bad_samples_are_left_out_and_listed(
         "empty": ("unusable text", "does not parse"),
         "deep": ("unusable text", "nested too deeply"),
         "utf16": ("unusable text", "not UTF-8"),
-        "schema": ("unusable text", "messages"),
+        "schema": ("unusable text", "conversations"),
         "list": ("unusable text", "not an object"),
         "metadata": ("unusable text", '"metadata" is a int'),
         "surrogate": ("unusable text", "lone surrogate"),
@@ -229,8 +229,8 @@ def test_bad_samples_are_left_out_and_listed(
         "zero": ("unreadable image", "image '0.png'"),
         "bomb": ("unreadable image", "image too large"),
         "bigger": ("unreadable image", "image too large"),
-        "missing": ("missing image", "no member missing.'0.png'"),
-        "fewer": ("missing image", "no member fewer.'1.png'"),
+        "missing": ("missing image", "no member 'missing.0.png'"),
+        "fewer": ("missing image", "no member 'fewer.1.png'"),
         "lonely": ("no text member", "no member lonely.json beside 0.png"),
         "twice": ("unsafe or duplicate members", "two members are named 'twice.json'"),
     }
@@ -402,7 +402,7 @@ def test_workers_give_the_same_index(shards: Path, tokenizer: Tokenizer) -> None
     shutil.rmtree(shards / "index")
     (shards / "broken.tar").write_bytes(b"")
     with pytest.raises(InputError, match=r"broken\.tar is empty"):
-        build_index(str(shards), tokenizer, CHAT, workers=2)
+        build_index(str(shards), tokenizer, CHAT, workers=2, strict=True)
     (shards / "broken.tar").unlink()
     build_index(str(shards), tokenizer, CHAT, workers=2)
     assert_same_index(load_index(str(shards), tokenizer, CHAT), one)
@@ -483,13 +483,45 @@ def test_shards_that_cannot_be_indexed(
     first = build_and_load(shards, tokenizer)
     damage(shards)
     (shards / "shard-000000.tar").write_bytes(b"also broken" * 100)
-    with pytest.raises(InputError) as caught:
+    for _ in range(2):  # what the first run found out, the second one knows
+        with pytest.raises(InputError) as caught:
+            build_index(str(shards), tokenizer, CHAT, strict=True)
+        lines = str(caught.value).splitlines()
+        assert len(lines) == 2 and "shard-000000.tar is not an uncompressed tar" in lines[0]
+        assert "shard-000001.tar " + reason in lines[1]
+        # Untouched shards are still there, as they were.
+        assert len(load_index(first.shards[2].url, tokenizer, CHAT)) == 4
+
+
+def test_shards_that_cannot_be_used_are_left_out_and_listed(
+    shards: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = build_and_load(shards, tokenizer)
+    keys, images = before.keys.tolist(), before.read_images(9)
+    empty(shards)
+    index = build_and_load(shards, tokenizer)
+    assert index.sizes.tolist() == [4, 0, 4]
+    assert index.keys.tolist() == [*keys[:4], *keys[8:]]
+    assert index.read_images(5) == images
+    (bad,) = index.bad
+    assert (bad.shard, bad.key, bad.fault) == ("shard-000001.tar", "", "broken shard")
+    assert "is empty" in bad.reason
+    printed = capsys.readouterr().out
+    assert "left out the shard" in printed and "left out 1 of 1 shards" in printed
+    with pytest.raises(InputError, match=r"shard-000001\.tar is empty"):
+        build_index(str(shards), tokenizer, CHAT, strict=True)
+    arguments = [str(shards), "--tokenizer", tokenizer.source, "--system", CHAT.system]
+    assert main([*arguments, "--workers", "1"]) == 1
+    assert "more than --max-bad-fraction 0.01" in capsys.readouterr().err
+    assert main([*arguments, "--workers", "1", "--max-bad-fraction", ".5"]) == 0
+
+
+def test_no_shard_can_be_used(shards: Path, tokenizer: Tokenizer) -> None:
+    for shard in shards.glob("*.tar"):
+        shard.write_bytes(b"")
+    with pytest.raises(InputError, match="is empty") as caught:
         build_index(str(shards), tokenizer, CHAT)
-    lines = str(caught.value).splitlines()
-    assert len(lines) == 2 and "shard-000000.tar is not an uncompressed tar" in lines[0]
-    assert "shard-000001.tar " + reason in lines[1]
-    # Untouched shards are still there, as they were.
-    assert len(load_index(first.shards[2].url, tokenizer, CHAT)) == 4
+    assert len(str(caught.value).splitlines()) == 3
 
 
 def test_a_shard_that_is_still_being_written(
@@ -564,7 +596,7 @@ def older_schema(shards: Path) -> None:
         (spoil_npz, ["shard-000001.npz cannot be read"]),
         (swap_npz, ["shard-000001.npz does not belong to ", "cut short"]),
         (spoil_manifest, ["manifest.json cannot be read"]),
-        (older_schema, ["manifest.json has the schema 0, this version reads 2"]),
+        (older_schema, ["manifest.json has the schema 0, this version reads 3"]),
     ],
 )
 def test_an_index_that_does_not_fit_is_refused_then_repaired(

@@ -107,32 +107,54 @@ def test_llava_text_only(llava: Any) -> None:
     assert {name for name in sample if not name.startswith("__")} == {"json"}
 
 
+IMAGE = {"type": "image", "image": "a.png"}
 FAULTS: dict[str, tuple[Any, str]] = {
     "missing file": (entry(image="b.png"), "cannot be read"),
     "no image": (entry(image="broken.png"), "not an image"),
     "placeholder without image": ({**entry(), "image": None}, "1 <image> in the text for 0"),
-    "image without placeholder": (
-        entry(conversations=conversation("What?", "Red.")),
-        "0 <image> in the text for 1",
+    "a picture in both": (
+        entry(conversations=[{"from": "human", "value": "<image>", "image": "b.png"}]),
+        "0 <image> in the text for 1 images, beside 1",
     ),
     "one placeholder for two": (entry(image=["a.png", "a.png"]), "1 <image> in the text for 2"),
     "wrong role": (
         entry(conversations=[{"from": "alien", "value": "<image>"}]),
-        "'alien', expected one of human, gpt, system",
+        "'alien', expected one of user, human, assistant, gpt",
     ),
     "unhashable role": (entry(conversations=[{"from": [], "value": "<image>"}]), "expected one of"),
-    "no answer": (entry(conversations=conversation("<image>")), "last turn is not gpt's"),
-    "gpt begins": (entry(conversations=[{"from": "gpt", "value": "<image>"}]), "turn 0"),
-    "image in answer": (entry(conversations=conversation("What?", "<image>")), "has an image"),
-    "path upwards": (entry(image="../images/a.png"), "leads out of the image folder"),
+    "no answer": (entry(conversations=conversation("<image>")), "last turn is not the assistant's"),
+    "gpt begins": (entry(image=None, conversations=conversation("What?")[::-1]), "last turn"),
+    "only gpt": (entry(conversations=[{"from": "gpt", "value": "<image>"}]), "no user turn"),
+    "image in answer": (
+        entry(conversations=[conversation("<image>")[0], {"from": "gpt", "value": [IMAGE]}]),
+        "turn 1 is the assistant's and has an image",
+    ),
+    "empty answer": (entry(conversations=conversation("<image>", " \n")), "turn 1 is an empty ans"),
+    "empty question": (entry(image=None, conversations=conversation("", "Red.")), "no user text"),
+    "video": (entry(video="v.mp4"), "'video', and only pictures are read"),
+    "tools": (entry(tools=[{"name": "ocr"}]), "'tools', which is not read"),
+    "weight": (entry(weight=0), "'weight': 0, but every"),
+    "loss of a turn": (
+        entry(conversations=[conversation("<image>")[0], {"from": "gpt", "value": "a", "loss": 0}]),
+        "turn 1 has 'loss': 0",
+    ),
+    "claim": (entry(conversations=conversation("<image> <video>", "A.")), "media by '<video>'"),
+    "URL": (entry(image="https://host/a.png"), "is a URL; download it"),
+    "two readings": (entry(question="What?"), "'conversations' and 'question' both"),
+    "unread picture": (
+        {"id": "b", "shot": "b.png", "conversations": conversation("What?", "Red.")},
+        "'shot', which is or names media that no turn shows",
+    ),
+    "path upwards": (entry(image="../other/a.png"), "leads out of the image folder"),
     "path upwards inside": (entry(image="x/../../a.png"), "leads out of the image folder"),
     "absolute path": (entry(image="/etc/hostname"), "leads out of the image folder"),
     "folder": (entry(image="."), "cannot be read"),
     "zero byte": (entry(image="a\0.png"), "cannot be read"),
-    "image is a number": (entry(image=3), "neither a file name nor a list"),
-    "no conversation": (entry(conversations=[]), "missing, empty or not a list"),
-    "value is a number": (entry(conversations=[{"from": "human", "value": 1}]), "a text as"),
-    "not an object": ("hello", "a JSON str instead of an object"),
+    "image is a number": (entry(image=3), "expected a file name, a URL or bytes"),
+    "no conversation": (entry(conversations=[]), "expected one of messages, conversations"),
+    "turns are no list": (entry(conversations="hello"), "expected a list of turns"),
+    "value is a number": (entry(conversations=[{"from": "human", "value": 1}]), "expected a text"),
+    "not an object": ("hello", "of type str, expected an object"),
     "lone surrogate": (entry(conversations=conversation("<image>", "\ud800")), "not valid Unicode"),
 }
 
@@ -199,9 +221,13 @@ def test_jsonl(llava: Any) -> None:
         ('[{"id": "a"},\n {"id"', "source.json", r"source\.json:2:7: not JSON"),
         ('{"id": "a"}', "source.json", r"source\.json:1:1: holds one JSON dict, expected a list"),
         ("[" * 100_000, "source.json", "not JSON"),
-        ('{"id": "a"}\n{"id', "source.jsonl", r"source\.jsonl:2:\d+: not JSON"),
+        ('{"id": "a"}\n{"id', "source.jsonl", "no usable sample in .*: 2 skipped"),
         ("[]", "source.json", "no usable sample in .*: 0 skipped"),
-        ("[1]", "source.json", "no usable sample in .*: 1 skipped; the first: entry 0: a JSON int"),
+        (
+            "[1]",
+            "source.json",
+            "no usable sample in .*: 1 skipped; the first: entry 0: the record is of",
+        ),
     ],
 )
 def test_unusable_source(text: str, name: str, expected: str, llava: Any, tmp_path: Path) -> None:
@@ -211,10 +237,18 @@ def test_unusable_source(text: str, name: str, expected: str, llava: Any, tmp_pa
     assert {path.name for path in tmp_path.iterdir()} == {"images", name}
 
 
-def test_broken_line_late_in_a_jsonl_leaves_nothing(llava: Any, tmp_path: Path) -> None:
+def test_a_broken_line_is_skipped_and_named(llava: Any, tmp_path: Path) -> None:
+    lines = [json.dumps(entry(id=str(number))) for number in range(20)]
+    out = llava("\n".join([*lines[:7], "{", *lines[7:]]), name="source.jsonl")
+    assert len(read_shards(out)) == 20
+    (skipped,) = report_of(out)["skipped"]
+    assert skipped["sample"] == "entry 7" and "source.jsonl:8:1: not JSON" in skipped["reason"]
+
+
+def test_where_strict_a_broken_line_leaves_nothing(llava: Any, tmp_path: Path) -> None:
     lines = [json.dumps(entry(id=str(number))) for number in range(20)]
     with pytest.raises(InputError, match=r"source\.jsonl:21:2: not JSON"):
-        llava("\n".join(lines) + "\n{", name="source.jsonl")
+        llava("\n".join(lines) + "\n{", "--strict", name="source.jsonl")
     assert {path.name for path in tmp_path.iterdir()} == {"images", "source.jsonl"}
 
 
@@ -353,7 +387,7 @@ def test_empty_folder_may_be_filled_and_a_file_not(llava: Any, tmp_path: Path) -
         ("--format grid OUT --eval-samples 10", "multiple of 3"),
         ("--format grid OUT --train-samples 0", "number of train samples is 0"),
         ("--format digits OUT --seed -1", "must not be negative"),
-        ("--format digits OUT --images DIR", "--images is for --format llava"),
+        ("--format digits OUT --images DIR", "--images is for --format records"),
         ("--format llava SRC OUT --seed 1", "--seed is for --format digits"),
         ("--format llava OUT", "takes the paths SRC OUT, found: OUT"),
         ("--format digits SRC OUT", "takes the paths OUT, found: SRC OUT"),

@@ -78,23 +78,24 @@ def report_of(out: Path) -> dict[str, Any]:
 
 def test_images_come_first_and_turns_follow(tmp_path: Path) -> None:
     first, second = picture("blue", "JPEG"), picture("green", "WEBP")
-    texts = turns("\nWhat changed? <image>", "The color.", "Sure?", "é 🙂")
+    texts = turns("\nWhat changed?", "The color: <image>", "Sure?", "é 🙂")
     rows = [row(images=[image(first, "a/b.png"), image(second)], texts=texts)]
     out = prepare(write(tmp_path / "train.parquet", rows))
     [sample] = read_shards(out)
     assert sample["__key__"] == "train_00000000"
     assert (sample["0.jpg"], sample["1.webp"]) == (first, second)
-    assert sample["json"]["metadata"] == {"source": "ours"}
+    ratings = {"relevance_ratings": [4], "relevance_min": 4}
+    assert sample["json"]["metadata"] == {"source": "ours", **ratings, "entry": 0}
     assert sample["json"]["messages"] == [
         {
             "role": "user",
             "content": [
                 {"type": "image", "image": "0.jpg"},
                 {"type": "image", "image": "1.webp"},
-                {"type": "text", "text": "\nWhat changed? <image>"},
+                {"type": "text", "text": "\nWhat changed?"},
             ],
         },
-        {"role": "assistant", "content": [{"type": "text", "text": "The color."}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "The color: <image>"}]},
         {"role": "user", "content": [{"type": "text", "text": "Sure?"}]},
         {"role": "assistant", "content": [{"type": "text", "text": "é 🙂"}]},
     ]
@@ -106,7 +107,7 @@ def test_a_row_without_images_is_text(tmp_path: Path, images: list | None) -> No
         prepare(write(tmp_path / "t.parquet", [row(images=images, source=None)]))
     )
     assert {name for name in sample if not name.startswith("__")} == {"json"}
-    assert "metadata" not in sample["json"]
+    assert "source" not in sample["json"]["metadata"]
 
 
 def test_an_image_needs_no_question(tmp_path: Path) -> None:
@@ -116,19 +117,21 @@ def test_an_image_needs_no_question(tmp_path: Path) -> None:
 
 
 FAULTS: dict[str, tuple[dict[str, Any], str]] = {
-    "no texts": ({"texts": []}, '"texts" is empty'),
-    "texts is null": ({"texts": None}, '"texts" is empty'),
-    "turn is null": ({"texts": [*turns("a", "b"), None]}, "turn 1 of 2 has no user text"),
-    "no question": ({"images": [], "texts": turns("", "b")}, "turn 0 of 1 has no user text"),
-    "user is null": ({"texts": turns("a", "b", None, "c")}, "turn 1 of 2 has no user text"),
-    "assistant is null": ({"texts": turns("a", None)}, "turn 0 of 1 has no assistant text"),
-    "answer is blank": ({"texts": turns("a", " \n")}, "turn 0 of 1 has no assistant text"),
-    "image is null": ({"images": [None]}, "image 0 has nothing where the bytes"),
-    "no bytes": (
-        {"images": [image(), {"bytes": None, "path": "x.png"}]},
-        "image 1 has only the path 'x.png'",
+    "no texts": ({"texts": []}, "the record has the keys"),
+    "texts is null": ({"texts": None}, "the record has the keys"),
+    "turn is null": ({"texts": [*turns("a", "b"), None]}, "turn 1 is null"),
+    "no question": ({"images": [], "texts": turns("", "b")}, "turn 0 has no user text"),
+    "user is null": ({"texts": turns("a", "b", None, "c")}, "turn 2 has no user text"),
+    "assistant is null": ({"texts": turns("a", None)}, "turn 1 is an empty answer"),
+    "answer is blank": ({"texts": turns("a", " \n")}, "turn 1 is an empty answer"),
+    "image is null": ({"images": [None]}, "picture 0 of 1 is empty"),
+    "no such path": ({"images": [image(), {"bytes": None, "path": "x.png"}]}, "x.png cannot be"),
+    "empty bytes": ({"images": [image(b"")]}, "an object with ['bytes', 'path']"),
+    "a claim": ({"texts": turns("<image> or <image>?", "b")}, "2 <image> in the text for 1 images"),
+    "a claim without": (
+        {"images": [], "texts": turns("<image>", "b")},
+        "1 <image> in the text for 0",
     ),
-    "empty bytes": ({"images": [image(b"")]}, "image 0 has nothing"),
     "no image": ({"images": [image(b"no picture")]}, "image 0: not an image"),
 }
 
@@ -200,34 +203,44 @@ def test_rows_of_low_relevance_are_left_out_and_counted(
         prepare(write(tmp_path / "low" / "t.parquet", rows), "--min-relevance", "9")
 
 
-def without(name: str) -> pa.Schema:
-    return pa.schema([field for field in SCHEMA if field.name != name])
-
-
 @pytest.mark.parametrize(
-    ("schema", "options", "found"),
+    ("schema", "row"),
     [
-        (without("texts"), [], "found images: list<.*>, source: string"),
-        (without("images"), [], "found texts: list<.*>, source: string"),
-        (without("relevance_min"), ["--min-relevance", "3"], "relevance_min: a number"),
+        (pa.schema([("texts", TEXTS)]), {"texts": turns("a", "b")}),
         (
             pa.schema([("images", pa.list_(pa.binary())), ("texts", TEXTS)]),
-            [],
-            "found images: list<",
+            {"images": [picture()], "texts": turns("a", "b")},
         ),
-        (pa.schema([("images", IMAGES), ("texts", pa.string())]), [], "texts: string; expected"),
-        (pa.schema([("image", pa.binary()), ("caption", pa.string())]), [], "caption: string"),
+        (
+            pa.schema([("image", pa.struct([("bytes", pa.binary())])), ("caption", pa.string())]),
+            {"image": {"bytes": picture()}, "caption": "Red."},
+        ),
+        (
+            pa.schema([("image", pa.binary()), ("question", pa.string()), ("answer", pa.int64())]),
+            {"image": picture(), "question": "How many?", "answer": 3},
+        ),
     ],
 )
-def test_another_schema_is_one_error_that_names_the_columns(
-    schema: pa.Schema, options: list[str], found: str, tmp_path: Path
+def test_other_columns_beside_those_of_finevision(
+    schema: pa.Schema, row: dict[str, Any], tmp_path: Path
 ) -> None:
+    """A part without images, bare bytes, captions, questions: each file is read by its content."""
     source = tmp_path / "data"
-    write(source / "a.parquet", [row()])
-    pq.write_table(schema.empty_table(), source / "b.parquet")
-    with pytest.raises(InputError, match=rf"b\.parquet has not the columns .*{found}"):
-        prepare(source, *options)
-    assert {path.name for path in tmp_path.iterdir()} == {"data"}
+    write(source / "a.parquet", [globals()["row"]()])
+    pq.write_table(pa.Table.from_pylist([row], schema), source / "b.parquet")
+    samples = read_shards(prepare(source))
+    assert [sample["__key__"] for sample in samples] == ["a_00000000", "b_00000000"]
+    pictures = ["0.png" in sample for sample in samples]
+    assert pictures == [True, "images" in row or "image" in row]
+
+
+def test_columns_that_say_nothing_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "t.parquet"
+    pq.write_table(pa.table({"picture": [picture()], "label": [3]}), path)
+    with pytest.raises(InputError, match="the keys 'picture', 'label', expected one of messages"):
+        prepare(path)
+    [sample] = read_shards(prepare(path, "--map", "question=label,answer=label"))
+    assert sample["json"]["messages"][1]["content"] == [{"type": "text", "text": "3"}]
 
 
 def truncate(path: Path) -> None:
@@ -248,17 +261,21 @@ def test_a_damaged_file_is_named_and_leaves_nothing(
     write(source / "a.parquet", [row()])
     damage(write(source / "b.parquet", [row() for _ in range(40)]))
     with pytest.raises(InputError, match=r"b\.parquet cannot be read as parquet .*fetch it again"):
-        prepare(source)
+        prepare(source, "--strict")
     assert {path.name for path in tmp_path.iterdir()} == {"data"}
+    out = prepare(source)
+    assert [sample["__key__"] for sample in read_shards(out)] == ["a_00000000"]
+    (skipped,) = report_of(out)["skipped"]
+    assert skipped["sample"].startswith("b.parquet") and "fetch it again" in skipped["reason"]
 
 
 def test_no_such_source(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="missing does not exist"):
+    with pytest.raises(InputError, match="missing is not a file or folder that exists"):
         prepare(tmp_path / "missing")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match=r"no file in .*empty is named \*\.parquet"):
+    with pytest.raises(InputError, match=r"empty holds nothing that is read: no .*\.parquet"):
         prepare(tmp_path / "empty")
-    with pytest.raises(InputError, match="--min-relevance is for --format finevision, not grid"):
+    with pytest.raises(InputError, match="--min-relevance is for --format records, not grid"):
         main(["--format", "grid", str(tmp_path / "out"), "--min-relevance", "3"])
 
 
