@@ -94,11 +94,12 @@ class SampleReader:
             raise SampleFault("unusable text", str(error)) from error
         names = image_names(text.messages) if text.images is None else text.images
         images = [self._image(key, group, name) for name in names]
+        used = {image.offset for image in images}
         return Row(
             *(text.kind, text.member.offset, text.member.size, zlib.crc32(text.data)),
             *(len(tokens.input_ids), sum(tokens.supervised)),
             images,
-            unused_images=len({*_pictures(group)} - {*names}),
+            unused_images=len({group.members[n].offset for n in _pictures(group)} - used),
         )
 
     def _text(self, key: str, group: SampleMembers) -> _Text:

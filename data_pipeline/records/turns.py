@@ -51,6 +51,8 @@ def read_turns(turns: Any, key: str) -> list[Turn]:
     """The turns under `key`; InputError, with the number of the turn, for what cannot be read."""
     if not isinstance(turns, list | tuple) or not turns:
         raise InputError(f"{key!r} is {describe(turns)}, expected a list of turns")
+    if missing := [number for number, turn in enumerate(turns) if turn is None]:
+        raise InputError(f"turn {missing[0]} of {len(turns)} is null")
     if all(isinstance(t, Mapping) and {"user", "assistant"} <= t.keys() for t in turns):
         return [turn for number, pair in enumerate(turns) for turn in _pair(pair, number)]
     return [_turn(turn, f"turn {number}") for number, turn in enumerate(turns)]

@@ -226,7 +226,7 @@ def test_jsonl(llava: Any) -> None:
         (
             "[1]",
             "source.json",
-            "no usable sample in .*: 1 skipped; the first: entry 0: the record is of",
+            "no usable sample in .*: 1 skipped; the first: entry 0: the rec",
         ),
     ],
 )

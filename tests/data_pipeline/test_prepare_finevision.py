@@ -119,7 +119,7 @@ def test_an_image_needs_no_question(tmp_path: Path) -> None:
 FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "no texts": ({"texts": []}, "the record has the keys"),
     "texts is null": ({"texts": None}, "the record has the keys"),
-    "turn is null": ({"texts": [*turns("a", "b"), None]}, "turn 1 is null"),
+    "turn is null": ({"texts": [*turns("a", "b"), None]}, "turn 1 of 2 is null"),
     "no question": ({"images": [], "texts": turns("", "b")}, "turn 0 has no user text"),
     "user is null": ({"texts": turns("a", "b", None, "c")}, "turn 2 has no user text"),
     "assistant is null": ({"texts": turns("a", None)}, "turn 1 is an empty answer"),
@@ -127,7 +127,7 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "image is null": ({"images": [None]}, "picture 0 of 1 is empty"),
     "no such path": ({"images": [image(), {"bytes": None, "path": "x.png"}]}, "x.png cannot be"),
     "empty bytes": ({"images": [image(b"")]}, "an object with ['bytes', 'path']"),
-    "a claim": ({"texts": turns("<image> or <image>?", "b")}, "2 <image> in the text for 1 images"),
+    "a claim": ({"texts": turns("<image> or <image>?", "b")}, "2 <image> in the text for 1"),
     "a claim without": (
         {"images": [], "texts": turns("<image>", "b")},
         "1 <image> in the text for 0",
