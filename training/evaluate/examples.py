@@ -7,7 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.chat import ChatSettings, TokenizedChat, expand_images, tokenize_chat
+from data_pipeline.chat import (
+    ChatSettings,
+    TokenizedChat,
+    expand_images,
+    tokenize_chat,
+    tokenize_prompt,
+)
 from data_pipeline.decode import image_tiles
 from data_pipeline.errors import InputError
 from data_pipeline.index import Index, load_index
@@ -165,8 +171,7 @@ class HeldOut:
                     found = loaded.processor.apply_chat_template(
                         plain, tokenize=True, return_dict=True, return_tensors=None
                     )["input_ids"][0]
-                answered = [*plain, {"role": "assistant", "content": []}]
-                expected = tokenize_chat(answered, self.tokenizer, self.chat).input_ids
+                expected = tokenize_prompt(plain, self.tokenizer, self.chat).input_ids
                 if list(found) != expected[: len(found)]:
                     raise InputError(
                         f"the tokenizer {self.tokenizer.source}, with which the shards are "
