@@ -13,11 +13,11 @@ from tqdm import tqdm
 
 from data_pipeline.balance.cost import DEFAULT_COST, CostModel
 from data_pipeline.balance.deal import Ints
+from data_pipeline.balance.fit import best_fit
 from data_pipeline.balance.packing import Packing, balance
 from data_pipeline.draw import uniform_hash
 from data_pipeline.errors import InputError
 from data_pipeline.files import write_atomically
-from data_pipeline.packing import best_fit
 from data_pipeline.stats.measures import Measures, SampleCosts, measure
 
 WINDOW_SAMPLES = 20_000
@@ -191,9 +191,8 @@ def _best_fit(ids: Ints, tokens: Ints, budget: PackBudget, window: int) -> Ints:
     number = 0
     for start in range(0, len(ids), window):
         part = ids[start : start + window]
-        for items in best_fit(tokens[part], budget.max_tokens):
-            pack[part[items]] = number
-            number += 1
+        pack[part] = number + best_fit(tokens[part], budget.max_tokens)
+        number = int(pack.max()) + 1
     return pack
 
 

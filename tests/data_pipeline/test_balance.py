@@ -11,11 +11,10 @@ from hypothesis import strategies as st
 from data_pipeline.balance import DEFAULT_COST, Packing, balance
 from data_pipeline.balance.deal import deal, order_by
 from data_pipeline.balance.exchange import Exchange
-from data_pipeline.balance.fit import best_fit_decreasing, evict, gather
+from data_pipeline.balance.fit import best_fit, best_fit_decreasing, evict, gather
 from data_pipeline.bench.mixes import MIXES, draw_mix
 from data_pipeline.draw import uniform_hash
 from data_pipeline.errors import InputError
-from data_pipeline.packing import best_fit
 from data_pipeline.stats.measures import Measures, SampleCosts, fewest_packs, measure
 from data_pipeline.stats.simulation import PackBudget, planned_windows
 
@@ -99,23 +98,6 @@ def test_what_was_carried_is_placed_if_it_fits(case: Case) -> None:
         assert (packing.pack[: case.first] >= 0).all()
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
-@given(st.lists(st.integers(0, 30), max_size=60), st.integers(0, 60))
-def test_best_fit_decreasing_and_its_bound(lengths: list[int], first: int) -> None:
-    tokens = np.array(lengths, dtype=np.int64)
-    packs = best_fit_decreasing(np.stack([tokens, tokens]), (30, None))
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    plain = best_fit([lengths[i] for i in order], 30)
-    assert [int(packs[order[items[0]]]) for items in plain] == list(range(len(plain)))
-    assert all(len({int(packs[order[i]]) for i in items}) == 1 for items in plain)
-    assert fewest_packs(tokens, 30) <= len(plain)
-    assert -(-int(tokens.sum()) // 30) <= fewest_packs(tokens, 30) or not len(tokens)
-    assert sum(2 * n > 30 for n in lengths) <= fewest_packs(tokens, 30)
-    early = best_fit_decreasing(np.stack([tokens, tokens]), (30, None), first)
-    alone = best_fit_decreasing(np.stack([tokens, tokens])[:, :first], (30, None))
-    np.testing.assert_array_equal(early[:first], alone)  # as if there were no others
-
-
 def test_the_bound_on_packs_sees_what_cannot_share() -> None:
     assert fewest_packs(np.array([6, 6, 6]), 10) == 3
     assert fewest_packs(np.array([7, 7, 4, 4, 4]), 10) == 4  # 2.6 packs of tokens
@@ -183,7 +165,7 @@ def test_other_mixes_hold_up(mix: str, max_tokens: int, efficiency: float) -> No
     found = plan_window(mix, max_tokens)
     tokens = draw_mix(mix, 3, 20_000, max_tokens).tokens
     least = 1 - int(tokens.sum()) / (fewest_packs(tokens, max_tokens) * max_tokens)
-    fitted = len(best_fit(np.sort(tokens)[::-1], max_tokens))
+    fitted = int(best_fit(np.sort(tokens)[::-1], max_tokens).max()) + 1
     decreasing = 1 - int(tokens.sum()) / (fitted * max_tokens)
     assert found.padding <= max(0.01, decreasing + 0.005)
     assert found.padding >= least - 0.02  # packs of whole steps may be of a luckier part
