@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from data_pipeline.balance.carry import Columns, after_carried, left_over
 from data_pipeline.balance.cost import DEFAULT_COST, CostModel
 from data_pipeline.balance.deal import Ints
 from data_pipeline.balance.fit import best_fit
@@ -52,13 +53,13 @@ def planned_windows(
     Args:
         windows: ids, tokens and tiles of the samples of each, int64 [S], in random order.
     """
-    carried = tuple(np.empty(0, dtype=np.int64) for _ in range(3))
+    carried: Columns = (np.empty(0, dtype=np.int64),) * 3
     source = iter(windows)
     number, following = 0, next(source, None)
     while following is not None:
         window, following = following, next(source, None)
         first = len(carried[0])
-        ids, tokens, tiles = (np.concatenate(p) for p in zip(carried, window, strict=True))
+        ids, tokens, tiles = after_carried(carried, window)
         packing = balance(
             tokens,
             tiles,
@@ -71,8 +72,7 @@ def planned_windows(
             seed=budget.seed + number,
         )
         yield PlannedWindow(ids, first, packing)
-        left = packing.pack < 0
-        carried = (ids[left], tokens[left], tiles[left])
+        carried = left_over(packing.pack, (ids, tokens, tiles))
         number += 1
 
 
