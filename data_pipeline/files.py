@@ -1,9 +1,11 @@
-"""Writing files so that a reader, or a process killed half-way, never sees half of one."""
+"""Writing files and folders so that a reader, or a kill half-way, never sees half of one."""
 
 import fcntl
 import os
+import secrets
+import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,6 +25,52 @@ def write_atomically(path: Path, data: bytes) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def written_aside(out: Path, check: Callable[[], None]) -> Iterator[Path]:
+    """Yield an empty folder beside `out` that becomes `out` when the block ends without error.
+
+    On an error the folder is removed; a killed process can leave only the hidden folder
+    ".NAME.partial-..." behind, never something under the name of `out`.
+
+    Args:
+        out: the folder to create, or to replace; parents are created as needed.
+        check: raises an error where `out` may not be written; called before the block and after
+            it, since another process may have finished meanwhile.
+    """
+    check()
+    out = out.resolve()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f".{out.name}.partial-{secrets.token_hex(4)}")
+    temporary.mkdir()
+    try:
+        yield temporary
+        check()
+        move_into_place(temporary, out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def move_into_place(temporary: Path, out: Path) -> None:
+    """Rename a finished folder to `out`, instead of what is there; on disk when this returns."""
+    for folder in (temporary, *(path for path in temporary.rglob("*") if path.is_dir())):
+        sync_folder(folder)
+    replaced = temporary.with_name(f"{temporary.name}-replaced")
+    if out.exists():
+        out.rename(replaced)
+    temporary.rename(out)
+    sync_folder(out.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's names to disk, so that a rename never outlives what it names."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

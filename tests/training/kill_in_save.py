@@ -17,6 +17,7 @@ import importlib.metadata
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import sys
@@ -32,6 +33,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from data_pipeline import files
 from tests.training import checkpoint_scenarios as scenarios
 from training.checkpoint import Saver, publication
 from training.checkpoint import folder_layout as layout
@@ -67,13 +69,13 @@ def arm(phase: str, rank: int, step: int) -> None:
     elif phase == "before the manifest" and rank == 0:
         publication.publish = die
     elif phase in ("before the rename", "before latest") and rank == 0:
-        # publish() syncs the folder before it renames it, and its parent afterwards.
+        # move_into_place() syncs the folder before it renames it, and its parent afterwards.
         inside = phase == "before the rename"
-        _die_at(layout, "sync_folder", lambda path: path.name.startswith("tmp-") == inside)
+        _die_at(files, "sync_folder", lambda path: path.name.startswith("tmp-") == inside)
     elif phase == "before pruning" and rank == 0:
         publication.to_prune = die
     elif phase == "inside pruning" and rank == 0:
-        _die_at(layout.shutil, "rmtree", lambda path: "tmp-old" in path.name and path.exists())
+        _die_at(shutil, "rmtree", lambda path: "tmp-old" in path.name and path.exists())
 
 
 def _half_a_shard(path: Path, state: Any) -> Any:
