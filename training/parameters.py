@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from data_pipeline.text_table import text_table
 from training.config import ModuleSettings, StageModules, TrainSettings
 
 
@@ -68,15 +69,7 @@ def module_table(model: nn.Module, modules: StageModules) -> str:
         lr = f"{settings.lr:.1e}" if settings.train else "frozen"
         total = sum(_size(p) for p in parameters)
         rows.append((name, f"{total:,}", f"{trainable:,}", lr, ", ".join(dtypes)))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if column in (0, 4) else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-    return "\n".join(lines)
+    return text_table(rows, left=(0, 4))
 
 
 def _shape(parameter: nn.Parameter) -> tuple[int, ...]:

@@ -25,6 +25,7 @@ from typing import Any
 from data_pipeline.cli import run_cli
 from data_pipeline.errors import InputError
 from data_pipeline.files import write_atomically
+from data_pipeline.text_table import text_table
 
 NAMES = ("planner", "index", "loader", "startup")
 PACKAGES = ("numpy", "torch", "pillow", "simplejpeg", "webdataset", "sentencepiece", "fsspec")
@@ -121,9 +122,8 @@ def _versions() -> dict[str, str]:
 
 def _table(name: str, results: Mapping[str, Any]) -> list[str]:
     """A line for each number, named by the keys that lead to it."""
-    rows = list(_rows(results))
-    width = max((len(label) for label, _ in rows), default=0)
-    return [name, *(f"  {label:<{width}}  {value}" for label, value in rows)]
+    lines = text_table(list(_rows(results)), left=(0, 1)).splitlines()
+    return [name, *(f"  {line}" for line in lines)]
 
 
 def _rows(results: Any, label: str = "") -> Iterator[tuple[str, str]]:

@@ -25,6 +25,7 @@ from data_pipeline.plan.parts import LeftOut, WindowPlan
 from data_pipeline.plan.planner import Planner
 from data_pipeline.settings import DataSettings
 from data_pipeline.stats.placed import Placed
+from data_pipeline.text_table import text_table
 
 _MAX_WINDOWS = 100  # of one epoch, unless --steps asks for more
 _NAMED = 5
@@ -153,17 +154,20 @@ def table(statistics: PlanStatistics, data: DataSettings, corpus: Corpus) -> lis
 def _dataset_lines(statistics: PlanStatistics, mixture: Mixture) -> list[tuple[str, str]]:
     number = len(mixture.datasets)
     placed = np.bincount(split_ids(statistics.placed.ids)[0], minlength=number)
-    width = max(len("dataset"), *(len(name) for name in mixture.names))
-    heads = (
-        f"{'dataset':<{width}} {'samples':>13} {'placed':>13} {'share':>8} {'weight':>8}  epochs"
-    )
-    rows = [
-        f"{dataset.name:<{width}} {len(dataset.index):>13,} {placed[i]:>13,} "
-        f"{100 * placed[i] / max(1, placed.sum()):>6.1f} % {100 * mixture.weights[i]:>6.1f} % "
-        f"{statistics.taken[i] / len(dataset.index):>7.2f}"
+    rows = [("dataset", "samples", "placed", "share", "weight", "epochs")]
+    rows += [
+        (
+            dataset.name,
+            f"{len(dataset.index):,}",
+            f"{placed[i]:,}",
+            f"{100 * placed[i] / max(1, placed.sum()):.1f} %",
+            f"{100 * mixture.weights[i]:.1f} %",
+            f"{statistics.taken[i] / len(dataset.index):.2f}",
+        )
         for i, dataset in enumerate(mixture.datasets)
     ]
-    return [("datasets", heads), *(("", row) for row in rows)]
+    heads, *lines = text_table(rows).splitlines()
+    return [("datasets", heads), *(("", line) for line in lines)]
 
 
 def _counts_line(placed: Placed, data: DataSettings) -> str:

@@ -28,6 +28,7 @@ from tqdm import tqdm
 from data_pipeline.chat import ChatSettings
 from data_pipeline.index import build_index
 from data_pipeline.prepare import prepare_demo
+from data_pipeline.text_table import text_table
 from data_pipeline.tokenizer import load_tokenizer
 from tests.training.chaos_faults import FAULTS, Fault
 from tests.training.chaos_ranks import EVERY, RANKS, Job, Start
@@ -172,10 +173,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         )
         for row in rows
     ]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in cells
-    )
+    return text_table(cells)
 
 
 def main() -> int:

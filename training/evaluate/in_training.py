@@ -16,6 +16,7 @@ import torch
 from data_pipeline.loader import IGNORE, PackBuilder, PackedBatch
 from data_pipeline.mixture import Mixture
 from data_pipeline.plan import EvaluationPlan, PackPlan
+from data_pipeline.text_table import text_table
 from training.distributed import Ranks, all_reduce_max, all_reduce_sum
 from training.model.pack_inputs import model_inputs
 
@@ -73,8 +74,7 @@ class Evaluation:
 
         The second number of a cell is the share of answer tokens that are right.
         """
-        header = ["exact match % (tokens %)", *(f"{count} tokens" for count in self.counts)]
-        rows = [header]
+        rows = [["exact match % (tokens %)", *(f"{count} tokens" for count in self.counts)]]
         for detail in self.details:
             cells = []
             for count in self.counts:
@@ -83,14 +83,7 @@ class Evaluation:
                 cells.append(f"{100 * score.exact / score.answers:.1f} ({tokens:.1f})")
             answers = self.scores[detail, self.counts[0]].answers
             rows.append([f"{detail}, {answers} answers", *cells])
-        widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-        return "\n".join(
-            "  ".join(
-                cell.ljust(width) if column == 0 else cell.rjust(width)
-                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in rows
-        )
+        return text_table(rows)
 
 
 def evaluate(
