@@ -22,7 +22,7 @@ def test_loader(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["loader", "--quick", "--out", str(out)])
     record = json.loads(out.read_text())
     assert record["command"] == f"python -m data_pipeline.bench loader --quick --out {out}"
-    assert set(record) == {"command", "date", "hardware", "versions", "results"}
+    assert set(record) == {"command", "date", "hardware", "versions", "commit", "results"}
     assert record["hardware"]["cores"] >= 1 and record["hardware"]["cpu"]
     assert record["versions"]["webdataset"] == "1.0.2"
     assert set(record["results"]) == {"loader"}

@@ -13,7 +13,6 @@ values. `--phases` kills at fixed places instead, one trial each.
 import argparse
 import contextlib
 import importlib
-import importlib.metadata
 import json
 import os
 import random
@@ -34,6 +33,7 @@ import torch
 from tqdm import tqdm
 
 from data_pipeline import files
+from data_pipeline.machine import measured_on
 from tests.training import checkpoint_scenarios as scenarios
 from training.checkpoint import Saver, publication
 from training.checkpoint import folder_layout as layout
@@ -290,8 +290,7 @@ def main() -> int:
         if args.stock
         else sum(result["half_written"] for result in results),
         "seconds per trial": round((time.monotonic() - started) / args.trials, 2),
-        "torch": torch.__version__,
-        "deepspeed": importlib.metadata.version("deepspeed"),
+        **measured_on(("torch", "deepspeed")),
         "examples": [result["broken"] for result in broken[:5]],
     }
     print(json.dumps(summary, indent=1))

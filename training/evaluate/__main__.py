@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -14,6 +13,7 @@ import torch
 from data_pipeline.cli import at_least
 from data_pipeline.errors import InputError
 from data_pipeline.files import write_atomically
+from data_pipeline.machine import git_commit, num_cores, processor, versions
 from training import exit_codes
 from training.evaluate.accuracy_plot import plot_accuracy
 from training.evaluate.budget import ServingBudget, decide, parse_budget
@@ -123,19 +123,17 @@ def _say_left_out(held_out: HeldOut) -> None:
 
 
 def _machine(loaded: LoadedModel, group: EvaluationGroup) -> dict[str, Any]:
-    import transformers
-
     cuda = loaded.device.type == "cuda"
     return {
         "machine": {
-            "device": torch.cuda.get_device_name(loaded.device) if cuda else "cpu",
-            "cores": os.cpu_count(),
+            "device": torch.cuda.get_device_name(loaded.device) if cuda else processor(),
+            "cores": num_cores(),
             "threads": torch.get_num_threads(),
             "ranks": group.size,
             "dtype": str(loaded.dtype).removeprefix("torch."),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        }
+            **versions(("torch", "transformers")),
+        },
+        "commit": git_commit(),
     }
 
 
