@@ -27,10 +27,10 @@ def machine() -> str:
 
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    return f"{processor()}, {num_cores()} cores"
+    return f"{cpu_model()}, {num_cores()} cores"
 
 
-def processor() -> str:
+def cpu_model() -> str:
     """The processor's model, as far as the system tells it."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []

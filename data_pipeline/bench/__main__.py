@@ -24,7 +24,7 @@ from typing import Any
 from data_pipeline.cli import run_cli
 from data_pipeline.errors import InputError
 from data_pipeline.files import write_atomically
-from data_pipeline.machine import git_commit, num_cores, processor, versions
+from data_pipeline.machine import cpu_model, git_commit, num_cores, versions
 from data_pipeline.text_table import text_table
 
 NAMES = ("planner", "index", "loader", "startup")
@@ -100,7 +100,7 @@ def _module(name: str) -> Any:
 
 def _hardware() -> dict[str, Any]:
     return {
-        "cpu": processor(),
+        "cpu": cpu_model(),
         "cores": num_cores(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         # Whatever else the machine does shows in the numbers.

@@ -16,7 +16,7 @@ def test_what_is_recorded_beside_numbers() -> None:
     assert found["versions"]["numpy"][0].isdigit()
     assert found["versions"]["no-such-package"] == "not installed"
     assert "cores" in found["machine"] or " x " in found["machine"]
-    assert machine.num_cores() == len(os.sched_getaffinity(0)) and machine.processor()
+    assert machine.num_cores() == len(os.sched_getaffinity(0)) and machine.cpu_model()
 
 
 def test_the_commit_says_whether_files_differ(

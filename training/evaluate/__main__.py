@@ -13,7 +13,7 @@ import torch
 from data_pipeline.cli import at_least
 from data_pipeline.errors import InputError
 from data_pipeline.files import write_atomically
-from data_pipeline.machine import git_commit, num_cores, processor, versions
+from data_pipeline.machine import cpu_model, git_commit, num_cores, versions
 from training import exit_codes
 from training.evaluate.accuracy_plot import plot_accuracy
 from training.evaluate.budget import ServingBudget, decide, parse_budget
@@ -126,7 +126,7 @@ def _machine(loaded: LoadedModel, group: EvaluationGroup) -> dict[str, Any]:
     cuda = loaded.device.type == "cuda"
     return {
         "machine": {
-            "device": torch.cuda.get_device_name(loaded.device) if cuda else processor(),
+            "device": torch.cuda.get_device_name(loaded.device) if cuda else cpu_model(),
             "cores": num_cores(),
             "threads": torch.get_num_threads(),
             "ranks": group.size,

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from data_pipeline.errors import InputError
 from data_pipeline.files import write_atomically
-from data_pipeline.machine import processor
+from data_pipeline.machine import cpu_model
 from training.evaluate.examples import Example, HeldOut
 from training.evaluate.group import EvaluationGroup
 from training.evaluate.latency import measure_latency
@@ -167,7 +167,7 @@ def _latencies(
     path = settings.out / "latency.json"
     cuda = loaded.device.type == "cuda"
     machine = {
-        "device": torch.cuda.get_device_name(loaded.device) if cuda else processor(),
+        "device": torch.cuda.get_device_name(loaded.device) if cuda else cpu_model(),
         "host": platform.node(),
         "threads": torch.get_num_threads(),
         "samples": samples,
