@@ -84,8 +84,9 @@ class CostModel:
         """
         width, layers = _whole(vision, "vision", "hidden_size"), _layers(vision, "vision")
         patch = _whole(vision, "vision", "patch_size")
-        ratio = vision.get("mlp_ratio")
-        inner = int(width * ratio) if ratio else _whole(vision, "vision", "intermediate_size")
+        inner = int(width * vision.get("mlp_ratio", 0))  # what some families give instead
+        if not inner or "intermediate_size" in vision:
+            inner = _whole(vision, "vision", "intermediate_size")
         embedding = int(vision.get("num_channels") or 3) * patch**2 * width
         side = _whole(vision, "vision", "image_size") // patch
         return cls(
