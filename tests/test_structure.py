@@ -21,7 +21,7 @@ DATA_PIPELINE = (
     *("errors", "files", "machine", "text_table", "plotting", "cli", "config_file", "draw"),
     *("processor", "tokenizer", "captions"),
     *("tiling", "images", "decode", "chat", "storage", "index", "mixture", "balance", "plan"),
-    *("batch", "loader", "settings", "corpus"),
+    *("loss_weighting", "batch", "loader", "settings", "corpus"),
     *("prepare", "stats", "inspect", "bench"),
 )
 

@@ -111,15 +111,26 @@ def _free_port() -> int:
 def from_main(compute: Callable[[], T]) -> T:
     """What `compute()` gives on rank 0, on every rank; all of them raise its `InputError`."""
     box: list[Any] = [None]
-    if torch.distributed.get_rank() == 0:
+    alone = not torch.distributed.is_initialized()
+    if alone or torch.distributed.get_rank() == 0:
         try:
             box = [compute()]
         except InputError as error:
             box = [error]
-    torch.distributed.broadcast_object_list(box, src=0)
+    if not alone:
+        torch.distributed.broadcast_object_list(box, src=0)
     if isinstance(box[0], InputError):
         raise box[0]
     return box[0]
+
+
+def gather(value: T) -> list[T]:
+    """The value of every rank, on every rank; without a process group there is one."""
+    if not torch.distributed.is_initialized():
+        return [value]
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
 
 
 def all_reduce_sum(values: list[float], device: torch.device) -> list[float]:

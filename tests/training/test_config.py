@@ -59,6 +59,8 @@ def test_overrides_are_yaml_values() -> None:
             "data.tiling.tile_size=64",
             r"tile_size is 64 but .*image_size is 32",
         ),
+        ("model.pool=max", r"model\.pool: expected one of adaptive, resize \(found 'max'\)"),
+        ("train.loss_weighting=half", r"train\.loss_weighting: .*one of token, sample, sqrt"),
         ("train.steps", r"expected key\.sub=value"),
         ("train.steps.more=1", r"train\.steps is a value, not a section"),
         (

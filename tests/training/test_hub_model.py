@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 import training.model.hub as hub
+from kernels import POOL_MODES, pooling_table
 from kernels.reference import projector_reference
 from tests.training.tiny import GRID, TILE, make_model, make_processor, picture
 from training.model import PackedTokenFlex, TokenFlexForConditionalGeneration, TokenFlexProcessor
-from training.model.hub import TokenFlexProjector
+from training.model.hub import TokenFlexProjector, pooling_tokenflex
 
 TINY = TokenFlexForConditionalGeneration
 
@@ -42,7 +43,16 @@ def batch(processor: TokenFlexProcessor) -> Any:
     )
 
 
-@pytest.mark.parametrize("pool", ["adaptive", "resize"])
+def test_pooling_modes_are_those_of_the_kernels_and_another_is_refused():
+    assert pooling_tokenflex.POOL_MODES == POOL_MODES
+    patches, message = torch.zeros(1, 4, 3), f"'max'.*{', '.join(POOL_MODES)}"
+    with pytest.raises(ValueError, match=message):
+        pooling_tokenflex.pool_patches(patches, [1], (2, 2), "max")
+    with pytest.raises(ValueError, match=message):
+        pooling_table(1, 2, "max")
+
+
+@pytest.mark.parametrize("pool", POOL_MODES)
 @pytest.mark.parametrize("grid", [(6, 6), (5, 8)])
 def test_projector_equals_the_kernels_reference_in_float64(pool, grid):
     torch.manual_seed(0)

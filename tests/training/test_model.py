@@ -569,7 +569,7 @@ def test_language_models_that_do_not_isolate_samples_are_errors():
         ({"image_std": [0.5, 0.5, 0.0]}, "std above 0"),
         ({"text_config": {"vocab_size": 8}}, "text_config.model_type is None"),
         ({"text_config": {"model_type": "nonsense"}}, "model_type is 'nonsense'"),
-        ({"vision_config": {"model_type": "clip_vision_model"}}, "vision_config of a SigLIP"),
+        ({"vision_config": {"model_type": "dinov2"}}, "siglip_vision_model, clip_vision_model"),
         ({"vision_config": {"image_size": 4, "patch_size": 8}}, "at least one patch"),
     ],
 )

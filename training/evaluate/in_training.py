@@ -1,9 +1,6 @@
 """Accuracy on held-out shards at every token count.
 
-An answer counts as right when greedy decoding would produce it exactly. That is read off one
-forward pass: greedy decoding leaves the reference at the first position where the most likely
-token, given the reference so far, is another one; so it reproduces the answer, end of turn
-included, if and only if every position's most likely token is the reference's.
+An answer counts as right when greedy decoding would produce it exactly: see `forced_decoding`.
 """
 
 from collections import defaultdict
@@ -18,6 +15,7 @@ from data_pipeline.mixture import Mixture
 from data_pipeline.plan import EvaluationPlan, PackPlan
 from data_pipeline.text_table import text_table
 from training.distributed import Ranks, all_reduce_max, all_reduce_sum
+from training.evaluate.forced_decoding import forced_answer
 from training.model.pack_inputs import model_inputs
 
 ALL = "all"
@@ -150,7 +148,7 @@ def score_answers(batch: PackedBatch, predictions: torch.Tensor) -> list[tuple[i
         predictions: int64 [K], most likely token at each supervised position, in order.
     """
     positions = (batch.labels != IGNORE).nonzero().flatten()
-    right = predictions == batch.labels[positions]
+    reference = batch.labels[positions]
     bounds = torch.searchsorted(positions, batch.cu_seqlens.to(positions.dtype)).tolist()
     results = []
     for i, sample in enumerate(batch.sample_ids):
@@ -158,10 +156,9 @@ def score_answers(batch: PackedBatch, predictions: torch.Tensor) -> list[tuple[i
         if own.start == own.stop:
             continue  # nothing supervised, or a stand-in for a bad sample
         gaps = (positions[own].diff() > 1).nonzero().flatten().tolist()
-        last = right[own][gaps[-1] + 1 if gaps else 0 :]
-        answer = last[:-1]  # without the end of turn
-        score = Score(1, int(last.all()), len(answer), int(answer.sum()))
-        results.append((sample, score))
+        last = slice(own.start + (gaps[-1] + 1 if gaps else 0), own.stop)
+        found = forced_answer(predictions[last], reference[last])
+        results.append((sample, Score(1, int(found.exact), found.tokens, found.tokens_right)))
     return results
 
 
