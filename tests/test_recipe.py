@@ -33,7 +33,7 @@ TEXT = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
-NEEDS_A_NETWORK = ("hf download", "python -m venv", ".venv-lmms/bin/pip")
+NEEDS_A_NETWORK = ("hf download", "python -m venv", ".venv-benchmarks/bin/pip")
 # An override given later wins: the smaller numbers go to the end.
 SMALL = "train.steps=2 data.pack.packs_per_step=2 train.precision=fp32"
 
@@ -42,7 +42,7 @@ def smaller(command: str) -> str | None:
     """What is run of a command of the page; None for one that cannot be, and why is said here."""
     if command.startswith(NEEDS_A_NETWORK):
         return None  # the files that it would bring are in the fixture
-    if command.startswith(".venv-lmms/bin/python"):
+    if command.startswith(".venv-benchmarks/bin/python"):
         return None  # tests/training/test_lmms_eval.py
     if command.startswith("export "):
         return None  # `stand_in` sets what it exports
