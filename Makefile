@@ -13,13 +13,14 @@ NPROC ?= $(if $(filter 1,$(GPUS)),1,2)
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup pretrain test chaos lint clean
+.PHONY: help setup pretrain test chaos pictures lint clean
 
 help:
 	@echo "make pretrain   set up, then train and evaluate the demo (CONFIG=training/configs/grid.yaml"
 	@echo "                for the colours; NPROC=2; ARGS=\"train.steps=200\"); again: continues"
 	@echo "make test       set up, then run all tests"
 	@echo "make chaos      ten faults of different kinds on a small run, about 3 minutes"
+	@echo "make pictures   draw the pictures of the README again"
 	@echo "make lint       ruff and mypy"
 	@echo "make setup      only the virtual environment"
 
@@ -49,6 +50,9 @@ test: setup
 
 chaos: setup
 	$(PY) -m tests.training.chaos $(ARGS)
+
+pictures: setup
+	$(PY) -m docs.make_pictures
 
 lint: setup
 	$(VENV)/bin/ruff check .
