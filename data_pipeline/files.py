@@ -1,11 +1,18 @@
-"""Writing files so that a reader, or a process killed half-way, never sees half of one."""
+"""Files of which a reader, or who resumes after a kill, never takes half of one for whole."""
 
 import fcntl
+import hashlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from data_pipeline.errors import InputError
+
+Seen = Callable[[int], object]
+"""Told how many bytes have just been read."""
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -47,3 +54,40 @@ def file_lock(path: Path, shared: bool = False) -> Iterator[None]:
         except OSError:
             pass
         yield
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's names to disk, so that a rename never outlives what it names."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def check_whole(file: Path, entry: dict[str, Any], seen: Seen = lambda count: None) -> None:
+    """Check a file against `{"bytes": n, "sha256": hex}`, noted when it was written.
+
+    Raises:
+        InputError: if it is missing or has changed.
+    """
+    try:
+        found = file.stat().st_size
+        if found != entry["bytes"]:
+            raise InputError(f"{file} has {found} bytes, {entry['bytes']} were written")
+        digest = _sha256(file, seen)
+    except FileNotFoundError:
+        raise InputError(f"{file} is missing") from None
+    except OSError as error:
+        raise InputError(f"{file} cannot be read: {error.strerror}") from error
+    if digest != entry["sha256"]:
+        raise InputError(f"{file} is damaged: its sha256 is not the one it was saved with")
+
+
+def _sha256(file: Path, seen: Seen) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while chunk := stream.read(2**22):
+            digest.update(chunk)
+            seen(len(chunk))
+    return digest.hexdigest()

@@ -13,9 +13,8 @@ from transformers import GenerationConfig
 from transformers.dynamic_module_utils import custom_object_save
 
 from data_pipeline.errors import InputError
-from data_pipeline.files import write_atomically
+from data_pipeline.files import sync_folder, write_atomically
 from data_pipeline.tiling import TilingSettings
-from training.checkpoint.folder_layout import sync_folder
 from training.export.safetensors_files import write_weights
 from training.export.weights import Weight, check_weights
 from training.model.hub import (

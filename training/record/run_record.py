@@ -11,8 +11,9 @@ import torch
 
 from data_pipeline.errors import InputError
 from training.metrics import read_metrics
+from training.zero3 import PACKAGE
 
-PACKAGES = ("torch", "deepspeed", "transformers", "webdataset", "sentencepiece")
+PACKAGES = ("torch", PACKAGE, "transformers", "webdataset", "sentencepiece")
 
 
 def record(run: Path, command: str, wall_s: float) -> dict[str, Any]:
