@@ -1,17 +1,17 @@
 """What the trainer asks of an engine: everything between a model and its trained, saved shards.
 
-`training/zero3/` is the one there is. Another one is a folder beside it that offers
+`training/zero3/` is the one there is. Another one is a folder beside it that offers these,
+which `train.py`, `checkpoint/`, `export/`, `health/` and `record/` import by name:
 
-    engine.build_engine          the model of a run, partitioned, and its optimizer: an `Engine`
-    launch.init_distributed      join the process group; returns this process's `Ranks`
-    launch.quiet_libraries       hide the start-up chatter of its libraries
-    pickles.scan_pickle          InputError for a shard that would run code when it is opened
-    saved_tensors.saved_tensors  the weights in the shards for export: no engine, no process group
-    saved_tensors.SavedTensor    one of them
-    PACKAGE                      its package: for records, and to tell who waits in a collective
+    engine.build_engine             the model of a run, partitioned, and its optimizer: an `Engine`
+    process_group.init_distributed  join the process group; returns this process's `Ranks`
+    process_group.quiet_libraries   hide the start-up chatter of its libraries
+    pickles.scan_pickle             InputError for a shard that would run code when it is opened
+    saved_tensors.saved_tensors     the weights in the shards, for export: needs no engine
+    saved_tensors.SavedTensor       one of them
+    PACKAGE                         its package: for records, and to tell who waits in a collective
 
-and the module names in the imports of `train.py`, `checkpoint/`, `export/`, `health/` and
-`record/`. Nothing else outside such a folder knows which engine runs.
+Nothing else outside such a folder knows which engine runs.
 """
 
 from pathlib import Path

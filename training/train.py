@@ -27,7 +27,7 @@ from training.precision import settle_precision
 from training.run import Run
 from training.step import shared_denominator, train_step
 from training.zero3.engine import build_engine
-from training.zero3.launch import init_distributed, quiet_libraries
+from training.zero3.process_group import init_distributed, quiet_libraries
 
 
 def train(config: RunConfig, ranks: Ranks, stop: StopRequest | None = None) -> int:

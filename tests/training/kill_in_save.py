@@ -37,7 +37,7 @@ from training.checkpoint import Saver, publication
 from training.checkpoint import folder_layout as layout
 from training.checkpoint.verify import problems_of
 from training.distributed import Ranks
-from training.zero3.launch import init_distributed, quiet_libraries
+from training.zero3.process_group import init_distributed, quiet_libraries
 
 LAYERS = 2
 PHASES = {
