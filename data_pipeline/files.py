@@ -1,6 +1,7 @@
 """Writing files and folders so that a reader, or a kill half-way, never sees half of one."""
 
 import fcntl
+import hashlib
 import os
 import secrets
 import shutil
@@ -8,6 +9,12 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from data_pipeline.errors import InputError
+
+Seen = Callable[[int], object]
+"""Told how many bytes have just been read."""
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -95,3 +102,31 @@ def file_lock(path: Path, shared: bool = False) -> Iterator[None]:
         except OSError:
             pass
         yield
+
+
+def check_whole(file: Path, entry: dict[str, Any], seen: Seen = lambda count: None) -> None:
+    """Check a file against `{"bytes": n, "sha256": hex}`, noted when it was written.
+
+    Raises:
+        InputError: if it is missing or has changed.
+    """
+    try:
+        found = file.stat().st_size
+        if found != entry["bytes"]:
+            raise InputError(f"{file} has {found} bytes, {entry['bytes']} were written")
+        digest = _sha256(file, seen)
+    except FileNotFoundError:
+        raise InputError(f"{file} is missing") from None
+    except OSError as error:
+        raise InputError(f"{file} cannot be read: {error.strerror}") from error
+    if digest != entry["sha256"]:
+        raise InputError(f"{file} is damaged: its sha256 is not the one it was saved with")
+
+
+def _sha256(file: Path, seen: Seen) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while chunk := stream.read(2**22):
+            digest.update(chunk)
+            seen(len(chunk))
+    return digest.hexdigest()

@@ -167,8 +167,8 @@ class RunConfig(Settings):
     def _no_pattern(cls, folder: Path) -> Path:
         if found := set("[]*?") & set(str(folder)):
             raise ValueError(
-                f"{folder} holds {' '.join(sorted(found))}, which DeepSpeed takes for a pattern "
-                "when it looks for checkpoints; use another name"
+                f"{folder} holds {' '.join(sorted(found))}, which are taken for a pattern when "
+                "checkpoints are looked for; use another name"
             )
         return folder
 

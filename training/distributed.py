@@ -4,7 +4,6 @@ import os
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -13,11 +12,6 @@ import torch.distributed
 from data_pipeline.errors import InputError
 
 T = TypeVar("T")
-
-# DeepSpeed reads this when it is imported; without it a CUDA build of torch on a machine
-# without a GPU is probed at length.
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 @dataclass(frozen=True)
@@ -34,8 +28,8 @@ class Ranks:
         return self.rank == 0
 
 
-def init_distributed(timeout_s: float = 1800.0) -> Ranks:
-    """Join the process group described by the environment.
+def launched_ranks() -> Ranks:
+    """This process's place as the environment describes it, which is made complete.
 
     torchrun and the deepspeed launcher set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and
     MASTER_PORT; under srun the first three come from SLURM_PROCID, SLURM_NTASKS and
@@ -59,21 +53,7 @@ def init_distributed(timeout_s: float = 1800.0) -> Ranks:
     device = local_device(local_rank)
     local_rank = device.index if device.type == "cuda" else local_rank
     for name, value in (("RANK", rank), ("WORLD_SIZE", world_size), ("LOCAL_RANK", local_rank)):
-        os.environ[name] = str(value)  # DeepSpeed looks for all of them
-
-    import deepspeed
-    import deepspeed.ops
-
-    if device.type == "cpu":
-        # The shared-memory all-reduce is compiled at start-up, needs a C++ compiler, and ZeRO-3
-        # (all-gather, reduce-scatter) does not use it.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(
-        dist_backend="nccl" if device.type == "cuda" else "gloo",
-        timeout=timedelta(seconds=timeout_s),
-        auto_mpi_discovery=False,
-        verbose=False,
-    )
+        os.environ[name] = str(value)  # where libraries look for them
     return Ranks(rank, world_size, local_rank, device)
 
 

@@ -38,8 +38,8 @@ from tests.training import checkpoint_scenarios as scenarios
 from training.checkpoint import Saver, publication
 from training.checkpoint import folder_layout as layout
 from training.checkpoint.verify import problems_of
-from training.distributed import Ranks, init_distributed
-from training.train import quiet_libraries
+from training.distributed import Ranks
+from training.zero3.process_group import init_distributed, quiet_libraries
 
 LAYERS = 2
 PHASES = {
@@ -129,7 +129,7 @@ def save_stock(engine: Any, ranks: Ranks, folder: Path, pipe: Connection, _: str
     for step in range(1, 10**6):
         scenarios.fill(engine, step)
         started = time.perf_counter()
-        engine.save_checkpoint(str(folder), tag=layout.step_name(step))
+        engine.deepspeed.save_checkpoint(str(folder), tag=layout.step_name(step))
         pipe.send((step, time.perf_counter() - started))
 
 

@@ -1,6 +1,6 @@
 """What a checkpoint folder looks like: names, the manifest, what is finished, pruning.
 
-`DIR/step-00000100/` holds DeepSpeed's shards and `manifest.json`, which is written last;
+`DIR/step-00000100/` holds the engine's shards and `manifest.json`, which is written last;
 `DIR/latest` names the newest, for people: finished folders decide. `DIR/tmp-...` is being written
 or removed and never read; `DIR/bad-step-...` is a damaged checkpoint that a resume set aside.
 """

@@ -15,6 +15,7 @@ from data_pipeline.mixture import Mixture
 from data_pipeline.plan import EvaluationPlan, PackPlan
 from data_pipeline.text_table import text_table
 from training.distributed import Ranks, all_reduce_max, all_reduce_sum
+from training.engine_interface import Engine
 from training.evaluate.forced_decoding import forced_answer
 from training.model.pack_inputs import model_inputs
 
@@ -85,7 +86,7 @@ class Evaluation:
 
 
 def evaluate(
-    engine: Any,
+    engine: Engine,
     plan: EvaluationPlan,
     builder: PackBuilder,
     sides: list[int],
@@ -98,7 +99,7 @@ def evaluate(
     None if `stop` was true on some rank between two batches.
 
     Args:
-        engine: the DeepSpeed engine (its module is put in evaluation mode and back).
+        engine: its model is put in evaluation mode and back.
         plan: the packs of the held-out samples.
         builder: builds its packs.
         sides: token grid sides n; n^2 tokens per tile.
@@ -134,7 +135,7 @@ def evaluate(
 
 
 def _share(packs: list[PackPlan], ranks: Ranks) -> list[PackPlan]:
-    """This rank's packs; every rank gets the same number, since ZeRO-3 runs in lockstep."""
+    """This rank's packs; every rank gets the same number, as an engine's ranks run in lockstep."""
     share = packs[ranks.rank :: ranks.world_size]
     rounds = -(-len(packs) // ranks.world_size)
     return share + [PackPlan.empty()] * (rounds - len(share))

@@ -66,8 +66,8 @@ def build_model(
 ) -> PackedTokenFlex:
     """Build the model, from random weights or pretrained ones per part.
 
-    Under a live `HfDeepSpeedConfig` its parameters are partitioned as they are made, and
-    pretrained weights are read by rank 0 only.
+    Where the engine has announced itself to transformers, parameters are partitioned as they are
+    made, and pretrained weights are read by rank 0 only.
 
     Raises:
         InputError: if pretrained weights do not fit the architecture; it names the part.

@@ -7,8 +7,9 @@ from typing import Any
 from data_pipeline.errors import InputError
 from data_pipeline.machine import measured_on
 from training.metrics import read_metrics
+from training.zero3 import PACKAGE
 
-PACKAGES = ("torch", "deepspeed", "transformers", "webdataset", "sentencepiece")
+PACKAGES = ("torch", PACKAGE, "transformers", "webdataset", "sentencepiece")
 
 
 def record(run: Path, command: str, wall_s: float) -> dict[str, Any]:

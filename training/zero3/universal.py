@@ -17,9 +17,8 @@ from typing import Any
 from tqdm import tqdm
 
 from data_pipeline.errors import InputError
-from data_pipeline.files import move_into_place, write_atomically
-from training.checkpoint.pickles import scan_pickle
-from training.checkpoint.verify import verify_file
+from data_pipeline.files import check_whole, move_into_place, write_atomically
+from training.zero3.pickles import scan_pickle
 
 FOLDER = "universal"
 SEAL = "files.json"
@@ -81,7 +80,8 @@ def is_whole(folder: Path) -> bool:
         if _names(folder) != files.keys() | {SEAL}:
             return False
         for name in _progress(files, f"checking {folder}"):
-            verify_file(folder / name, files[name])
+            check_whole(folder / name, files[name])
+            scan_pickle(folder / name)
     except (InputError, OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
     return True
