@@ -8,7 +8,8 @@ import pytest
 from PIL import ExifTags, Image, ImageOps
 
 from data_pipeline.errors import InputError
-from data_pipeline.images import FORMATS, decode_rgb, image_size
+from data_pipeline.images import decode_rgb, image_size
+from data_pipeline.processor.picture_tokenflex import FORMATS
 
 WHITE = (255, 255, 255)
 # EXIF orientation -> how the upright picture is turned into the stored one.
