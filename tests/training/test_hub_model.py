@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
+import data_pipeline.processor
 import training.model.hub as hub
 from kernels import POOL_MODES, pooling_table
 from kernels.reference import projector_reference
@@ -254,17 +255,18 @@ def test_an_image_token_outside_of_the_vocabulary_is_an_error(processor):
 
 def test_the_exported_files_stand_alone():
     allowed = {"torch", "transformers", "numpy", "PIL", *sys.stdlib_module_names}
-    files = [path for path in Path(hub.__file__).parent.glob("*.py") if path.stem != "__init__"]
-    names = {path.stem for path in files}
-    assert all(name.endswith("_tokenflex") for name in names)
-    for path in files:
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Import):
-                assert all(alias.name.split(".")[0] in allowed for alias in node.names), path
-            elif isinstance(node, ast.ImportFrom) and node.level:
-                assert node.level == 1 and node.module in names, path
-            elif isinstance(node, ast.ImportFrom):
-                assert node.module.split(".")[0] in allowed, path
+    for folder in (Path(hub.__file__).parent, Path(data_pipeline.processor.__file__).parent):
+        files = [path for path in folder.glob("*.py") if path.stem != "__init__"]
+        names = {path.stem for path in files}
+        assert names and all(name.endswith("_tokenflex") for name in names)
+        for path in files:
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Import):
+                    assert all(alias.name.split(".")[0] in allowed for alias in node.names), path
+                elif isinstance(node, ast.ImportFrom) and node.level:
+                    assert node.level == 1 and node.module in names, path
+                elif isinstance(node, ast.ImportFrom):
+                    assert node.module.split(".")[0] in allowed, path
 
 
 @pytest.fixture
@@ -338,7 +340,7 @@ def test_a_folder_loads_where_this_repository_is_not(processor, model, exported,
     # What was loaded with its code is saved with it.
     names = {path.name for path in exported.glob("*_tokenflex.py")} - {
         "processing_tokenflex.py", "prompt_tokenflex.py", "arguments_tokenflex.py",
-        "image_processing_tokenflex.py",
+        "image_processing_tokenflex.py", "picture_tokenflex.py", "tiling_tokenflex.py",
     }  # fmt: skip
     assert names <= {path.name for path in Path(f"{exported}-again").iterdir()}
 

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from data_pipeline.errors import InputError
-from data_pipeline.tokenizer import SPECIAL_TOKENS
+from data_pipeline.processor.prompt_tokenflex import SPECIAL_TOKENS
 from tests.data_pipeline.small_tokenizers import save_hugging_face
 from tests.training.tiny import picture
 from training.import_ristretto.__main__ import main

@@ -14,12 +14,13 @@ from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast
 
 from data_pipeline.chat import ChatSettings, expand_images, tokenize_chat, tokenize_prompt
 from data_pipeline.images import decode_rgb
-from data_pipeline.tiling import TilingSettings, cut_tiles, num_tiles
-from data_pipeline.tokenizer import SPECIAL_TOKENS, HuggingFaceTokenizer
+from data_pipeline.processor.prompt_tokenflex import SPECIAL_TOKENS
+from data_pipeline.tiling import TilingSettings, cut_tiles
+from data_pipeline.tokenizer import HuggingFaceTokenizer
+from tests.data_pipeline.image_files import png_header
 from tests.data_pipeline.small_tokenizers import save_hugging_face
 from tests.training.tiny import TILE, make_processor, make_tokenizer, picture
 from training.model import TokenFlexImageProcessor, TokenFlexProcessor, chatml_template
-from training.model.hub import image_processing_tokenflex
 
 TILING = TilingSettings(tile_size=TILE, max_tiles=4)
 SYSTEMS = ["You are a helpful assistant.", "", 'Réponds "vite" à {{tout}} \\ 🖼\nligne 2']
@@ -158,7 +159,7 @@ def test_a_rendered_prompt_has_the_same_ids(processor, messages):
 
 @pytest.mark.parametrize("marker", ["<|im_start|>", "<|im_end|>", "<image>"])
 def test_a_prompt_that_would_hold_a_forged_marker_is_not_rendered(processor, marker):
-    with pytest.raises(ValueError, match=r"conversation\[0\] holds the text .*tokenize=True"):
+    with pytest.raises(ValueError, match=r"conversation: turn 0 holds the text .*tokenize=True"):
         processor.apply_chat_template([turn("user", f"see {marker}")])
 
 
@@ -265,18 +266,6 @@ def test_tiles_are_those_of_training_pixel_for_pixel(processor, tmp_path, name):
     assert inputs["pixel_values"].dtype == torch.uint8
     assert np.array_equal(inputs["pixel_values"], expected)
     assert inputs["tile_sides"].tolist() == [2] * len(expected)
-
-
-def test_the_grid_is_that_of_training_for_many_sizes():
-    generator = np.random.default_rng(0)
-    for max_tiles, min_tiles, thumbnail in ((12, 1, True), (6, 2, False), (1, 1, True)):
-        settings = TilingSettings(
-            tile_size=4, min_tiles=min_tiles, max_tiles=max_tiles, thumbnail=thumbnail
-        )
-        images = TokenFlexImageProcessor(4, min_tiles, max_tiles, thumbnail)
-        sizes = generator.integers(1, 40, (60, 2)).tolist()
-        found = images([Image.new("RGB", size) for size in map(tuple, sizes)])["num_tiles"]
-        assert found.tolist() == [num_tiles(*size, settings) for size in sizes]
 
 
 def test_arrays_in_either_order_and_tensors(processor):
@@ -394,7 +383,7 @@ TRUNCATED = FILES["jpeg"][: len(FILES["jpeg"]) // 2]
         ({"text": None}, "text is of type NoneType"),
         ({"text": []}, "text is empty"),
         ({"text": [3]}, r"text\[0\] is of type int"),
-        ({"text": "<image>\ud800"}, r"text\[0\] has a lone surrogate \(U\+D800\)"),
+        ({"text": "<image>\ud800"}, r"text\[0\] has a lone surrogate \(U\+D800 at character 0\)"),
         ({"num_image_tokens": 5}, "num_image_tokens is 5, but .* square, n \\* n; give 4 or 9"),
         ({"num_image_tokens": 15}, "num_image_tokens is 15, but .* give 9 or 16"),
         ({"num_image_tokens": 0}, "num_image_tokens is 0"),
@@ -428,11 +417,14 @@ def test_a_file_that_is_no_image_is_named(processor, tmp_path, data, below):
         processor(images=[ONE, str(tmp_path / below / "file.jpg")], text="<image><image>")
 
 
-def test_an_image_that_would_fill_the_memory_is_refused(processor, monkeypatch):
-    monkeypatch.setattr(image_processing_tokenflex, "MAX_PIXELS", 40 * 30 - 1)
-    assert processor(images=ONE, text="<image>")
-    with pytest.raises(ValueError, match=r"images\[0\] .*40 x 30 pixels; give 1 to 1199"):
-        processor(images=picture(), text="<image>")
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_an_image_that_would_fill_the_memory_is_refused(processor, tmp_path, monkeypatch):
+    path = tmp_path / "bomb.png"
+    path.write_bytes(png_header(10_000, 10_000))
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("was decoded"))
+    for image in (path, Image.open(path)):
+        with pytest.raises(ValueError, match=r"images\[0\] .*10000 x 10000 pixels are more than"):
+            processor(images=image, text="<image>")
 
 
 def test_a_prompt_longer_than_the_context_is_an_error(folder):
@@ -447,16 +439,16 @@ def test_a_prompt_longer_than_the_context_is_an_error(folder):
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
-        ([], "conversation must be a list of at least one turn"),
-        (["Hi"], "must be a list of at least one turn"),
-        ([{"role": "user"}], r"conversation\[0\] is not a turn"),
-        ([turn("assistant", "Hi")], r"conversation\[0\] has the role 'assistant' where system or"),
-        ([turn("user", "a"), turn("user", "b")], r"conversation\[1\] has the role 'user' where"),
+        ([], "conversation: messages is an empty list, not a list of at least one turn"),
+        (["Hi"], r"conversation\[0\]: messages is of type str, not a list of at least one turn"),
+        ([{"role": "user"}], "turn 0 is not an object .*: its content is of type NoneType"),
+        ([turn("assistant", "Hi")], "turn 0 has the role 'assistant' where system or"),
+        ([turn("user", "a"), turn("user", "b")], "conversation: turn 1 has the role 'user' where"),
         ([turn("tool", "a")], "has the role 'tool'"),
         ([turn("system", "a")], "a system turn and nothing after it"),
-        ([{"role": "user", "content": 3}], "content of type int"),
-        ([turn("user", {"type": "video", "video": "a"})], "a part of type 'video'"),
-        ([turn("user", {"type": "text"})], "a part of type 'text'"),
+        ([{"role": "user", "content": 3}], "content is of type int"),
+        ([turn("user", {"type": "video", "video": "a"})], "its type is 'video'"),
+        ([turn("user", {"type": "text"})], "its type is 'text'"),
         ([turn("user", "a"), turn("assistant", IMAGE)], "is the assistant's and has an image"),
         ([turn("user", {"type": "image"})], "images holds 0 images, but text has 1"),
         ([turn("user", {"type": "image", "path": "nowhere.png"})], "'nowhere.png' and cannot be"),
