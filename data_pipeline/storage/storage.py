@@ -3,7 +3,9 @@
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+from data_pipeline.storage.counts import ReadCounts
 from data_pipeline.storage.expand import Patterns, expand
+from data_pipeline.storage.joined import cut, join_ranges
 from data_pipeline.storage.local import LocalFiles
 from data_pipeline.storage.remote import RemoteFiles
 from data_pipeline.storage.retry import StorageSettings
@@ -22,6 +24,11 @@ class Storage:
 
     def __reduce__(self) -> tuple[Callable[[StorageSettings], "Storage"], tuple[StorageSettings]]:
         return Storage, (self.settings,)
+
+    @property
+    def counts(self) -> ReadCounts:
+        """What remote reads took so far in this process."""
+        return self._remote.counts
 
     def expand(self, patterns: Patterns) -> list[Shard]:
         """The tar files that patterns mean, sorted, each once.
@@ -56,6 +63,16 @@ class Storage:
         if shard.is_remote:
             return self._remote.read(shard, offset, size)
         return self._local.read(shard, offset, size)
+
+    def read_together(self, shard: Shard, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        """`read` of each (offset, size); of a remote shard, neighbours come in one request."""
+        if not shard.is_remote:
+            return [self._local.read(shard, offset, size) for offset, size in ranges]
+        reads = join_ranges(ranges, self.settings.max_gap_bytes)
+        data = [self._remote.read(shard, offset, size) for offset, size in reads]
+        used = sum(size for _, size in set(ranges))
+        self.counts.add(bytes_unused=sum(map(len, data)) - used)
+        return cut(reads, data, ranges)
 
     def forget(self) -> None:
         """Close files that are kept open, e.g. since shards were replaced."""

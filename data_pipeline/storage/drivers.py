@@ -1,0 +1,106 @@
+"""The file systems of fsspec that shards are read through, set up so that retries are ours."""
+
+import re
+from types import MethodType
+from typing import Any
+from urllib.parse import unquote
+
+from data_pipeline.errors import InputError
+from data_pipeline.storage.retry import StorageSettings
+from data_pipeline.storage.shard import Shard
+
+DRIVERS = {
+    "http": "aiohttp",
+    "https": "aiohttp",
+    "s3": "s3fs",
+    "s3a": "s3fs",
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+    "hf": "huggingface_hub",
+    "memory": "fsspec",
+}
+"""Protocols and the package that each needs: those whose requests can be cut off at a deadline."""
+
+_HUB_PATH = re.compile(
+    r"hf://(?:(?P<type>datasets|spaces|models)/)?(?P<repo>[^/@]+/[^/@]+)"
+    r"(?:@(?P<revision>refs/(?:convert|pr)/[^/]+|[^/]+))?/(?P<file>.+)"
+)
+
+
+def open_system(protocol: str, settings: StorageSettings) -> Any:
+    """The file system of a protocol; InputError naming the package that is missing."""
+    import fsspec  # a third of a second, which users of local shards save
+
+    if protocol not in DRIVERS:
+        known = ", ".join(f"{name}://" for name in DRIVERS)
+        raise InputError(f"shards cannot be read from {protocol}://; known are paths and {known}")
+    package = DRIVERS[protocol]
+    try:
+        __import__(package)
+        # Caches would hide that shards were replaced.
+        system = fsspec.filesystem(
+            protocol,
+            skip_instance_cache=True,
+            use_listings_cache=False,
+            **_options(protocol, settings),
+        )
+    except ImportError as error:
+        raise InputError(
+            f"{protocol}:// needs the package {package}: run pip install {package}"
+        ) from error
+    except Exception as error:  # options are checked by the driver, in ways of its own
+        raise InputError(
+            f"{protocol}:// cannot be opened with data.storage.options {sorted(settings.options)} "
+            f"({type(error).__name__}: {error})"
+        ) from error
+    return _without_retries(system, package)
+
+
+def open_hub_files(settings: StorageSettings) -> Any:
+    """The HTTP file system that files of the Hub are read through, with the user's token."""
+    from huggingface_hub.utils import build_hf_headers
+
+    options = {
+        "headers": build_hf_headers(token=settings.options.get("token")),
+        # Proxies as the Hub's own requests find them.
+        "client_kwargs": {"trust_env": True, **settings.options.get("client_kwargs", {})},
+    }
+    return open_system("https", settings.model_copy(update={"options": options}))
+
+
+def hub_url(shard: Shard, options: dict[str, Any]) -> str:
+    """Where a file of the Hub is read by HTTP; InputError if the shard names none."""
+    from huggingface_hub import hf_hub_url
+
+    match = _HUB_PATH.fullmatch(shard.url)
+    if not match:
+        raise InputError(f"{shard} names no file; expected hf://datasets/ORG/NAME[@REVISION]/FILE")
+    return hf_hub_url(
+        match["repo"],
+        match["file"],
+        repo_type=(match["type"] or "models").removesuffix("s"),
+        revision=match["revision"] and unquote(match["revision"]),
+        endpoint=options.get("endpoint"),
+    )
+
+
+def _options(protocol: str, settings: StorageSettings) -> dict[str, Any]:
+    options = dict(settings.options)
+    if DRIVERS[protocol] == "s3fs":
+        options["config_kwargs"] = {
+            "retries": {"total_max_attempts": 1},
+            "connect_timeout": settings.timeout_s,
+            "read_timeout": settings.timeout_s,
+            **options.get("config_kwargs", {}),
+        }
+    return options
+
+
+def _without_retries(system: Any, package: str) -> Any:
+    """Retries of a driver are not counted, and know no deadline."""
+    if package == "s3fs":
+        system.retries = 1
+    once = getattr(type(system), "_request", None)
+    if package == "gcsfs" and hasattr(once, "__wrapped__"):
+        system._request = MethodType(once.__wrapped__, system)
+    return system
