@@ -14,4 +14,12 @@ from data_pipeline.storage.retry import StorageSettings
 from data_pipeline.storage.shard import Shard, ShardStat
 from data_pipeline.storage.storage import Storage
 
-__all__ = ["Patterns", "ReadAhead", "ReadCounts", "Shard", "ShardStat", "Storage", "StorageSettings"]
+__all__ = [
+    "Patterns",
+    "ReadAhead",
+    "ReadCounts",
+    "Shard",
+    "ShardStat",
+    "Storage",
+    "StorageSettings",
+]

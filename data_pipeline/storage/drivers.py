@@ -1,5 +1,6 @@
 """The file systems of fsspec that shards are read through, set up so that retries are ours."""
 
+import importlib
 import re
 from types import MethodType
 from typing import Any
@@ -35,19 +36,16 @@ def open_system(protocol: str, settings: StorageSettings) -> Any:
         known = ", ".join(f"{name}://" for name in DRIVERS)
         raise InputError(f"shards cannot be read from {protocol}://; known are paths and {known}")
     package = DRIVERS[protocol]
+    driver = _import(protocol)
+    # Not what gcsfs registers: that first asks by gRPC, which not every network lets through.
+    kind = (
+        driver.core.GCSFileSystem if package == "gcsfs" else fsspec.get_filesystem_class(protocol)
+    )
     try:
-        __import__(package)
         # Caches would hide that shards were replaced.
-        system = fsspec.filesystem(
-            protocol,
-            skip_instance_cache=True,
-            use_listings_cache=False,
-            **_options(protocol, settings),
+        system = kind(
+            skip_instance_cache=True, use_listings_cache=False, **_options(package, settings)
         )
-    except ImportError as error:
-        raise InputError(
-            f"{protocol}:// needs the package {package}: run pip install {package}"
-        ) from error
     except Exception as error:  # options are checked by the driver, in ways of its own
         raise InputError(
             f"{protocol}:// cannot be opened with data.storage.options {sorted(settings.options)} "
@@ -58,10 +56,9 @@ def open_system(protocol: str, settings: StorageSettings) -> Any:
 
 def open_hub_files(settings: StorageSettings) -> Any:
     """The HTTP file system that files of the Hub are read through, with the user's token."""
-    from huggingface_hub.utils import build_hf_headers
-
+    hub = _import("hf")
     options = {
-        "headers": build_hf_headers(token=settings.options.get("token")),
+        "headers": hub.utils.build_hf_headers(token=settings.options.get("token")),
         # Proxies as the Hub's own requests find them.
         "client_kwargs": {"trust_env": True, **settings.options.get("client_kwargs", {})},
     }
@@ -84,9 +81,19 @@ def hub_url(shard: Shard, options: dict[str, Any]) -> str:
     )
 
 
-def _options(protocol: str, settings: StorageSettings) -> dict[str, Any]:
+def _import(protocol: str) -> Any:
+    package = DRIVERS[protocol]
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise InputError(
+            f"{protocol}:// needs the package {package}: run pip install {package}"
+        ) from error
+
+
+def _options(package: str, settings: StorageSettings) -> dict[str, Any]:
     options = dict(settings.options)
-    if DRIVERS[protocol] == "s3fs":
+    if package == "s3fs":
         options["config_kwargs"] = {
             "retries": {"total_max_attempts": 1},
             "connect_timeout": settings.timeout_s,

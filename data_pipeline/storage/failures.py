@@ -18,6 +18,8 @@ _REMEDIES = {
     "has some",
 }
 _REMEDIES |= {"s3a": _REMEDIES["s3"], "gcs": _REMEDIES["gs"]}
+_PASSING = frozenset(("ClientError", "HTTPClientError", "ConnectionError", "TransportError"))
+"""Base classes of broken connections that are no OSError: aiohttp's, botocore's, httpx's."""
 _OTHER_REMEDY = (
     "check the URL (a signed one expires) and the access rights (headers in data.storage.options)"
 )
@@ -51,9 +53,7 @@ def status_failure(shard: Shard, status: int, reason: str, wait_s: float = 0) ->
         return missing(shard, "404")
     if status == 416:
         return InputError(f"{shard} is shorter than it was ({what}); write or copy it again")
-    return InputError(
-        f"{shard} cannot be read: {what}; check the URL and data.storage.options"
-    )
+    return InputError(f"{shard} cannot be read: {what}; check the URL and data.storage.options")
 
 
 def driver_failure(shard: Shard, error: Exception) -> Exception:
@@ -68,8 +68,7 @@ def driver_failure(shard: Shard, error: Exception) -> Exception:
         return status_failure(shard, status, f"({reason})")
     if isinstance(error, PermissionError) or _concerns_credentials(error):
         return refused(shard, what)
-    # Drivers report resets and broken bodies as OSError or as aiohttp's ClientError.
-    if isinstance(error, OSError) or any(k.__name__ == "ClientError" for k in type(error).__mro__):
+    if isinstance(error, OSError) or _PASSING & {kind.__name__ for kind in type(error).__mro__}:
         return TransientError(what)
     return InputError(f"{shard} cannot be read ({what}); check data.storage.options")
 
@@ -81,14 +80,12 @@ def _is_sentence(reason: str) -> bool:
 
 def _status(error: BaseException) -> int:
     """The HTTP status that an exception tells of, wherever its driver keeps it; 0 if none."""
-    for found in filter(None, (error, error.__cause__)):
-        response: Any = getattr(found, "response", None)
-        if isinstance(response, dict):  # botocore
-            return int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-        places = (response, "status_code"), (found, "status"), (found, "code")
-        for place, name in places:
-            if isinstance(status := getattr(place, name, None), int):
-                return status
+    response: Any = getattr(error, "response", getattr(error.__cause__, "response", None))
+    if isinstance(response, dict):  # botocore
+        return int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+    for place, name in ((response, "status_code"), (error, "status"), (error, "code")):
+        if isinstance(status := getattr(place, name, None), int):
+            return status
     return 403 if str(error).startswith("Forbidden") else 0  # gcsfs
 
 

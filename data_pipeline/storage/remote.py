@@ -74,6 +74,7 @@ class RemoteFiles:
 
         def attempt(left_s: float) -> list[str]:
             system = self._system(Shard(pattern).protocol)
+            system.invalidate_cache()  # the Hub's keeps one, whatever it is told
             found = self._call(Shard(pattern), left_s, "glob", pattern)
             return sorted(system.unstrip_protocol(path) for path in found)
 
@@ -87,8 +88,8 @@ class RemoteFiles:
         if is_http(shard.url):
             return http.Address(self._system(shard.protocol), shard.url, shard)
         if shard.protocol == "hf":
-            url = hub_url(shard, self._settings.options)
-            return http.Address(self._system(_HUB_FILES), url, shard)
+            system = self._system(_HUB_FILES)
+            return http.Address(system, hub_url(shard, self._settings.options), shard)
         return None
 
     def _call(self, shard: Shard, limit_s: float, method: str, *args: Any, **options: Any) -> Any:
@@ -122,5 +123,7 @@ class RemoteFiles:
             if key not in self._systems:
                 hub = name == _HUB_FILES
                 settings = self._settings
-                self._systems[key] = open_hub_files(settings) if hub else open_system(name, settings)
+                self._systems[key] = (
+                    open_hub_files(settings) if hub else open_system(name, settings)
+                )
             return self._systems[key]
