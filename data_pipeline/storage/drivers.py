@@ -2,6 +2,7 @@
 
 import importlib
 import re
+from functools import partial
 from types import MethodType
 from typing import Any
 from urllib.parse import unquote
@@ -51,14 +52,16 @@ def open_system(protocol: str, settings: StorageSettings) -> Any:
             f"{protocol}:// cannot be opened with data.storage.options {sorted(settings.options)} "
             f"({type(error).__name__}: {error})"
         ) from error
-    return _without_retries(system, package)
+    return _strict(system, package)
 
 
 def open_hub_files(settings: StorageSettings) -> Any:
     """The HTTP file system that files of the Hub are read through, with the user's token."""
-    hub = _import("hf")
+    _import("hf")
+    from huggingface_hub.utils import build_hf_headers
+
     options = {
-        "headers": hub.utils.build_hf_headers(token=settings.options.get("token")),
+        "headers": build_hf_headers(token=settings.options.get("token")),
         # Proxies as the Hub's own requests find them.
         "client_kwargs": {"trust_env": True, **settings.options.get("client_kwargs", {})},
     }
@@ -103,11 +106,17 @@ def _options(package: str, settings: StorageSettings) -> dict[str, Any]:
     return options
 
 
-def _without_retries(system: Any, package: str) -> Any:
-    """Retries of a driver are not counted, and know no deadline."""
+def _strict(system: Any, package: str) -> Any:
+    """The system without its own retries, which are not counted and know no deadline.
+
+    And its listings fail where fsspec's leave out what could not be listed: shards must not be
+    lost without a word.
+    """
+    if system.async_impl:
+        system._walk = partial(system._walk, on_error="raise")
     if package == "s3fs":
         system.retries = 1
-    once = getattr(type(system), "_request", None)
-    if package == "gcsfs" and hasattr(once, "__wrapped__"):
-        system._request = MethodType(once.__wrapped__, system)
+    once = getattr(getattr(type(system), "_request", None), "__wrapped__", None)
+    if package == "gcsfs" and once:
+        system._request = MethodType(once, system)
     return system

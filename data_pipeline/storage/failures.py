@@ -61,6 +61,9 @@ def driver_failure(shard: Shard, error: Exception) -> Exception:
     reason = " ".join(str(error).split())
     what = f"{type(error).__name__}: {reason}" if reason else type(error).__name__
     if isinstance(error, FileNotFoundError):
+        hidden = error.__cause__  # fsspec's HTTP and the Hub's say so of other failures, too
+        if isinstance(hidden, Exception) and _status(hidden) != 404:
+            return driver_failure(shard, hidden)
         return missing(shard, reason if _is_sentence(reason) else "not found")
     if isinstance(error, TimeoutError):
         return TransientError("the store does not answer in time")

@@ -1,5 +1,6 @@
 """One way to list, size and read shards, wherever they lie."""
 
+import io
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -8,10 +9,12 @@ from data_pipeline.storage.expand import Patterns, expand
 from data_pipeline.storage.joined import cut, join_ranges
 from data_pipeline.storage.local import LocalFiles
 from data_pipeline.storage.remote import RemoteFiles
+from data_pipeline.storage.remote_file import RemoteFile
 from data_pipeline.storage.retry import StorageSettings
 from data_pipeline.storage.shard import Shard, ShardStat
 
 _STAT_THREADS = 32  # each waits for an answer
+_FILE_BLOCK = 1 << 20  # bytes that a small read of an open file asks for
 
 
 class Storage:
@@ -39,6 +42,17 @@ class Storage:
         taken as it is.
         """
         return expand(patterns, self._remote.glob)
+
+    def glob(self, pattern: str) -> list[str]:
+        """URLs of the files of any kind that a pattern means, sorted: "hf://.../*.parquet".
+
+        InputError if the store cannot be listed.
+        """
+        return self._remote.glob(pattern)
+
+    def open(self, url: str) -> io.BufferedReader:
+        """A file of any kind, by path or URL, for reading; InputError if it is not there."""
+        return io.BufferedReader(RemoteFile(self, Shard(url)), _FILE_BLOCK)
 
     def stat(self, shard: Shard) -> ShardStat:
         """Size and version; InputError if the shard is not there or cannot be reached."""

@@ -5,6 +5,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from data_pipeline.chat import ChatSettings
@@ -79,6 +82,17 @@ def test_a_folder_is_listed(store: Store) -> None:
     store.server.faults.append("503")
     storage = store.storage()
     assert len(storage.expand(f"{store.url}/*.tar")) == 3
+
+
+@pytest.mark.parametrize("fault", ["503", "short", "reset"])
+def test_a_listing_is_whole(store: Store, fault: str) -> None:
+    """Whichever of its requests fails, no shard is left out."""
+    store.server.lists = True
+    pattern = f"{store.url}/*.tar"
+    for place in range(4):
+        store.server.faults.extend([*[""] * place, fault, fault])
+        assert len(store.storage().expand(pattern)) == 3, place
+        store.server.faults.clear()
 
 
 @pytest.mark.parametrize("fault", ["503", "429", "500", "short", "reset", "stall", "stall in body"])
@@ -200,3 +214,26 @@ def test_a_sample_is_one_request(
     spans = [max(o + size for o, size in sample) - min(sample)[0] for sample in members]
     used = sum(size for sample in members for _, size in sample)
     assert unused == sum(spans) - used > 0
+
+
+def test_a_parquet_file_is_read_where_it_lies(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    folder = tmp_path_factory.mktemp("parquet")
+    table = pa.table({"a": np.arange(200_000), "b": ["text"] * 200_000})
+    pq.write_table(table, folder / "0.parquet", row_group_size=50_000)
+    (folder / "0.parquet").rename(folder / "0.tar")  # of the names that the stores here hold
+    with open_store("hf", folder) as store:
+        storage = store.storage()
+        (url,) = storage.glob(f"{store.url}/*")
+        assert url == f"{store.url}/0.tar"
+        store.server.faults.extend(["", "503"])
+        with storage.open(url) as file:
+            read = pq.ParquetFile(file)
+            assert read.read_row_group(2).equals(table.slice(100_000, 50_000))
+        size = (folder / "0.tar").stat().st_size
+        assert storage.counts.bytes < size + (2 << 20) and storage.counts.retries == 1
+        with pytest.raises(InputError, match=r"none\.parquet does not exist"):
+            storage.open(f"{store.url}/none.parquet")
+    with storage.open(str(folder / "0.tar")) as file:
+        assert file.read() == (folder / "0.tar").read_bytes()
