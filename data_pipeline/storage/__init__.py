@@ -8,8 +8,8 @@ Reads of remote shards are tried again after failures that pass, and end within 
 """
 
 from data_pipeline.storage.ahead import ReadAhead
-from data_pipeline.storage.counts import ReadCounts
 from data_pipeline.storage.expand import Patterns
+from data_pipeline.storage.read_counts import ReadCounts
 from data_pipeline.storage.retry import StorageSettings
 from data_pipeline.storage.shard import Shard, ShardStat
 from data_pipeline.storage.storage import Storage

@@ -112,11 +112,17 @@ def _strict(system: Any, package: str) -> Any:
     And its listings fail where fsspec's leave out what could not be listed: shards must not be
     lost without a word.
     """
-    if system.async_impl:
-        system._walk = partial(system._walk, on_error="raise")
+    if system.async_impl:  # a web server without listings has no page for the folder
+        on_error = _raise_unless_missing if package == "aiohttp" else "raise"
+        system._walk = partial(system._walk, on_error=on_error)
     if package == "s3fs":
         system.retries = 1
     once = getattr(getattr(type(system), "_request", None), "__wrapped__", None)
     if package == "gcsfs" and once:
         system._request = MethodType(once, system)
     return system
+
+
+def _raise_unless_missing(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise error

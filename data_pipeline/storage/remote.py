@@ -8,10 +8,10 @@ from typing import Any, TypeVar
 
 from data_pipeline.errors import InputError
 from data_pipeline.storage import http
-from data_pipeline.storage.counts import ReadCounts
 from data_pipeline.storage.drivers import hub_url, open_hub_files, open_system
 from data_pipeline.storage.failures import driver_failure
 from data_pipeline.storage.local import ends_inside
+from data_pipeline.storage.read_counts import ReadCounts
 from data_pipeline.storage.retry import StorageSettings, TransientError, with_retries
 from data_pipeline.storage.shard import Shard, ShardStat, is_http
 

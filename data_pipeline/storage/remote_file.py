@@ -1,22 +1,15 @@
 """A remote file as Python reads files, for readers such as pyarrow's of parquet."""
 
 import io
-from typing import TYPE_CHECKING
-
-from data_pipeline.storage.shard import Shard
-
-if TYPE_CHECKING:
-    from data_pipeline.storage.storage import Storage
+from collections.abc import Callable
 
 
 class RemoteFile(io.RawIOBase):
-    """Reads of a file anywhere, each a request with the storage's retries and deadline."""
+    """Reads of a file of `size` bytes, by a function of offset and size."""
 
-    def __init__(self, storage: "Storage", file: Shard) -> None:
-        """InputError if the file is not there."""
+    def __init__(self, read: Callable[[int, int], bytes], size: int) -> None:
         super().__init__()
-        self._storage, self._file = storage, file
-        self._size, self._place = storage.stat(file).bytes, 0
+        self._read, self._size, self._place = read, size, 0
 
     def readable(self) -> bool:
         """It is."""
@@ -35,6 +28,6 @@ class RemoteFile(io.RawIOBase):
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
         """Fill the buffer as far as the file goes; returns the number of bytes."""
         size = max(0, min(len(buffer), self._size - self._place))
-        buffer[:size] = self._storage.read(self._file, self._place, size)
+        buffer[:size] = self._read(self._place, size)
         self._place += size
         return size

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field
 
 from data_pipeline.errors import InputError
-from data_pipeline.storage.counts import ReadCounts
+from data_pipeline.storage.read_counts import ReadCounts
 
 _Result = TypeVar("_Result")
 

@@ -3,11 +3,12 @@
 import io
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
-from data_pipeline.storage.counts import ReadCounts
 from data_pipeline.storage.expand import Patterns, expand
 from data_pipeline.storage.joined import cut, join_ranges
 from data_pipeline.storage.local import LocalFiles
+from data_pipeline.storage.read_counts import ReadCounts
 from data_pipeline.storage.remote import RemoteFiles
 from data_pipeline.storage.remote_file import RemoteFile
 from data_pipeline.storage.retry import StorageSettings
@@ -52,7 +53,9 @@ class Storage:
 
     def open(self, url: str) -> io.BufferedReader:
         """A file of any kind, by path or URL, for reading; InputError if it is not there."""
-        return io.BufferedReader(RemoteFile(self, Shard(url)), _FILE_BLOCK)
+        file = Shard(url)
+        raw = RemoteFile(partial(self.read, file), self.stat(file).bytes)
+        return io.BufferedReader(raw, _FILE_BLOCK)
 
     def stat(self, shard: Shard) -> ShardStat:
         """Size and version; InputError if the shard is not there or cannot be reached."""
