@@ -116,11 +116,9 @@ def _check_status(answer: Any, shard: Shard) -> None:
 
 def _version(answer: Any) -> str:
     """The mark of the content; the Hub gives its own before it redirects to where the bytes lie."""
-    for one in (*answer.history, answer):
-        for name in ("X-Linked-ETag", "ETag", "Last-Modified"):
-            if found := one.headers.get(name):
-                return str(found)
-    return ""
+    linked = [one.headers.get("X-Linked-ETag") for one in answer.history]
+    found = (*linked, answer.headers.get("ETag"), answer.headers.get("Last-Modified"))
+    return next(filter(None, found), "")
 
 
 def _content_range(answer: Any, shard: Shard) -> tuple[int, int, int | None]:

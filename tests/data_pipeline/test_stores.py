@@ -73,6 +73,14 @@ def test_index_check_and_read_despite_faults(
     assert not store.server.faults and 2 <= storage.counts.retries <= 7
 
 
+def test_size_and_version_are_those_of_the_store(store: Store, folder: Path) -> None:
+    stats = [store.storage().stat(first(store)) for _ in range(2)]
+    assert stats[0] == stats[1] and stats[0].version
+    assert stats[0].bytes == (folder / "shard-000000.tar").stat().st_size
+    if first(store).protocol == "hf":  # not of the place that it redirects to
+        assert stats[0].version == '"shard-000000.tar"'
+
+
 def test_a_folder_is_listed(store: Store) -> None:
     store.server.lists = True
     names = [f"shard-{k:06d}.tar" for k in range(3)]
