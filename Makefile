@@ -13,7 +13,7 @@ NPROC ?= $(if $(filter 1,$(GPUS)),1,2)
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup pretrain test chaos pictures lint clean
+.PHONY: help setup remote pretrain test chaos pictures lint clean
 
 help:
 	@echo "make pretrain   set up, then train and evaluate the demo (CONFIG=training/configs/grid.yaml"
@@ -23,6 +23,7 @@ help:
 	@echo "make pictures   draw the pictures of the README again"
 	@echo "make lint       ruff and mypy"
 	@echo "make setup      only the virtual environment"
+	@echo "make remote     also the stores that s3:// and gs:// are tested with"
 
 setup: $(VENV)/installed
 
@@ -35,6 +36,12 @@ $(VENV)/installed: requirements.txt
 	  else echo "error: Python's venv module is missing; run: sudo apt-get install python3-venv"; exit 1; fi; }
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+remote: $(VENV)/remote-installed
+
+$(VENV)/remote-installed: tests/requirements-remote.txt $(VENV)/installed
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt -r $<
 	touch $@
 
 pretrain: setup

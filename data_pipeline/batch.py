@@ -175,8 +175,8 @@ class PackBuilder:
             length: planned tokens. sides, planned: n and tiles of each image, int64 [images].
             room: uint8 [T, 3, H, W]; its tiles are written to the beginning.
         """
-        messages = self.mixture.read_sample(sample)["messages"]
-        chat = tokenize_chat(messages, self._tokenizer, self._chat)
+        content, images = self.mixture.read(sample)
+        chat = tokenize_chat(content["messages"], self._tokenizer, self._chat)
         image_tokens = sides**2 * planned
         _check("tokens", len(chat.input_ids), length - int(image_tokens.sum()))
         _check("supervised tokens", sum(chat.supervised), self.mixture.supervised_tokens(sample))
@@ -185,7 +185,7 @@ class PackBuilder:
         found = [num_tiles(width, height, self._tiling) for width, height in sizes]
         _check("tiles", found, planned.tolist())
         ends = np.cumsum(planned).tolist()
-        for i, data in enumerate(self.mixture.read_images(sample)):
+        for i, data in enumerate(images):
             image_tiles(
                 data,
                 tuple(sizes[i]),

@@ -1,12 +1,13 @@
 """Measure the data pipeline, print a table, and write it as JSON.
 
-python -m data_pipeline.bench [planner] [index] [loader] [startup] [--quick] [--out FILE.json]
+python -m data_pipeline.bench [BENCHMARK ...] [--quick] [--out FILE.json]
 
 planner  packing and balancing: quality on several mixes, samples/s, memory
 index    indexing: samples/s per core, and what loading an index costs
 loader   read, decode, tile and pack on two cores, against webdataset with worker processes;
          large photographs with and without decoding at a reduced scale
 startup  from nothing to the first planned window of a large data set
+remote   samples from a web server: requests, bytes beyond those used, samples/s
 """
 
 import argparse
@@ -27,7 +28,7 @@ from data_pipeline.files import write_atomically
 from data_pipeline.machine import cpu_model, git_commit, num_cores, versions
 from data_pipeline.text_table import text_table
 
-NAMES = ("planner", "index", "loader", "startup")
+NAMES = ("planner", "index", "loader", "startup", "remote")
 PACKAGES = ("numpy", "torch", "pillow", "simplejpeg", "webdataset", "sentencepiece", "fsspec")
 
 

@@ -99,8 +99,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "shards",
         nargs="+",
         metavar="SHARDS",
-        help="a folder of .tar files, a glob, a path, a URL (s3://, gs://, https://), or a brace "
-        "pattern: 's-{000..015}.tar'",
+        help="a folder of .tar files, a glob, a path, a URL (s3://, gs://, hf://, https://), or a "
+        "brace pattern: 's-{000..015}.tar'",
     )
     parser.add_argument(
         "--tokenizer",

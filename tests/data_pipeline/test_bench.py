@@ -37,6 +37,19 @@ def test_loader(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert printed.endswith(f"written to {out}\n")
 
 
+def test_remote(tmp_path: Path) -> None:
+    out = tmp_path / "bench.json"
+    main(["remote", "--quick", "--out", str(out)])
+    found = json.loads(out.read_text())["results"]["remote"]
+    each, together = found["each member"], found["members together"]
+    assert each["requests_per_sample"] == 1.9  # every tenth sample has no image
+    assert together["requests_per_sample"] == 1
+    assert each["unused_share"] == 0 < together["unused_share"] < 0.02
+    # Between a text and its image lie a header, and padding before it.
+    assert 512 <= together["unused_bytes_per_sample"] < 4 * 512
+    assert min(each["samples_per_s"], together["samples_per_s"]) > 0
+
+
 def test_both_sides_cut_the_same_tiles() -> None:
     for size in ((640, 480), (480, 640), (384, 384)):
         data = make_photo(*size, seed=1)
