@@ -13,7 +13,7 @@ NPROC ?= $(if $(filter 1,$(GPUS)),1,2)
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup remote pretrain test chaos pictures lint clean
+.PHONY: help setup remote extras pretrain test chaos pictures lint clean
 
 help:
 	@echo "make pretrain   set up, then train and evaluate the demo (CONFIG=training/configs/grid.yaml"
@@ -24,12 +24,14 @@ help:
 	@echo "make lint       ruff and mypy"
 	@echo "make setup      only the virtual environment"
 	@echo "make remote     also the stores that s3:// and gs:// are tested with"
+	@echo "make extras     environments beside it for the demo page and for lmms-eval"
 
 setup: $(VENV)/installed
 
 $(VENV)/installed: requirements.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' || { \
-	  echo "error: Python 3.11 or 3.12 is needed, found $$($(PYTHON) --version 2>&1); give another with PYTHON=python3.12"; exit 1; }
+	@# The versions for which all of requirements.txt has builds (triton has none for a later one).
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' || { \
+	  echo "error: Python 3.11 to 3.14 is needed, found $$($(PYTHON) --version 2>&1); give another with PYTHON=python3.12"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { \
 	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	    apt-get update -qq && apt-get install -y -qq python3-venv; \
@@ -44,10 +46,22 @@ $(VENV)/remote-installed: tests/requirements-remote.txt $(VENV)/installed
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt -r $<
 	touch $@
 
+# What only some tests need, on top of the packages of $(VENV): gradio; lmms-eval's evaluator.
+EXTRAS := .venv-demo .venv-lmms
+extras: $(EXTRAS:=/installed)
+
+.venv-%/installed: tests/environments/%.txt $(VENV)/installed
+	$(PY) -m venv --clear .venv-$*
+	$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  > $$(echo .venv-$*/lib/python*/site-packages)/main.pth
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
+	touch $@
+
 pretrain: setup
 	$(PY) -m torch.distributed.run --standalone --nproc-per-node $(NPROC) -m training.train $(CONFIG) $(ARGS)
 
 test: setup
+	@$(MAKE) --no-print-directory extras || [ "$$REQUIRE_EXTRAS" != 1 ]
 	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	  bash tests/slurm/install.sh; bash tests/install_chromium.sh || true; fi
 	@# Tests of one process side by side, the others one after the other; 5: none was selected.
@@ -67,4 +81,4 @@ lint: setup
 	$(VENV)/bin/mypy
 
 clean:
-	rm -rf $(VENV) data runs logs
+	rm -rf $(VENV) $(EXTRAS) data runs logs
