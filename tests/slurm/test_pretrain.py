@@ -50,7 +50,7 @@ def lines_of_rank(log: str, rank: int) -> list[str]:
     return [line.split(": ", 1)[1] for line in log.splitlines() if line.startswith(f"{rank}: ")]
 
 
-SCRIPTS = [*sorted(ROOT.glob("slurm/*.sh")), ROOT / "tests/slurm/install.sh"]
+SCRIPTS = [*sorted(ROOT.glob("slurm/*.sh")), *sorted(ROOT.glob("tests/**/*.sh"))]
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
