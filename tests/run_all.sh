@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # All tests, as `make test` runs them, side by side: bash tests/run_all.sh [options of pytest]
 #
-# The Slurm tests mostly wait: they share three clusters, beside all the others. These leave the CPU to
-# them (nice), because it is the Slurm tests that have limits in seconds. What the Slurm tests print is
-# shown at the end. Fails if a test failed, or if none was found at all (pytest's exit code 5).
+# The Slurm tests mostly wait: they share three clusters, beside all the others. These leave the CPU
+# to them (nice), because it is the Slurm tests that have limits in seconds. What the Slurm tests
+# print is shown at the end. Fails if a test failed, or if none was found (pytest's exit code 5).
 
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit

@@ -319,8 +319,8 @@ class Cluster:
             host=host,
             folder=self.folder,
             controller_port=controller_port,
-            # Notes of a job lie under its id, and MASTER_PORT comes from it: the clusters on a machine
-            # must not count alike, and the controller's port is its own. Slurm's largest id is 67e6.
+            # A job's MASTER_PORT and the folder of its notes come from its id: no two clusters of a
+            # machine may count alike. The controller's port is its own; ids go up to 67 million.
             first_job_id=1013 * controller_port,
         )
         for name, port in zip(NODES, ports, strict=True):
