@@ -6,19 +6,18 @@ ARGS ?=
 VENV := .venv
 PY := $(VENV)/bin/python
 GPUS := $(shell nvidia-smi -L 2>/dev/null | wc -l)
-# Tests that several processes, a cluster or a GPU belong to.
-ALONE := multiprocess or slurm or gpu
 # One rank per GPU, two on a machine without; the demos' packs_per_step allows 1 and 2.
 NPROC ?= $(if $(filter 1,$(GPUS)),1,2)
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup remote extras pretrain test chaos pictures lint clean
+.PHONY: help setup remote extras pretrain test test-fast chaos pictures lint clean
 
 help:
 	@echo "make pretrain   set up, then train and evaluate the demo (CONFIG=training/configs/grid.yaml"
 	@echo "                for the colours; NPROC=2; ARGS=\"train.steps=200\"); again: continues"
 	@echo "make test       set up, then run all tests"
+	@echo "make test-fast  set up, then run the tests that need one process, no cluster and no GPU"
 	@echo "make chaos      ten faults of different kinds on a small run, about 3 minutes"
 	@echo "make pictures   draw the pictures of the README again"
 	@echo "make lint       ruff and mypy"
@@ -64,10 +63,11 @@ test: setup
 	@$(MAKE) --no-print-directory extras || [ "$$REQUIRE_EXTRAS" != 1 ]
 	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	  bash tests/slurm/install.sh; bash tests/install_chromium.sh || true; fi
-	@# Tests of one process side by side, the others one after the other; 5: none was selected.
-	@$(PY) -m pytest -n logical --maxprocesses 4 --dist loadfile -m "not ($(ALONE))" $(ARGS); \
-	  side=$$?; $(PY) -m pytest -m "$(ALONE)" $(ARGS); alone=$$?; \
-	  [ $$side$$alone != 55 ] && [[ $$side =~ ^[05]$$ ]] && [[ $$alone =~ ^[05]$$ ]]
+	@PYTHON=$(PY) bash tests/run_all.sh $(ARGS)
+
+test-fast: setup
+	$(PY) -m pytest -n logical --maxprocesses 4 --dist loadfile \
+	  -m "not (multiprocess or slurm or gpu)" $(ARGS)
 
 chaos: setup
 	$(PY) -m tests.training.chaos $(ARGS)

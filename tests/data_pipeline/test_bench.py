@@ -68,7 +68,7 @@ def test_photos_are_like_photographs() -> None:
 def test_unknown_and_missing_benchmarks_are_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(InputError, match="no benchmark 'speed'; name any of planner, index"):
+    with pytest.raises(InputError, match=r"'speed'.* planner, index"):
         main(["speed"])
     load = importlib.import_module
 
@@ -78,8 +78,6 @@ def test_unknown_and_missing_benchmarks_are_named(
         return load(name)
 
     monkeypatch.setattr(importlib, "import_module", without_startup)
-    with pytest.raises(
-        InputError, match=r"startup is missing here: .*data_pipeline\.bench\.bench_startup"
-    ):
+    with pytest.raises(InputError, match=r"startup .*data_pipeline\.bench\.bench_startup"):
         main(["loader", "startup", "--out", str(tmp_path / "out.json")])
     assert not list(tmp_path.iterdir())

@@ -68,7 +68,7 @@ def test_edges() -> None:
 
 @pytest.mark.parametrize("lengths", [[3, 11], [3, -1]])
 def test_a_length_out_of_range_is_named(lengths: list[int]) -> None:
-    with pytest.raises(InputError, match=rf"item 1 has length {lengths[1]}, which is not in 0..10"):
+    with pytest.raises(InputError, match=rf"item 1 .*{lengths[1]}.* 0\.\.10"):
         best_fit(lengths, 10)
 
 

@@ -192,14 +192,14 @@ def test_decompression_bomb_is_refused_before_decoding(
 ) -> None:
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("was decoded"))
     for read in (image_size, decode_rgb):
-        with pytest.raises(InputError, match="more than the limit of 89478485 pixels"):
+        with pytest.raises(InputError, match="limit of 89478485"):
             read(png_header(side, side))
 
 
 def test_pixel_limit_is_inclusive() -> None:
     data = encode(picture(60, 40), "PNG")
     assert decode_rgb(data, max_pixels=2400).size == (60, 40)
-    with pytest.raises(InputError, match="60 x 40 pixels are more than the limit of 2399"):
+    with pytest.raises(InputError, match=r"60 x 40 .*limit of 2399"):
         decode_rgb(data, max_pixels=2399)
 
 

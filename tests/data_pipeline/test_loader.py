@@ -434,7 +434,7 @@ def test_threads_do_not_change_the_order(corpus: Corpus, threads: int, prefetch_
 
 
 def test_a_world_size_that_does_not_divide_is_an_error(corpus: Corpus) -> None:
-    with pytest.raises(InputError, match=r"packs_per_step is 4, which 3 ranks do not divide"):
+    with pytest.raises(InputError, match=r"packs_per_step is 4.* 3 ranks"):
         corpus.loader(0, 3)
 
 
@@ -600,7 +600,7 @@ def test_bad_samples_within_the_limit_do_not_stop_the_run(own_corpus: Corpus) ->
 
 def test_with_a_limit_of_zero_the_first_bad_sample_stops_the_run(own_corpus: Corpus) -> None:
     damage_samples(own_corpus, 1)
-    with pytest.raises(InputError, match=r"^[12] of \d+ samples could not be used"):
+    with pytest.raises(InputError, match=r"^[12] of \d+ samples could not"):
         take(own_corpus.loader(max_bad_fraction=0), 20)
 
 

@@ -193,9 +193,7 @@ def test_rows_of_low_relevance_are_left_out_and_counted(
     assert (report["left_out"], report["skipped"]) == ({"--min-relevance 4": 3}, [])
     assert report["min_relevance"] == 4
     assert "3 samples left out by --min-relevance 4" in capsys.readouterr().out
-    with pytest.raises(
-        InputError, match=r"no usable sample in .*, 3 left out by --min-relevance 9"
-    ):
+    with pytest.raises(InputError, match=r"no usable sample .*\b3 .*--min-relevance 9"):
         rows = [row(relevance_min=n) for n in (1, 2, 3)]
         prepare(write(tmp_path / "low" / "t.parquet", rows), "--min-relevance", "9")
 
@@ -225,7 +223,7 @@ def test_another_schema_is_one_error_that_names_the_columns(
     source = tmp_path / "data"
     write(source / "a.parquet", [row()])
     pq.write_table(schema.empty_table(), source / "b.parquet")
-    with pytest.raises(InputError, match=rf"b\.parquet has not the columns .*{found}"):
+    with pytest.raises(InputError, match=rf"b\.parquet .*columns.*{found}"):
         prepare(source, *options)
     assert {path.name for path in tmp_path.iterdir()} == {"data"}
 
@@ -247,7 +245,7 @@ def test_a_damaged_file_is_named_and_leaves_nothing(
     source = tmp_path / "data"
     write(source / "a.parquet", [row()])
     damage(write(source / "b.parquet", [row() for _ in range(40)]))
-    with pytest.raises(InputError, match=r"b\.parquet cannot be read as parquet .*fetch it again"):
+    with pytest.raises(InputError, match=r"b\.parquet .*fetch it again"):
         prepare(source)
     assert {path.name for path in tmp_path.iterdir()} == {"data"}
 
@@ -256,9 +254,9 @@ def test_no_such_source(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="missing does not exist"):
         prepare(tmp_path / "missing")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match=r"no file in .*empty is named \*\.parquet"):
+    with pytest.raises(InputError, match=r"empty .*\*\.parquet"):
         prepare(tmp_path / "empty")
-    with pytest.raises(InputError, match="--min-relevance is for --format finevision, not grid"):
+    with pytest.raises(InputError, match=r"--min-relevance .*finevision.* grid"):
         main(["--format", "grid", str(tmp_path / "out"), "--min-relevance", "3"])
 
 

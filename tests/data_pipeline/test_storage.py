@@ -112,7 +112,7 @@ def test_expand_remote(memory: str, server: FaultyServer) -> None:
         assert [shard.url.replace(":///", "://") for shard in storage.expand(pattern)] == [
             shard.url for shard in everything
         ], pattern
-    with pytest.raises(InputError, match=r"no \.tar file matches memory://bucket/none/"):
+    with pytest.raises(InputError, match=r"no \.tar file .*memory://bucket/none/"):
         storage.expand("memory://bucket/none")
     # HTTP: braces without a request, folders only where the server lists them, "?" a query.
     url = f"{server.url}/train"
@@ -163,7 +163,7 @@ def test_read(folder: Path, memory: str, server: FaultyServer) -> None:
         for offset, size in [(0, 1), (7, 300), (0, len(CONTENT)), (len(CONTENT) - 1, 1), (5, 0)]:
             assert storage.read(shard, offset, size) == CONTENT[offset : offset + size]
         for offset in (len(CONTENT) - 3, len(CONTENT), len(CONTENT) + 99):
-            with pytest.raises(InputError, match=f"1.tar ends inside the 4 bytes at {offset}"):
+            with pytest.raises(InputError, match=rf"1\.tar .*4 bytes at {offset}"):
                 storage.read(shard, offset, 4)
     assert server.encodings == {"identity"}  # a range of a compressed file would be another one
     with pytest.raises(InputError, match=r"none\.tar does not exist"):
@@ -304,12 +304,12 @@ def test_a_missing_driver_is_named(
     protocol: str, package: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
-    with pytest.raises(InputError, match=f"{protocol}:// needs the package {package}: run pip"):
+    with pytest.raises(InputError, match=f"{protocol}://.* pip install {package}"):
         Storage().read(Shard(f"{protocol}://bucket/0.tar"), 0, 1)
 
 
 def test_what_cannot_be_read_from(memory: str) -> None:
-    with pytest.raises(InputError, match=r"cannot be read from ftp://; known are .*s3://"):
+    with pytest.raises(InputError, match=r"ftp://.* s3://"):
         Storage().stat(Shard("ftp://host/0.tar"))
     wrong = StorageSettings(options={"client_kwargs": 3, "block_size": "x", "nonsense": 1})
     with pytest.raises(InputError):

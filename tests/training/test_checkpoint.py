@@ -119,7 +119,7 @@ def change_manifest(path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "expected"),
     [
-        (truncate, rf"{OPTIM_1} has 5000 bytes, \d+ were written"),
+        (truncate, rf"{OPTIM_1} .*5000 bytes"),
         (flip, f"{OPTIM_1} is damaged"),
         (lambda path: (path / OPTIM_1).unlink(), f"{OPTIM_1} is missing"),
         (lambda path: (path / "manifest.json").unlink(), r"manifest\.json is missing"),

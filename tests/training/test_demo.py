@@ -54,11 +54,11 @@ def test_only_images_and_the_sliders_values_are_taken(loaded, tmp_path):
     (tmp_path / "no.png").write_text("not an image")
     (tmp_path / "page.svg").write_text("<svg/>")
     for name in ("no.png", "page.svg", "missing.png"):
-        with pytest.raises(InputError, match=f"{name} cannot be used as an image; give a JPEG"):
+        with pytest.raises(InputError, match=rf"{name}.*JPEG"):
             open_image(str(tmp_path / name))
     assert checked_side(loaded, 3.0) == 3
     for side in (0, 5, 2.5, float("nan"), float("inf"), -1):
-        with pytest.raises(InputError, match="whole number from 1 to 4"):
+        with pytest.raises(InputError, match=r"\b1 to 4\b"):
             checked_side(loaded, side)
 
 

@@ -232,14 +232,14 @@ def test_token_embeddings_can_be_resized(processor, batch, tmp_path, tied):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"tile_sides": None}, "pixel_values came without tile_sides"),
-        ({"tile_sides": [2, 1]}, "tile_sides has 2 entries for 14 tiles"),
-        ({"tile_sides": [5] * 14}, "tile_sides has 5; a tile has 4 x 4 patches"),
-        ({"tile_sides": [0] * 14}, "tile_sides has 0; .* from 1 to 4"),
-        ({"tile_sides": [1] * 14}, "hold 129 image tokens, but the tiles in pixel_values give 14"),
-        ({"pixel_values": None}, "hold 129 image tokens, but the tiles in pixel_values give 0"),
-        ({"pixel_values": torch.zeros(14, 3, TILE, TILE)}, "pixel_values are torch.float32"),
-        ({"input_ids": None}, "give input_ids or inputs_embeds"),
+        ({"tile_sides": None}, "pixel_values .*tile_sides"),
+        ({"tile_sides": [2, 1]}, "tile_sides .*2 .*14 tiles"),
+        ({"tile_sides": [5] * 14}, "tile_sides .*5.* 4 x 4"),
+        ({"tile_sides": [0] * 14}, "tile_sides .*0.* 1 to 4"),
+        ({"tile_sides": [1] * 14}, r"129 image tokens.*pixel_values .*\b14\b"),
+        ({"pixel_values": None}, r"129 image tokens.*pixel_values .*\b0\b"),
+        ({"pixel_values": torch.zeros(14, 3, TILE, TILE)}, "pixel_values .*float32"),
+        ({"input_ids": None}, "input_ids.*inputs_embeds"),
     ],
 )
 def test_arguments_that_disagree_are_errors(model, batch, change, message):
@@ -249,7 +249,7 @@ def test_arguments_that_disagree_are_errors(model, batch, change, message):
 
 
 def test_an_image_token_outside_of_the_vocabulary_is_an_error(processor):
-    with pytest.raises(ValueError, match="image_token_id is 3, the language model has 3 tokens"):
+    with pytest.raises(ValueError, match=r"image_token_id is 3\b.* 3 tokens"):
         make_model(TINY, processor, {"vocab_size": 3}, image_token_id=3)
 
 
