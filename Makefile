@@ -6,28 +6,31 @@ ARGS ?=
 VENV := .venv
 PY := $(VENV)/bin/python
 GPUS := $(shell nvidia-smi -L 2>/dev/null | wc -l)
-# Tests that several processes, a cluster or a GPU belong to.
-ALONE := multiprocess or slurm or gpu
 # One rank per GPU, two on a machine without; the demos' packs_per_step allows 1 and 2.
 NPROC ?= $(if $(filter 1,$(GPUS)),1,2)
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup pretrain test chaos lint clean
+.PHONY: help setup remote extras pretrain test test-fast chaos pictures lint clean
 
 help:
 	@echo "make pretrain   set up, then train and evaluate the demo (CONFIG=training/configs/grid.yaml"
 	@echo "                for the colours; NPROC=2; ARGS=\"train.steps=200\"); again: continues"
 	@echo "make test       set up, then run all tests"
+	@echo "make test-fast  set up, then run the tests that need one process, no cluster and no GPU"
 	@echo "make chaos      ten faults of different kinds on a small run, about 3 minutes"
+	@echo "make pictures   draw the pictures of the README again"
 	@echo "make lint       ruff and mypy"
 	@echo "make setup      only the virtual environment"
+	@echo "make remote     also the stores that s3:// and gs:// are tested with"
+	@echo "make extras     environments beside it for the demo page and for lmms-eval"
 
 setup: $(VENV)/installed
 
 $(VENV)/installed: requirements.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' || { \
-	  echo "error: Python 3.11 or 3.12 is needed, found $$($(PYTHON) --version 2>&1); give another with PYTHON=python3.12"; exit 1; }
+	@# The versions for which all of requirements.txt has builds (triton has none for a later one).
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' || { \
+	  echo "error: Python 3.11 to 3.14 is needed, found $$($(PYTHON) --version 2>&1); give another with PYTHON=python3.12"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { \
 	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	    apt-get update -qq && apt-get install -y -qq python3-venv; \
@@ -36,19 +39,41 @@ $(VENV)/installed: requirements.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
+remote: $(VENV)/remote-installed
+
+$(VENV)/remote-installed: tests/requirements-remote.txt $(VENV)/installed
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt -r $<
+	touch $@
+
+# What only some tests need, on top of the packages of $(VENV): gradio; lmms-eval's evaluator.
+EXTRAS := .venv-demo .venv-lmms
+extras: $(EXTRAS:=/installed)
+
+.venv-%/installed: tests/environments/%.txt $(VENV)/installed
+	$(PY) -m venv --clear .venv-$*
+	$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  > $$(echo .venv-$*/lib/python*/site-packages)/main.pth
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
+	touch $@
+
 pretrain: setup
 	$(PY) -m torch.distributed.run --standalone --nproc-per-node $(NPROC) -m training.train $(CONFIG) $(ARGS)
 
 test: setup
+	@$(MAKE) --no-print-directory extras || [ "$$REQUIRE_EXTRAS" != 1 ]
 	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	  bash tests/slurm/install.sh; bash tests/install_chromium.sh || true; fi
-	@# Tests of one process side by side, the others one after the other; 5: none was selected.
-	@$(PY) -m pytest -n logical --maxprocesses 4 --dist loadfile -m "not ($(ALONE))" $(ARGS); \
-	  side=$$?; $(PY) -m pytest -m "$(ALONE)" $(ARGS); alone=$$?; \
-	  [ $$side$$alone != 55 ] && [[ $$side =~ ^[05]$$ ]] && [[ $$alone =~ ^[05]$$ ]]
+	@PYTHON=$(PY) bash tests/run_all.sh $(ARGS)
+
+test-fast: setup
+	$(PY) -m pytest -n logical --maxprocesses 4 --dist loadfile \
+	  -m "not (multiprocess or slurm or gpu)" $(ARGS)
 
 chaos: setup
 	$(PY) -m tests.training.chaos $(ARGS)
+
+pictures: setup
+	$(PY) -m docs.make_pictures
 
 lint: setup
 	$(VENV)/bin/ruff check .
@@ -56,4 +81,4 @@ lint: setup
 	$(VENV)/bin/mypy
 
 clean:
-	rm -rf $(VENV) data runs logs
+	rm -rf $(VENV) $(EXTRAS) data runs logs

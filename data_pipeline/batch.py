@@ -1,7 +1,6 @@
 """From a pack's plan to its tensors: read, check, decode, tile, tokenise."""
 
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 import torch
@@ -10,6 +9,7 @@ from data_pipeline.chat import ChatSettings, expand_images, tokenize_chat
 from data_pipeline.decode import image_tiles
 from data_pipeline.errors import InputError
 from data_pipeline.index import BadSample
+from data_pipeline.loss_weighting import LossWeighting, loss_weight
 from data_pipeline.mixture import Mixture
 from data_pipeline.plan import PackPlan
 from data_pipeline.tiling import Resample, TilingSettings, num_tiles
@@ -17,9 +17,6 @@ from data_pipeline.tokenizer import Tokenizer
 
 IGNORE = -100
 """Label of a token that is not supervised."""
-
-LossWeighting = Literal["token", "sample", "sqrt"]
-"""Weight of a supervised token: 1, 1/n or 1/sqrt(n), n = supervised tokens of its sample."""
 
 
 @dataclass
@@ -91,7 +88,7 @@ class PackBuilder:
         mixture: what the plan was made from.
         tokenizer, chat: those its indexes were made with.
         tiling: the planner's.
-        loss_weighting: see `LossWeighting`.
+        loss_weighting: see `data_pipeline.loss_weighting`.
         reduced_jpeg: decode large photographs at a smaller scale where the tiles allow it.
         resample: what resizes pictures; see `data_pipeline.tiling.Resample`.
     """
@@ -108,7 +105,7 @@ class PackBuilder:
     ) -> None:
         self.mixture = mixture
         self._tokenizer, self._chat, self._tiling = tokenizer, chat, tiling
-        self._loss_weighting = loss_weighting
+        self._loss_weight = loss_weight(loss_weighting)
         self._reduced_jpeg, self._resample = reduced_jpeg, resample
         self._image_context = tokenizer.special_id("<IMG_CONTEXT>")
 
@@ -138,7 +135,8 @@ class PackBuilder:
             own = slice(cu_seqlens[i], cu_seqlens[i + 1])
             input_ids[own] = content.input_ids
             labels[own] = np.where(content.supervised, content.input_ids, IGNORE)
-            loss_weights[own] = self._weight(content.supervised) * content.supervised
+            supervised = max(1, int(content.supervised.sum()))
+            loss_weights[own] = self._loss_weight(supervised) * content.supervised
             tile_sides += content.tile_sides
             num_images += content.num_images
         features = sum(side * side for side in tile_sides)
@@ -177,8 +175,8 @@ class PackBuilder:
             length: planned tokens. sides, planned: n and tiles of each image, int64 [images].
             room: uint8 [T, 3, H, W]; its tiles are written to the beginning.
         """
-        messages = self.mixture.read_sample(sample)["messages"]
-        chat = tokenize_chat(messages, self._tokenizer, self._chat)
+        content, images = self.mixture.read(sample)
+        chat = tokenize_chat(content["messages"], self._tokenizer, self._chat)
         image_tokens = sides**2 * planned
         _check("tokens", len(chat.input_ids), length - int(image_tokens.sum()))
         _check("supervised tokens", sum(chat.supervised), self.mixture.supervised_tokens(sample))
@@ -187,7 +185,7 @@ class PackBuilder:
         found = [num_tiles(width, height, self._tiling) for width, height in sizes]
         _check("tiles", found, planned.tolist())
         ends = np.cumsum(planned).tolist()
-        for i, data in enumerate(self.mixture.read_images(sample)):
+        for i, data in enumerate(images):
             image_tiles(
                 data,
                 tuple(sizes[i]),
@@ -204,11 +202,6 @@ class PackBuilder:
             tile_sides=np.repeat(sides, planned).tolist(),
             num_images=len(found),
         )
-
-    def _weight(self, supervised: np.ndarray) -> float:
-        """Weight of each supervised token of a sample."""
-        n = max(1, int(supervised.sum()))
-        return {"token": 1.0, "sample": 1 / n, "sqrt": n**-0.5}[self._loss_weighting]
 
 
 def _reason(error: Exception) -> str:

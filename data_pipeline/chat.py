@@ -17,14 +17,18 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from data_pipeline.errors import InputError
+from data_pipeline.errors import InputError, for_users
 from data_pipeline.media_claims import check_no_claim
-from data_pipeline.tokenizer import SPECIAL_TOKENS, Tokenizer
+from data_pipeline.processor import prompt_tokenflex
+from data_pipeline.processor.prompt_tokenflex import DEFAULT_SYSTEM, SPECIAL_TOKENS, kind_of
+from data_pipeline.tokenizer import Tokenizer
 
 # Part of every fingerprint: raise it when the same messages would get other ids or labels.
 _TEMPLATE_VERSION = 1
 
 Messages = Sequence[Mapping[str, Any]]
+
+check_messages = for_users(prompt_tokenflex.check_messages)
 
 
 class ChatSettings(BaseModel):
@@ -33,7 +37,7 @@ class ChatSettings(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     template: Literal["chatml"] = "chatml"
-    system: str = "You are a helpful assistant."
+    system: str = DEFAULT_SYSTEM
     """Used where a sample has no system turn of its own; empty: no system turn."""
 
 
@@ -135,7 +139,7 @@ def parse_sample(data: bytes) -> dict[str, Any]:
     if not isinstance(sample, dict) or "messages" not in sample:
         raise InputError('the JSON is not an object with the key "messages"')
     if not isinstance(sample.get("metadata", {}), dict):
-        raise InputError(f'"metadata" is {_kind(sample["metadata"])}, not an object')
+        raise InputError(f'"metadata" is {kind_of(sample["metadata"])}, not an object')
     check_messages(sample["messages"])
     return sample
 
@@ -161,59 +165,6 @@ def check_sample(messages: Any) -> None:
             raise InputError(f"{where} has no user text and no image; leave the sample out")
         for text in texts:
             check_no_claim(text, where, images)
-
-
-def check_messages(messages: Any) -> None:
-    """InputError unless messages are turns {"role", "content": [parts]} in a legal order.
-
-    An optional system turn, then user and assistant in alternation, the user first. Parts are
-    {"type": "text", "text": str} and {"type": "image", "image": str}; no images in assistant turns.
-    """
-    if not isinstance(messages, list | tuple) or not messages:
-        raise InputError(f"messages is {_kind(messages)}, not a list of at least one turn")
-    for number, turn in enumerate(messages):
-        where = f"turn {number}"
-        if not isinstance(turn, dict) or not isinstance(turn.get("content"), list | tuple):
-            raise InputError(f'{where} is not an object with "role" and a list "content" of parts')
-        _check_role(turn.get("role"), messages, number)
-        for part in turn["content"]:
-            _check_part(part, turn["role"], where)
-    if messages[-1]["role"] == "system":
-        raise InputError("there is a system turn and nothing after it")
-
-
-def _check_role(role: Any, messages: Messages, number: int) -> None:
-    if role not in ("system", "user", "assistant"):
-        raise InputError(
-            f"turn {number} has the role {_short(role)}, not system, user or assistant"
-        )
-    before = messages[number - 1]["role"] if number else None
-    expected = {None: ("system", "user"), "user": ("assistant",)}.get(before, ("user",))
-    if role not in expected:
-        raise InputError(
-            f"turn {number} has the role {role!r} where {' or '.join(expected)} is expected: after "
-            "an optional system turn, user and assistant alternate, the user first; merge turns"
-        )
-
-
-def _check_part(part: Any, role: str, where: str) -> None:
-    kind = part.get("type") if isinstance(part, dict) else None
-    if kind not in ("text", "image") or not isinstance(part.get(kind), str):
-        raise InputError(
-            f'{where} has a part that is neither {{"type": "text", "text": "..."}} nor '
-            f'{{"type": "image", "image": "..."}}; its type is {_short(kind)}'
-        )
-    if kind == "image" and role == "assistant":
-        raise InputError(f"{where} is the assistant's and has an image; only text can be learned")
-
-
-def _kind(value: Any) -> str:
-    return "an empty list" if value in ([], ()) else f"of type {type(value).__name__}"
-
-
-def _short(value: Any) -> str:
-    """A value as a message shows it; the repr of nested data could be endless, or recurse."""
-    return repr(value[:40]) if isinstance(value, str) else _kind(value)
 
 
 def _render(messages: Messages, tokenizer: Tokenizer, settings: ChatSettings) -> TokenizedChat:

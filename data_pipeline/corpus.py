@@ -6,10 +6,11 @@ from typing import Any
 from transformers import AutoConfig
 
 from data_pipeline.balance import CostModel
-from data_pipeline.batch import LossWeighting, PackBuilder
+from data_pipeline.batch import PackBuilder
 from data_pipeline.config_file import load_settings
 from data_pipeline.errors import InputError
 from data_pipeline.index import load_index
+from data_pipeline.loss_weighting import LossWeighting
 from data_pipeline.mixture import Dataset, DatasetSettings, Mixture
 from data_pipeline.plan import Planner
 from data_pipeline.settings import DataConfig, DataSettings

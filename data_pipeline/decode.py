@@ -11,7 +11,8 @@ import numpy as np
 from PIL import Image, JpegImagePlugin
 
 from data_pipeline.errors import InputError
-from data_pipeline.images import UPRIGHT, open_image, orientation_of, to_rgb, upright
+from data_pipeline.images import open_image
+from data_pipeline.processor.picture_tokenflex import orientation_of, to_rgb, turn, upright
 from data_pipeline.tiling import Pixels, Resample, TilingSettings, as_image, cut_grid, grid_for
 
 try:
@@ -74,8 +75,8 @@ def image_tiles(
                 image.draft(None, (stored[0] // factor, stored[1] // factor))
             image.load()
             pixels = to_rgb(image)
-        if orientation in UPRIGHT:
-            pixels = as_image(pixels).transpose(UPRIGHT[orientation])
+        if orientation != 1:
+            pixels = turn(as_image(pixels), orientation)
     # A reduced picture is rounded up to whole pixels, which the image does not quite fill.
     extent = None if factor == 1 else (found[0] / factor, found[1] / factor)
     return cut_grid(pixels, grid, tiling, extent=extent, resample=resample, out=out)
@@ -101,7 +102,7 @@ def _reduction(
     least = MIN_OVERSIZE * tiling.tile_size
     for factor in (8, 4, 2):
         # Turned, the pixels that are not quite filled would lie at another side.
-        turned = orientation in UPRIGHT and (width % factor or height % factor)
+        turned = orientation != 1 and (width % factor or height % factor)
         if width >= factor * least * columns and height >= factor * least * rows and not turned:
             return factor
     return 1

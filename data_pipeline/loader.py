@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from data_pipeline.batch import IGNORE, LossWeighting, PackBuilder, PackedBatch
+from data_pipeline.batch import IGNORE, PackBuilder, PackedBatch
 from data_pipeline.errors import InputError
 from data_pipeline.index import BadSample
 from data_pipeline.plan import PackPlan, Planner, PlanState, StepPlan, steps_of
@@ -20,7 +20,6 @@ from data_pipeline.tiling import Resample
 __all__ = [
     "IGNORE",
     "LoaderSettings",
-    "LossWeighting",
     "PackBuilder",
     "PackedBatch",
     "StepBatch",

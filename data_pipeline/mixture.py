@@ -122,6 +122,11 @@ class Mixture:
         shard = int(np.searchsorted(index.starts, local, side="right")) - 1
         return int(index.columns(shard).supervised_tokens[local - index.starts[shard]])
 
+    def read(self, sample: int) -> tuple[dict[str, Any], list[bytes]]:
+        """`read_sample` and `read_images` at once; see `Index.read`."""
+        index, local = self._locate(sample)
+        return index.read(local)
+
     def read_sample(self, sample: int) -> dict[str, Any]:
         """Messages and metadata; InputError if they are not what was indexed."""
         index, local = self._locate(sample)

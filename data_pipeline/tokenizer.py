@@ -7,7 +7,6 @@ caption that quotes "<IMG_CONTEXT>" would otherwise claim a place for an image f
 
 import hashlib
 import json
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,15 +14,13 @@ from typing import Any
 
 import sentencepiece
 
-from data_pipeline.errors import InputError
+from data_pipeline.errors import InputError, for_users
 from data_pipeline.files import write_atomically
+from data_pipeline.processor import prompt_tokenflex
+from data_pipeline.processor.prompt_tokenflex import SPECIAL_TOKENS
 
-SPECIAL_TOKENS = ("<img>", "</img>", "<IMG_CONTEXT>", "<|im_start|>", "<|im_end|>")
 _TEXT_MAX_BYTES = 1 << 20  # longer training texts are skipped (sentencepiece's default is 4192)
-# Matches the empty place behind the first character of a special token's literal text.
-_INSIDE_SPECIAL = re.compile(
-    "|".join(f"(?<={re.escape(t[0])})(?={re.escape(t[1:])})" for t in SPECIAL_TOKENS)
-)
+_encode_text = for_users(prompt_tokenflex.encode_text)
 
 
 class Tokenizer(ABC):
@@ -75,18 +72,8 @@ class Tokenizer(ABC):
 
         InputError for text that is not valid Unicode (a lone surrogate from a JSON escape).
         """
-        if not text.isascii():
-            _check_unicode(text)
-        ids = self._encode_raw(text)
-        if self._special_values.isdisjoint(ids):
-            return ids
-        # A vocabulary that holds a special as an ordinary piece: cut inside the literal.
-        ids = [i for part in _INSIDE_SPECIAL.split(text) for i in self._encode_raw(part)]
-        if not self._special_values.isdisjoint(ids):
-            raise InputError(
-                f"text that the tokenizer {self.source} turns into a special token: {text[:80]!r}"
-            )
-        return ids
+        name = f"a text for the tokenizer {self.source}"
+        return _encode_text(self._encode_raw, text, self._special_values, name)
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -238,16 +225,6 @@ def train_sentencepiece(
             "or a vocab_size that has room for 256 bytes, the special tokens and every character"
         ) from error
     write_atomically(out, b"".join(chunks))
-
-
-def _check_unicode(text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(
-            f"text with a lone surrogate (U+{ord(text[error.start]):04X} at character "
-            f"{error.start}), which no tokenizer takes; repair the text"
-        ) from error
 
 
 def _load_hugging_face(source: str) -> Any:

@@ -26,6 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
+from kernels.aligned_text import aligned
 from kernels.compile_specs import ARCHITECTURES, SPECS, Job, Launch, describe, jobs, launches
 
 # Dynamic shared memory a program may have. sm_80 itself has 166912 bytes, but its entries serve
@@ -196,7 +197,7 @@ def format_report(results: list[CompileResult]) -> str:
         lines.append(
             [r.kernel, r.dtype, str(r.arch), *map(str, numbers), r.matrix_instructions, config]
         )
-    return _aligned(lines)
+    return aligned(lines, left=range(len(lines[0])))
 
 
 def format_summary(results: list[CompileResult]) -> str:
@@ -213,16 +214,7 @@ def format_summary(results: list[CompileResult]) -> str:
         numbers = (arch, len(group), *most, shared)
         lines.append([kernel, *map(str, numbers), " ".join(kinds)])
         lines += [[f"  beyond a limit: {p} ({r.config})"] for r in group for p in r.problems()]
-    return _aligned(lines)
-
-
-def _aligned(lines: list[list[str]]) -> str:
-    whole = [line for line in lines if len(line) > 1]
-    widths = [max(len(line[i]) for line in whole) for i in range(len(whole[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=False)).rstrip()
-        for line in lines
-    )
+    return aligned(lines, left=range(len(lines[0])))
 
 
 def main() -> None:

@@ -54,30 +54,22 @@ def _gemm(m: int, n: int, k: int, warps: int, stages: int) -> LaunchConfig:
 
 
 # The blocks of the fused GEMMs are the largest that compile without spills; see NOTES.md.
+_WIDE_GEMMS: dict[str, Buckets] = {
+    "dual_gemm": {0: _gemm(64, 64, 64, 4, 3), 12: _gemm(128, 128, 64, 8, 3)},
+    "gate_gemm": {
+        0: _gemm(64, 64, 64, 4, 3),
+        12: _gemm(128, 128, 64, 8, 3),
+        13: _gemm(128, 256, 64, 8, 3),
+    },
+}
 TABLE: dict[str, dict[str, Buckets]] = {
     "sm_80": _row_kernels(window=2)  # 4 spills there in float32
     | {
         "dual_gemm": {0: _gemm(64, 64, 32, 4, 4), 12: _gemm(128, 64, 32, 8, 4)},
         "gate_gemm": {0: _gemm(64, 64, 32, 4, 4), 12: _gemm(128, 128, 32, 8, 4)},
     },
-    "sm_90": _row_kernels()
-    | {
-        "dual_gemm": {0: _gemm(64, 64, 64, 4, 3), 12: _gemm(128, 128, 64, 8, 3)},
-        "gate_gemm": {
-            0: _gemm(64, 64, 64, 4, 3),
-            12: _gemm(128, 128, 64, 8, 3),
-            13: _gemm(128, 256, 64, 8, 3),
-        },
-    },
-    "sm_100": _row_kernels()
-    | {
-        "dual_gemm": {0: _gemm(64, 64, 64, 4, 3), 12: _gemm(128, 128, 64, 8, 3)},
-        "gate_gemm": {
-            0: _gemm(64, 64, 64, 4, 3),
-            12: _gemm(128, 128, 64, 8, 3),
-            13: _gemm(128, 256, 64, 8, 3),
-        },
-    },
+    "sm_90": _row_kernels() | _WIDE_GEMMS,
+    "sm_100": _row_kernels() | _WIDE_GEMMS,
 }
 # The fused GEMMs that gemm="auto" takes. None has been measured to beat cuBLAS and an elementwise
 # kernel yet, so none is on.

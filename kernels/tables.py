@@ -5,38 +5,13 @@ The matrices depend on (n, axis length, mode) only, so they are built once, in f
 by every implementation of the op.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
-
-POOL_MODES = ("adaptive", "resize")
-
-
-@lru_cache(maxsize=1024)
-def pooling_table(n: int, size: int, mode: str) -> np.ndarray:
-    """Weights with which `size` patches along one axis make `n` tokens.
-
-    Returns float64 [n, size], read-only; each row sums to 1.
-
-    n: tokens along this axis, >= 1; may exceed `size`.
-    size: patches along this axis, >= 1.
-    mode: "adaptive" uses the windows of `torch.nn.functional.adaptive_avg_pool2d`; "resize"
-        up-samples bilinearly (align_corners) to the next multiple of n, then averages, as the
-        released TokenFLEX projector does (arXiv 2504.03154 and the code published with its
-        weights).
-
-    Raises ValueError for an unknown mode and for n or size below 1.
-    """
-    if mode not in POOL_MODES:
-        raise ValueError(f"pool mode {mode!r} is unknown; use one of {', '.join(POOL_MODES)}")
-    if n < 1 or size < 1:
-        raise ValueError(f"pooling {size} patches to {n} tokens; both must be at least 1")
-    table = _adaptive(n, size) if mode == "adaptive" else _resize(n, size)
-    table.setflags(write=False)  # the cached array is handed to every caller
-    return table
 
 
 def _adaptive(n: int, size: int) -> np.ndarray:
@@ -60,6 +35,34 @@ def _resize(n: int, size: int) -> np.ndarray:
     np.add.at(bilinear, (rows, low), 1.0 - fraction)
     np.add.at(bilinear, (rows, high), fraction)
     return bilinear.reshape(n, resized // n, size).mean(axis=1)
+
+
+_TABLES: dict[str, Callable[[int, int], np.ndarray]] = {"adaptive": _adaptive, "resize": _resize}
+POOL_MODES = tuple(_TABLES)
+
+
+@lru_cache(maxsize=1024)
+def pooling_table(n: int, size: int, mode: str) -> np.ndarray:
+    """Weights with which `size` patches along one axis make `n` tokens.
+
+    Returns float64 [n, size], read-only; each row sums to 1.
+
+    n: tokens along this axis, >= 1; may exceed `size`.
+    size: patches along this axis, >= 1.
+    mode: "adaptive" uses the windows of `torch.nn.functional.adaptive_avg_pool2d`; "resize"
+        up-samples bilinearly (align_corners) to the next multiple of n, then averages, as the
+        released TokenFLEX projector does (arXiv 2504.03154 and the code published with its
+        weights).
+
+    Raises ValueError for an unknown mode and for n or size below 1.
+    """
+    if mode not in POOL_MODES:
+        raise ValueError(f"pool mode {mode!r} is unknown; use one of {', '.join(POOL_MODES)}")
+    if n < 1 or size < 1:
+        raise ValueError(f"pooling {size} patches to {n} tokens; both must be at least 1")
+    table = _TABLES[mode](n, size)
+    table.setflags(write=False)  # the cached array is handed to every caller
+    return table
 
 
 @dataclass(frozen=True)

@@ -110,8 +110,7 @@ def _serve(connection: Connection, rank: int, world_size: int, port: int) -> Non
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
     }
-    from training.distributed import init_distributed
-    from training.train import quiet_libraries
+    from training.zero3.process_group import init_distributed, quiet_libraries
 
     quiet_libraries()
     ranks = init_distributed(timeout_s=120)

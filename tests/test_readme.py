@@ -1,12 +1,9 @@
-"""Every command of the README runs, in a copy of the repository, only smaller."""
+"""What README, docs/ and CONTRIBUTING say: commands run, only smaller; numbers are the records."""
 
+import importlib.util
 import json
-import os
 import re
-import shlex
-import shutil
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +12,16 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parent.parent
-BLOCKS = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
-COMMANDS = [re.sub(r"\s+#.*", "", line) for block in BLOCKS for line in block.splitlines()]
-SMALL = "data.prepare.train_samples=240 data.prepare.eval_samples=24 train.steps=2"
-MAKE = f"make -o {sys.prefix}/installed VENV={sys.prefix}"
+from docs import make_pictures
+from tests.pages import MAKE, PAGES, ROOT, commands, copy_repository, prose, run_command
 
-# README command -> the smaller one that is run; "": as it is; None: another test runs it.
+README = ROOT / "README.md"
+RECIPE = ROOT / "docs" / "recipe.md"  # tests/test_recipe.py runs its commands
+SMALL = "data.prepare.train_samples=240 data.prepare.eval_samples=24 train.steps=2"
+DEMO = "python -m training.train training/configs/digits.yaml"
+
+# Command -> the smaller one that is run; "": as it is; None: another test runs it. In the order in
+# which they are run: one may use what an earlier one made.
 SMALLER: dict[str, str | None] = {
     "make pretrain": f'{MAKE} pretrain ARGS="{SMALL}"',
     "make test": f"{MAKE} -n test",
@@ -40,28 +40,36 @@ SMALLER: dict[str, str | None] = {
         "deepspeed --num_gpus 2 --no_local_rank --module training.train "
         f"training/configs/digits.yaml output_dir=runs/launcher {SMALL}"
     ),
-    COMMANDS[8]: "",  # prepare --format llava
+    "python -m data_pipeline.prepare --format llava instructions.json --images images/ "
+    "data/mine": "",
     "python -m data_pipeline.prepare --format folder captioned/ data/captions": "",
     "python -m data_pipeline.index data/mine --tokenizer Qwen/Qwen2.5-7B-Instruct": (
         "python -m data_pipeline.index data/mine --tokenizer data/digits/tokenizer.model"
     ),
     "python -m data_pipeline.prepare --format finevision parquet/ data/finevision": "",
-    COMMANDS[12]: "",  # index a brace pattern
-    COMMANDS[13]: "",  # index --check
+    "python -m data_pipeline.index 'data/captions/{000000..000000}.tar' "
+    "--tokenizer data/digits/tokenizer.model --workers 8": "",
+    "python -m data_pipeline.index data/captions --tokenizer data/digits/tokenizer.model "
+    "--check": "",
     "sbatch slurm/index.sh data/captions --tokenizer data/digits/tokenizer.model": None,
     "python -m data_pipeline.stats plan training/configs/digits.yaml --out runs/stats.png": (
         "python -m data_pipeline.stats plan training/configs/digits.yaml --out runs/stats.png "
         "data.prepare.train_samples=240 data.prepare.eval_samples=24"
     ),
-    COMMANDS[16]: "",  # plan simulate
+    "python -m data_pipeline.stats simulate --lengths lengths.npz --max-tokens 8192 "
+    "--packs-per-step 64 --out runs/plan.npz": "",
     "python -m data_pipeline.inspect training/configs/digits.yaml --out runs/report.html": (
         "python -m data_pipeline.inspect training/configs/digits.yaml --out runs/report.html "
         "data.prepare.train_samples=240 data.prepare.eval_samples=24"
     ),
     "python -m data_pipeline.bench": "python -m data_pipeline.bench loader --quick",
     "python -m training.export runs/digits runs/model": "",
-    COMMANDS[20]: "",  # generate --compare
-    COMMANDS[21]: "python -m training.evaluate runs/model data/digits/eval --num-image-tokens 4 9",
+    'python -m training.generate runs/model --image digit.png --prompt "List the digits." '
+    "--compare 4 16 64": "",
+    "python -m training.evaluate runs/model data/digits/eval --num-image-tokens 4 9 16 36 64 "
+    "--budget accuracy=99%": (
+        "python -m training.evaluate runs/model data/digits/eval --num-image-tokens 4 9"
+    ),
     "sbatch slurm/evaluate.sh runs/model data/digits/eval --out runs/evaluation": None,
     "python -m training.demo runs/model": "python -m training.demo --help",
     "python -m training.import_ristretto Ristretto-3B/ runs/ristretto": (
@@ -84,24 +92,40 @@ SMALLER: dict[str, str | None] = {
     "python -m training.checkpoint verify runs/digits/checkpoints": "",
     "python -m training.goodput runs/digits --failures-per-day 1": "",
     "make chaos": f"{MAKE} -n chaos",  # tests/training/test_chaos.py
+    # CONTRIBUTING.md
+    "make setup": f"{MAKE} -n setup",
+    "make lint": f"{MAKE} -n lint",
+    "python -m kernels.profile --shape T=64,n=12,pool=resize --out runs/pooling "
+    "--no-compile-report": "",
+    "python -m data_pipeline.prepare --format folder captioned/ data/captions --overwrite": "",
+    'make pretrain ARGS="train.steps=20 output_dir=runs/metric"': (
+        f'{MAKE} pretrain ARGS="output_dir=runs/metric {SMALL}"'
+    ),
+    f"{DEMO} model.vision.config.model_type=clip_vision_model train.steps=20 "
+    "output_dir=runs/tower": (
+        f"{DEMO} model.vision.config.model_type=clip_vision_model output_dir=runs/tower {SMALL}"
+    ),
+    f"{DEMO} model.llm.config.model_type=llama train.steps=20 output_dir=runs/llama": (
+        f"{DEMO} model.llm.config.model_type=llama output_dir=runs/llama {SMALL}"
+    ),
+    "torchrun --nproc-per-node 2 -m training.train training/configs/digits.yaml train.steps=20 "
+    "output_dir=runs/engine": None,  # as above, without output_dir
+    f"{DEMO} train.loss_weighting=sample train.steps=20 output_dir=runs/weighting": (
+        f"{DEMO} train.loss_weighting=sample output_dir=runs/weighting {SMALL}"
+    ),
+    "python -m training.evaluate runs/model data/digits/eval --num-image-tokens 4 16": None,
+    "slurm/pretrain.sh --dry-run --signal=B:USR1@300 training/configs/digits.yaml": "",
+    f"{DEMO} train.modules.vision_model.train=false train.steps=20 output_dir=runs/frozen": (
+        f"{DEMO} train.modules.vision_model.train=false output_dir=runs/frozen {SMALL}"
+    ),
 }
 
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The repository's tracked files, and the raw data that the README's commands name."""
+    """A copy of the repository, and the raw data that the commands name."""
     root = tmp_path_factory.mktemp("readme") / "clone"
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    for name in listed.stdout.splitlines():
-        if (ROOT / name).is_file():
-            (root / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, root / name)
+    copy_repository(root)
     for folder in ("images", "captioned"):
         (root / folder).mkdir()
         Image.new("RGB", (40, 30), "red").save(root / folder / "a.jpg")
@@ -124,7 +148,8 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_command_is_known_here() -> None:
-    assert list(SMALLER) == COMMANDS
+    found = {command for page in PAGES if page != RECIPE for command in commands(page)}
+    assert found == set(SMALLER)
 
 
 @pytest.mark.multiprocess
@@ -132,32 +157,78 @@ def test_every_command_is_known_here() -> None:
     "command", [smaller or command for command, smaller in SMALLER.items() if smaller is not None]
 )
 def test_command_runs(command: str, clone: Path) -> None:
-    environment = {
-        **os.environ,
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "DS_ACCELERATOR": "cpu",
-        "TRITON_INTERPRET": "0",
-    }
-    result = subprocess.run(
-        shlex.split(command),
-        cwd=clone,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
+    printed = run_command(command, clone)
     if "train.steps=2" in command:
-        assert "held-out accuracy after step 2" in result.stdout
+        assert "held-out accuracy after step 2" in printed
 
 
-def test_the_layout_names_folders_that_exist() -> None:
-    readme = (ROOT / "README.md").read_text()
-    for name in re.findall(r"`([\w/.-]+/[\w.-]*)`", readme):
-        if not name.startswith(("runs/", "data/", "checkpoints/", "tensorboard/")):
+def test_the_readme_is_short() -> None:
+    assert README.stat().st_size <= 8192
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_path_exists(page: Path) -> None:
+    made = ("runs/", "data/", "raw/", "checkpoints/", "tensorboard/", ".venv")
+    for name in re.findall(r"`([\w/.-]+/[\w.-]*)`", page.read_text()):
+        if not name.startswith(made):
             assert any((base / name).exists() for base in (ROOT, ROOT / "data_pipeline")), name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_leads_somewhere(page: Path) -> None:
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)", page.read_text()):
+        if target.startswith("https://"):
+            continue
+        file = (page.parent / target).resolve() if target else page
+        assert file.exists(), target
+        titles = re.findall(r"^#+ (.*)", file.read_text(), flags=re.M) if anchor else []
+        assert not anchor or anchor in {title.lower().replace(" ", "-") for title in titles}, anchor
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_module_exists(page: Path) -> None:
+    for module in re.findall(r"python -m ([\w.]+)", page.read_text()):
+        assert importlib.util.find_spec(module), module
+
+
+def test_every_page_of_docs_is_linked_and_links_back() -> None:
+    for page in (ROOT / "docs").glob("*.md"):
+        assert f"](docs/{page.name})" in README.read_text()
+        title, _, purpose, *_ = page.read_text().splitlines()
+        assert title.startswith("# ") and purpose, page.name
+        assert "[Back to the README](../README.md)" in page.read_text()
+
+
+def test_contributing_has_ten_recipes() -> None:
+    recipes = (ROOT / "CONTRIBUTING.md").read_text().split("\n## ")[1:]
+    assert len(recipes) == 10
+    for recipe in recipes:
+        for part in ("- **Files**", "- **Test**", "- **Shows it**", "```bash\n"):
+            assert part in recipe, recipe.splitlines()[0]
+
+
+@pytest.mark.parametrize("draw", [make_pictures.accuracy, make_pictures.token_grids])
+def test_the_pictures_are_those_of_the_script(draw: Callable[[Path], None], tmp_path: Path) -> None:
+    file = make_pictures.IMAGES / f"{draw.__name__}.png"
+    assert file.stat().st_size < 300_000
+    draw(tmp_path / file.name)
+    with Image.open(file) as kept, Image.open(tmp_path / file.name) as drawn:
+        pixels = [np.asarray(image.convert("RGB"), dtype=int) for image in (kept, drawn)]
+    assert pixels[0].shape == pixels[1].shape
+    assert np.abs(pixels[0] - pixels[1]).mean() < 2  # fonts differ a little between releases
+
+
+def test_the_printed_table_is_the_record() -> None:
+    recorded = json.loads((ROOT / "training/results/digits.json").read_text())
+    assert f"held-out accuracy after step {recorded['steps']}:" in README.read_text()
+    for detail in ("k=1", "k=2", "all"):
+        rows = [row for row in recorded["evaluation"] if row["detail"] == detail]
+        cells = "  ".join(
+            f"{100 * row['accuracy']:.1f} ({100 * row['token_accuracy']:.1f})" for row in rows
+        )
+        assert f"{detail}, {rows[0]['answers']} answers  {cells}" in re.sub(
+            r" {2,}", "  ", README.read_text()
+        )
 
 
 @pytest.mark.parametrize(
@@ -165,25 +236,25 @@ def test_the_layout_names_folders_that_exist() -> None:
     [("digits", "digits"), ("digits_seed1", "digits, seed 1"), ("grid", "grid")],
 )
 def test_the_numbers_are_those_recorded(record: str, label: str) -> None:
-    readme = (ROOT / "README.md").read_text()
+    pages = prose()
     recorded = json.loads((ROOT / f"training/results/{record}.json").read_text())
     accuracy: dict[str, dict[int, float]] = {}
     for row in recorded["evaluation"]:
         accuracy.setdefault(row["detail"], {})[row["num_image_tokens"]] = 100 * row["accuracy"]
     for detail in accuracy.keys() - {"all"}:
         cells = " | ".join(f"{accuracy[detail][count]:.1f}" for count in (4, 16, 64))
-        assert f"| {label}, {detail} | {cells} |" in readme
-    assert recorded["machine"] in readme
+        assert f"| {label}, {detail} | {cells} |" in pages
+    assert recorded["machine"] in pages
     if record == "digits_seed1":
         return  # other work ran beside it: no time of it is told
     training = f"{recorded['steps']} steps in {recorded['training_s']:.0f} s"
-    assert f"{training}, the whole command {recorded['wall_s']:.0f} s" in " ".join(readme.split())
+    assert f"{training}, the whole command {recorded['wall_s']:.0f} s" in pages
 
 
 def test_the_projector_table_is_the_recorded_calculation() -> None:
-    readme = (ROOT / "README.md").read_text()
+    pages = prose()
     recorded = json.loads((ROOT / "kernels/results/calculated.json").read_text())
-    assert f"{recorded['assumed']['tflops']:g} TFLOP/s" in readme
+    assert f"{recorded['assumed']['tflops']:g} TFLOP/s" in pages
     cases = {row["case"]: row for row in recorded["cases"]}
     rows = (
         ("adaptive, as it ships", "adaptive", "cublas", " of eager's"),
@@ -197,30 +268,28 @@ def test_the_projector_table_is_the_recorded_calculation() -> None:
         eager, compiled = (case[f"floor_us_both_{other}"] / ours for other in ("eager", "compile"))
         kept = case[f"saved_bytes_{way}"] / case["saved_bytes_eager"]
         line = f"| n = 12, {label} | {eager:.2f}x | {compiled:.2f}x | {kept:.0%}".replace("%", " %")
-        assert f"{line}{unit} |" in readme
+        assert f"{line}{unit} |" in pages
 
 
 def test_the_reliability_table_is_the_record() -> None:
-    readme = " ".join((ROOT / "README.md").read_text().split())
+    pages = prose()
     record = json.loads((ROOT / "training/results/reliability.json").read_text())
     ours, stock = record["kills_inside_a_save"], record["kills_inside_stock_save"]
-    assert f"{ours['broken']} of {ours['trials']} broken" in readme
-    assert f"{stock['broken']} of {stock['trials']}" in readme
+    assert f"{ours['broken']} of {ours['trials']} broken" in pages
+    assert f"{stock['broken']} of {stock['trials']}" in pages
     stall = record["checkpoint_stall"]
-    assert (
-        f"{stall['background_stall_s']:.2f} s instead of {stall['synchronous_s']:.2f} s" in readme
-    )
+    assert f"{stall['background_stall_s']:.2f} s instead of {stall['synchronous_s']:.2f} s" in pages
     rows = record["chaos"]["rows"]
     assert len({row["fault"] for row in rows}) == 10
     crashes = [row["lost"] for row in rows if row["exit_codes"] != [75, 75]]
-    assert f"at most {max(crashes)} steps" in readme
+    assert f"at most {max(crashes)} steps" in pages
     assert not any(row["lost"] for row in rows if row["exit_codes"] == [75, 75])
     hung = next(row for row in rows if 76 in row["exit_codes"])
-    assert f"after {hung['seconds']:.1f} s" in readme
+    assert f"after {hung['seconds']:.1f} s" in pages
 
 
 def test_the_data_tables_are_the_record() -> None:
-    readme = " ".join((ROOT / "README.md").read_text().split())
+    pages = prose()
     record = json.loads((ROOT / "data_pipeline/results/bench.json").read_text())["results"]
     mixes = record["planner"]["mixes"]
     short, long = (mixes[f"standard, {tokens} tokens, 64 packs"] for tokens in (8192, 16384))
@@ -233,7 +302,7 @@ def test_the_data_tables_are_the_record() -> None:
     )
     for label, key, form, unit, suffix in rows:
         cells = " | ".join(f"{unit * mix[key]:{form}}{suffix}" for mix in (short, long))
-        assert f"| {label} | {cells} |" in readme
+        assert f"| {label} | {cells} |" in pages
     loader, startup, index = (record[name] for name in ("loader", "startup", "index"))
     rates = (
         index[f"samples_per_s_per_core {what} {tokenizer}"] / 1000
@@ -244,17 +313,17 @@ def test_the_data_tables_are_the_record() -> None:
         "{:.1f} k, {:.1f} k samples/s; with a Hugging Face tokenizer {:.1f} k, {:.1f} k".format(
             *rates
         )
-        in readme
+        in pages
     )
     ratios = loader["ratio"], loader["pillow_ratio"]
-    assert ("{:.1f} times as fast; with Pillow's resizing {:.1f} times".format(*ratios)) in readme
+    assert ("{:.1f} times as fast; with Pillow's resizing {:.1f} times".format(*ratios)) in pages
     large = loader["cpu_ms_per_large_photo"]
     for way, text in (
         ("reduced, torch resizes", "ms at a reduced JPEG scale"),
         ("full, torch resizes", "ms in full"),
         ("usual way", "ms with Pillow"),
     ):
-        assert f"{large[way]:.0f} {text}" in readme
+        assert f"{large[way]:.0f} {text}" in pages
     seconds = startup["first_batch_s"], startup["resumed_first_batch_s"]
-    assert "{:.1f} s, on resume {:.1f} s".format(*seconds) in readme
+    assert "{:.1f} s, on resume {:.1f} s".format(*seconds) in pages
     assert startup["samples"] == 1_000_000

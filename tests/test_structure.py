@@ -18,9 +18,10 @@ MAY_IMPORT = {
 }
 # The files and folders of data_pipeline from the ground up: each imports what stands before it.
 DATA_PIPELINE = (
-    *("errors", "files", "cli", "config_file", "draw", "processor", "tokenizer", "captions"),
+    *("errors", "files", "machine", "text_table", "plotting", "cli", "config_file", "draw"),
+    *("walk", "media_claims", "processor", "tokenizer", "captions", "records"),
     *("tiling", "images", "decode", "chat", "storage", "index", "mixture", "balance", "plan"),
-    *("batch", "loader", "settings", "corpus"),
+    *("loss_weighting", "batch", "loader", "settings", "corpus"),
     *("prepare", "stats", "inspect", "bench"),
 )
 

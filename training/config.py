@@ -11,7 +11,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from data_pipeline.config_file import load_settings
+from data_pipeline.loss_weighting import LossWeighting
 from data_pipeline.settings import DataSettings
+from kernels import POOL_MODES
 
 __all__ = ["DataSettings", "RunConfig", "load_config", "save_config"]
 
@@ -36,10 +38,18 @@ class ModelSettings(Settings):
 
     vision: BackboneSettings
     llm: BackboneSettings
-    pool: Literal["adaptive", "resize"] = "adaptive"
+    pool: str = "adaptive"
+    """How patches become tokens: a mode in `kernels.POOL_MODES`."""
     projector_hidden_ratio: int = Field(3, gt=0)
     pretrained: str | None = None
     """An exported or imported model folder that all three parts start from; instead of theirs."""
+
+    @field_validator("pool")
+    @classmethod
+    def _known_mode(cls, mode: str) -> str:
+        if mode not in POOL_MODES:
+            raise ValueError(f"expected one of {', '.join(POOL_MODES)}")
+        return mode
 
 
 class ModuleSettings(Settings):
@@ -69,8 +79,8 @@ class TrainSettings(Settings):
 
     steps: int = Field(gt=0)
     modules: StageModules = StageModules()
-    loss_weighting: Literal["token", "sample", "sqrt"] = "sqrt"
-    """Weight of a supervised token: 1, 1/n or 1/sqrt(n), n = supervised tokens of its sample."""
+    loss_weighting: LossWeighting = "sqrt"
+    """How much a supervised token counts: 1, 1/n, 1/sqrt(n); see `data_pipeline.loss_weighting`."""
     warmup_fraction: float = Field(0.03, ge=0, lt=1)
     min_lr_fraction: float = Field(0.0, ge=0, le=1)
     weight_decay: float = Field(0.0, ge=0)
@@ -157,8 +167,8 @@ class RunConfig(Settings):
     def _no_pattern(cls, folder: Path) -> Path:
         if found := set("[]*?") & set(str(folder)):
             raise ValueError(
-                f"{folder} holds {' '.join(sorted(found))}, which DeepSpeed takes for a pattern "
-                "when it looks for checkpoints; use another name"
+                f"{folder} holds {' '.join(sorted(found))}, which are taken for a pattern when "
+                "checkpoints are looked for; use another name"
             )
         return folder
 

@@ -4,7 +4,6 @@ import os
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -13,11 +12,6 @@ import torch.distributed
 from data_pipeline.errors import InputError
 
 T = TypeVar("T")
-
-# DeepSpeed reads this when it is imported; without it a CUDA build of torch on a machine
-# without a GPU is probed at length.
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 @dataclass(frozen=True)
@@ -34,8 +28,8 @@ class Ranks:
         return self.rank == 0
 
 
-def init_distributed(timeout_s: float = 1800.0) -> Ranks:
-    """Join the process group described by the environment.
+def launched_ranks() -> Ranks:
+    """This process's place as the environment describes it, which is made complete.
 
     torchrun and the deepspeed launcher set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and
     MASTER_PORT; under srun the first three come from SLURM_PROCID, SLURM_NTASKS and
@@ -59,21 +53,7 @@ def init_distributed(timeout_s: float = 1800.0) -> Ranks:
     device = local_device(local_rank)
     local_rank = device.index if device.type == "cuda" else local_rank
     for name, value in (("RANK", rank), ("WORLD_SIZE", world_size), ("LOCAL_RANK", local_rank)):
-        os.environ[name] = str(value)  # DeepSpeed looks for all of them
-
-    import deepspeed
-    import deepspeed.ops
-
-    if device.type == "cpu":
-        # The shared-memory all-reduce is compiled at start-up, needs a C++ compiler, and ZeRO-3
-        # (all-gather, reduce-scatter) does not use it.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(
-        dist_backend="nccl" if device.type == "cuda" else "gloo",
-        timeout=timedelta(seconds=timeout_s),
-        auto_mpi_discovery=False,
-        verbose=False,
-    )
+        os.environ[name] = str(value)  # where libraries look for them
     return Ranks(rank, world_size, local_rank, device)
 
 
@@ -111,15 +91,26 @@ def _free_port() -> int:
 def from_main(compute: Callable[[], T]) -> T:
     """What `compute()` gives on rank 0, on every rank; all of them raise its `InputError`."""
     box: list[Any] = [None]
-    if torch.distributed.get_rank() == 0:
+    alone = not torch.distributed.is_initialized()
+    if alone or torch.distributed.get_rank() == 0:
         try:
             box = [compute()]
         except InputError as error:
             box = [error]
-    torch.distributed.broadcast_object_list(box, src=0)
+    if not alone:
+        torch.distributed.broadcast_object_list(box, src=0)
     if isinstance(box[0], InputError):
         raise box[0]
     return box[0]
+
+
+def gather(value: T) -> list[T]:
+    """The value of every rank, on every rank; without a process group there is one."""
+    if not torch.distributed.is_initialized():
+        return [value]
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
 
 
 def all_reduce_sum(values: list[float], device: torch.device) -> list[float]:

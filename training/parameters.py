@@ -1,11 +1,19 @@
 """Which modules train and how fast: freezing, parameter groups, and the table shown at start."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from torch import nn
 
+from data_pipeline.text_table import text_table
 from training.config import ModuleSettings, StageModules, TrainSettings
+
+Shape = Callable[[nn.Parameter], tuple[int, ...]]
+"""Gives a parameter's shape as a whole, however an engine has partitioned it."""
+
+
+def _own_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    return tuple(parameter.shape)
 
 
 def parts(
@@ -22,7 +30,9 @@ def freeze(model: nn.Module, modules: StageModules) -> None:
         module.requires_grad_(settings.train)
 
 
-def parameter_groups(model: nn.Module, train: TrainSettings) -> list[dict]:
+def parameter_groups(
+    model: nn.Module, train: TrainSettings, shape: Shape = _own_shape
+) -> list[dict]:
     """AdamW groups of the trainable parameters: per module, with and without weight decay.
 
     Norms and biases (fewer than two dimensions) are not decayed. `peak_lr` is what the schedule
@@ -32,8 +42,8 @@ def parameter_groups(model: nn.Module, train: TrainSettings) -> list[dict]:
     for name, module, settings in parts(model, train.modules):
         trainable = [p for p in module.parameters() if p.requires_grad]
         for suffix, decay, chosen in (
-            ("decay", train.weight_decay, [p for p in trainable if len(_shape(p)) >= 2]),
-            ("no_decay", 0.0, [p for p in trainable if len(_shape(p)) < 2]),
+            ("decay", train.weight_decay, [p for p in trainable if len(shape(p)) >= 2]),
+            ("no_decay", 0.0, [p for p in trainable if len(shape(p)) < 2]),
         ):
             if chosen:
                 groups.append(
@@ -58,31 +68,14 @@ def learning_rate_factor(step: int, train: TrainSettings) -> float:
     return train.min_lr_fraction + (1 - train.min_lr_fraction) * cosine
 
 
-def module_table(model: nn.Module, modules: StageModules) -> str:
+def module_table(model: nn.Module, modules: StageModules, shape: Shape = _own_shape) -> str:
     """A table of module, parameters, trainable parameters, peak learning rate and dtype."""
     rows = [("module", "parameters", "trainable", "peak lr", "dtype")]
     for name, module, settings in parts(model, modules):
         parameters = list(module.parameters())
-        trainable = sum(_size(p) for p in parameters if p.requires_grad)
+        trainable = sum(math.prod(shape(p)) for p in parameters if p.requires_grad)
         dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in parameters})
         lr = f"{settings.lr:.1e}" if settings.train else "frozen"
-        total = sum(_size(p) for p in parameters)
+        total = sum(math.prod(shape(p)) for p in parameters)
         rows.append((name, f"{total:,}", f"{trainable:,}", lr, ", ".join(dtypes)))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if column in (0, 4) else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-    return "\n".join(lines)
-
-
-def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    """The whole parameter's shape, also when ZeRO-3 has partitioned it."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
-
-
-def _size(parameter: nn.Parameter) -> int:
-    return math.prod(_shape(parameter))
+    return text_table(rows, left=(0, 4))

@@ -22,6 +22,7 @@ from data_pipeline.tokenizer import load_tokenizer
 from kernels import implementation
 from training.config import RunConfig, save_config
 from training.distributed import Ranks, from_main
+from training.engine_interface import Engine
 from training.evaluate.in_training import Evaluation, evaluate
 from training.metrics import MetricsLog
 from training.metrics.run_curve import plot_run
@@ -153,13 +154,13 @@ class Run:
         if self.ranks.is_main:
             tqdm.write(text)
 
-    def announce(self, engine: Any) -> None:
+    def announce(self, engine: Engine) -> None:
         """Save the effective settings; say what trains, on what, and what the data left out."""
         config = self.config
         if self.ranks.is_main:
             config.output_dir.mkdir(parents=True, exist_ok=True)
             save_config(config, config.output_dir / "config.yaml")
-        self.say(module_table(engine.module, config.train.modules))
+        self.say(module_table(engine.module, config.train.modules, engine.shape))
         accumulation = config.data.pack.packs_per_step // self.ranks.world_size
         self.say(
             f"world size {self.ranks.world_size} ({self.ranks.device.type}), {accumulation} packs "
@@ -214,7 +215,7 @@ class Run:
                 tqdm.write(f"warning: left out {name}: {bad.reason}")
 
     def evaluate(
-        self, engine: Any, step: int, log: MetricsLog, stop: Callable[[], bool] | None = None
+        self, engine: Engine, step: int, log: MetricsLog, stop: Callable[[], bool] | None = None
     ) -> Evaluation | None:
         """Accuracy on the held-out shards at every trained token count, if there are any.
 

@@ -7,6 +7,7 @@ import torch.distributed
 from data_pipeline.errors import InputError
 from data_pipeline.loader import StepBatch
 from training.distributed import Ranks, all_reduce_sum
+from training.engine_interface import Engine
 from training.health import LossGuard, Verdict
 from training.health.loss_guard import SKIPPED
 from training.metrics import StepMeter, weight_sum
@@ -26,7 +27,7 @@ def shared_denominator(batch: StepBatch | None, stop: bool, ranks: Ranks) -> flo
 
 
 def train_step(
-    engine: Any,
+    engine: Engine,
     batch: StepBatch,
     denominator: float,
     step: int,
@@ -40,24 +41,22 @@ def train_step(
     that it does not depend on how packs are shared out.
     """
     settings = run.config.train
-    # DeepSpeed averages gradients over ranks; the loss is a sum.
+    # The engine averages gradients over ranks; the loss is a sum.
     scale = run.ranks.world_size / denominator
     factor = learning_rate_factor(step - 1, settings)
-    for group in engine.optimizer.param_groups:
+    for group in engine.param_groups:
         group["lr"] = factor * group["peak_lr"]
     for number, pack in enumerate(batch.packs, start=1):
         output = engine(**model_inputs(pack, run.ranks.device, run.loss_chunks))
-        engine.backward(output.loss * scale, scale_wrt_gas=False)
+        engine.backward(output.loss * scale, last=number == len(batch.packs))
         meter.add(pack, output.token_losses)
-        if number < len(batch.packs):
-            engine.step()  # accumulates; the last one is the update, if the guard allows it
     metrics = meter.reduce()
     verdict = guard.update(engine, metrics["loss"])
     if verdict.fault:
         report_fault(verdict, batch, step, run)
     if spike := guard.spike(metrics["loss"]):
         run.say(f"warning: step {step}: {spike}; its samples: {sample_names(batch, run)}")
-    peak = max(group["peak_lr"] for group in engine.optimizer.param_groups)
+    peak = max(group["peak_lr"] for group in engine.param_groups)
     metrics |= {"lr": factor * peak, "grad_norm": verdict.norm, SKIPPED: guard.skipped}
     epochs = dict(zip(run.mixture.names, batch.plan.epochs, strict=True))
     metrics |= {"epoch": batch.plan.epoch, "too_long": len(batch.plan.left_out)}

@@ -1,4 +1,4 @@
-"""Train a flexible-token VLM with DeepSpeed ZeRO-3 on packed webdataset shards.
+"""Train a flexible-token VLM with ZeRO-3 on packed webdataset shards.
 
     python -m training.train training/configs/digits.yaml train.steps=200          # one process
     torchrun --nproc-per-node 2 -m training.train training/configs/digits.yaml     # two
@@ -9,9 +9,7 @@ checkpoint of `output_dir` unless checkpoint.resume=never.
 """
 
 import argparse
-import logging
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,8 @@ import torch.distributed
 from data_pipeline.errors import InputError
 from training import checkpoint, exit_codes
 from training.config import RunConfig, load_config
-from training.distributed import Ranks, from_main, init_distributed
+from training.distributed import Ranks, from_main
+from training.engine_interface import Engine
 from training.health import Monitor, StopRequest
 from training.health.loss_guard import WINDOW
 from training.metrics import MetricsLog, StepMeter, read_metrics
@@ -28,6 +27,7 @@ from training.precision import settle_precision
 from training.run import Run
 from training.step import shared_denominator, train_step
 from training.zero3.engine import build_engine
+from training.zero3.process_group import init_distributed, quiet_libraries
 
 
 def train(config: RunConfig, ranks: Ranks, stop: StopRequest | None = None) -> int:
@@ -95,12 +95,14 @@ def _train(run: Run, saver: checkpoint.Saver, monitor: Monitor) -> int:
     return exit_codes.OK
 
 
-def start(run: Run, saver: checkpoint.Saver, monitor: Monitor) -> tuple[Any, checkpoint.Progress]:
+def start(
+    run: Run, saver: checkpoint.Saver, monitor: Monitor
+) -> tuple[Engine, checkpoint.Progress]:
     """The engine, with the weights that the config says, and where the run goes on from."""
     config, folder, earlier = run.config, saver.folder, run.config.checkpoint.init_from
     saved = checkpoint.find(config.checkpoint.resume, folder)
     pretrained = not (saved or earlier)
-    engine = build_engine(config, run.tokenizer, run.ranks, pretrained)
+    engine: Engine = build_engine(config, run.tokenizer, run.ranks, pretrained)
     progress = checkpoint.Progress()
     if saved:
         progress = checkpoint.load(engine, saved, run.fingerprints, run.new_window)
@@ -130,13 +132,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     return parser.parse_args(argv)
-
-
-def quiet_libraries() -> None:
-    """Hide start-up chatter of the libraries, not their errors."""
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", message=".*(all_gather_into_tensor|reduce_scatter).*")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -72,8 +72,9 @@ class CostModel:
         """The cost model of a vision tower and a language model.
 
         Args:
-            vision: a vision transformer's `config.json` of transformers: hidden_size,
-                intermediate_size, num_hidden_layers, image_size, patch_size.
+            vision: the `config.json` of a vision transformer of any family in transformers:
+                hidden_size, intermediate_size or mlp_ratio, num_hidden_layers, image_size,
+                patch_size. A class token is left out, one position beside hundreds of patches.
             llm: a decoder's: hidden_size, intermediate_size, num_hidden_layers,
                 num_attention_heads, vocab_size; num_key_value_heads and head_dim where it has
                 them; of a mixture of experts those that a token uses count.
@@ -83,7 +84,9 @@ class CostModel:
         """
         width, layers = _whole(vision, "vision", "hidden_size"), _layers(vision, "vision")
         patch = _whole(vision, "vision", "patch_size")
-        inner = _whole(vision, "vision", "intermediate_size")
+        inner = int(width * vision.get("mlp_ratio", 0))  # what some families give instead
+        if not inner or "intermediate_size" in vision:
+            inner = _whole(vision, "vision", "intermediate_size")
         embedding = int(vision.get("num_channels") or 3) * patch**2 * width
         side = _whole(vision, "vision", "image_size") // patch
         return cls(

@@ -1,12 +1,13 @@
 """Measure the data pipeline, print a table, and write it as JSON.
 
-python -m data_pipeline.bench [planner] [index] [loader] [startup] [--quick] [--out FILE.json]
+python -m data_pipeline.bench [BENCHMARK ...] [--quick] [--out FILE.json]
 
 planner  packing and balancing: quality on several mixes, samples/s, memory
 index    indexing: samples/s per core, and what loading an index costs
 loader   read, decode, tile and pack on two cores, against webdataset with worker processes;
          large photographs with and without decoding at a reduced scale
 startup  from nothing to the first planned window of a large data set
+remote   samples from a web server: requests, bytes beyond those used, samples/s
 """
 
 import argparse
@@ -18,15 +19,16 @@ import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.cli import run_cli
 from data_pipeline.errors import InputError
 from data_pipeline.files import write_atomically
+from data_pipeline.machine import cpu_model, git_commit, num_cores, versions
+from data_pipeline.text_table import text_table
 
-NAMES = ("planner", "index", "loader", "startup")
+NAMES = ("planner", "index", "loader", "startup", "remote")
 PACKAGES = ("numpy", "torch", "pillow", "simplejpeg", "webdataset", "sentencepiece", "fsspec")
 
 
@@ -40,7 +42,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "command": shlex.join(["python", "-m", "data_pipeline.bench", *given]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "hardware": _hardware(),
-        "versions": _versions(),
+        "versions": {
+            "python": platform.python_version(),
+            "system": platform.platform(),
+            **versions(PACKAGES),
+        },
+        "commit": git_commit(),
         "results": {},
     }
     for name, module in modules.items():
@@ -94,36 +101,18 @@ def _module(name: str) -> Any:
 
 def _hardware() -> dict[str, Any]:
     return {
-        "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
+        "cpu": cpu_model(),
+        "cores": num_cores(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         # Whatever else the machine does shows in the numbers.
         "load_average_before": [round(load, 2) for load in os.getloadavg()],
     }
 
 
-def _cpu_model() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor() or platform.machine()
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version(), "system": platform.platform()}
-    for package in PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = "not installed"
-    return versions
-
-
 def _table(name: str, results: Mapping[str, Any]) -> list[str]:
     """A line for each number, named by the keys that lead to it."""
-    rows = list(_rows(results))
-    width = max((len(label) for label, _ in rows), default=0)
-    return [name, *(f"  {label:<{width}}  {value}" for label, value in rows)]
+    lines = text_table(list(_rows(results)), left=(0, 1)).splitlines()
+    return [name, *(f"  {line}" for line in lines)]
 
 
 def _rows(results: Any, label: str = "") -> Iterator[tuple[str, str]]:

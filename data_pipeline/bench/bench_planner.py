@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from data_pipeline.balance import DEFAULT_COST
 from data_pipeline.balance.deal import Ints
+from data_pipeline.balance.fit import best_fit
 from data_pipeline.bench.mixes import MIXES, draw_mix
-from data_pipeline.packing import best_fit
 from data_pipeline.stats.measures import SampleCosts, fewest_packs
 from data_pipeline.stats.measures import measure as measure_packs
 from data_pipeline.stats.simulation import WINDOW_SAMPLES, PackBudget, planned_windows
@@ -58,7 +58,7 @@ def _quality(mix: str, budget: PackBudget, windows: int) -> dict[str, Any]:
     seconds = time.process_time() - started
     samples = SampleCosts(tokens, tiles, DEFAULT_COST.flops(tokens, tiles))
     window = tokens[:WINDOW_SAMPLES]
-    decreasing = len(best_fit(np.sort(window)[::-1], max_tokens)) * max_tokens
+    decreasing = (int(best_fit(np.sort(window)[::-1], max_tokens).max()) + 1) * max_tokens
     least = fewest_packs(window, max_tokens) * max_tokens
     return asdict(measure_packs(samples, pack, per_step, num_steps - 1, max_tokens)) | {
         "padding_of_best_fit_decreasing": 1 - int(window.sum()) / decreasing,

@@ -1,7 +1,6 @@
 """Command line: index shards, then print the counts and where the index is; or check them."""
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 
@@ -14,6 +13,7 @@ from data_pipeline.index.header import BROKEN
 from data_pipeline.index.index import Index
 from data_pipeline.index.index_files import find_index_files, find_tokenizer
 from data_pipeline.index.open_index import load_index
+from data_pipeline.machine import num_cores
 from data_pipeline.storage import Storage, StorageSettings
 from data_pipeline.tokenizer import load_tokenizer
 
@@ -128,8 +128,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "shards",
         nargs="+",
         metavar="SHARDS",
-        help="a folder of .tar files, a glob, a path, a URL (s3://, gs://, https://), or a brace "
-        "pattern: 's-{000..015}.tar'",
+        help="a folder of .tar files, a glob, a path, a URL (s3://, gs://, hf://, https://), or a "
+        "brace pattern: 's-{000..015}.tar'",
     )
     parser.add_argument(
         "--tokenizer",
@@ -148,7 +148,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--workers",
         type=int,
         metavar="N",
-        default=len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1,
+        default=num_cores(),
         help="processes, each with a shard at a time (default: one per core)",
     )
     parser.add_argument(

@@ -7,7 +7,8 @@ others are left to it.
 
 import zlib
 
-from data_pipeline.images import MAX_PIXELS, image_size
+from data_pipeline.images import image_size
+from data_pipeline.processor.picture_tokenflex import MAX_PIXELS
 
 _PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
 _PNG_LAYOUTS = frozenset((8, colour, 0, 0, lace) for colour in (0, 2, 3, 4, 6) for lace in (0, 1))

@@ -135,41 +135,58 @@ class Index:
         sizes = [columns.image_width[own], columns.image_height[own]]
         return np.stack(sizes, axis=1).astype(np.int64)
 
+    def read(self, i: int) -> tuple[dict[str, Any], list[bytes]]:
+        """`read_sample` and `read_images`; of a remote shard in one request if they lie together.
+
+        InputError if the bytes are not those that were indexed.
+        """
+        text, *images = self._read(i, [self._text(i), *self._images(i)])
+        return self._sample(i, text), images
+
     def read_sample(self, i: int) -> dict[str, Any]:
         """Sample i as {"messages": [...], "metadata": {...}}, the messages checked.
 
         A caption becomes two turns; its metadata are those of the member that holds it. InputError
-        if the bytes are not those that were indexed.
+        as in `read`.
         """
-        shard, row = self.locate(i)
-        c = self.columns(shard)
-        images = int(c.image_start[row + 1] - c.image_start[row])
-        return sample_of(int(c.kind[row]), self.read_text(i), images)
+        return self._sample(i, self.read_text(i))
 
     def read_text(self, i: int) -> bytes:
-        """The member with the text of sample i; InputError as in `read_sample`."""
-        shard, row = self.locate(i)
-        c = self.columns(shard)
-        where = int(c.text_offset[row]), int(c.text_size[row]), int(c.text_crc[row])
-        return read_checked(self.storage, self.shards[shard], *where)
+        """The member with the text of sample i; InputError as in `read`."""
+        return self._read(i, [self._text(i)])[0]
 
     def read_json(self, i: int) -> bytes:
-        """Sample i as JSON; InputError as in `read_sample`."""
+        """Sample i as JSON; InputError as in `read`."""
         shard, row = self.locate(i)
         is_json = self.columns(shard).kind[row] == CHAT
         return self.read_text(i) if is_json else json.dumps(self.read_sample(i)).encode()
 
     def read_images(self, i: int) -> list[bytes]:
-        """The image files of sample i in reading order; InputError as in `read_sample`."""
+        """The image files of sample i in reading order; InputError as in `read`."""
+        return self._read(i, self._images(i))
+
+    def _read(self, i: int, members: list[tuple[int, int, int]]) -> list[bytes]:
+        return read_checked(self.storage, self.shards[self.locate(i)[0]], members)
+
+    def _sample(self, i: int, text: bytes) -> dict[str, Any]:
         shard, row = self.locate(i)
         c = self.columns(shard)
-        return [
-            read_checked(
-                *(self.storage, self.shards[shard]),
-                *(int(c.image_offset[j]), int(c.image_bytes[j]), int(c.image_crc[j])),
-            )
-            for j in range(c.image_start[row], c.image_start[row + 1])
-        ]
+        images = int(c.image_start[row + 1] - c.image_start[row])
+        return sample_of(int(c.kind[row]), text, images)
+
+    def _text(self, i: int) -> tuple[int, int, int]:
+        """Offset, size and CRC-32 of the text member."""
+        shard, row = self.locate(i)
+        c = self.columns(shard)
+        return int(c.text_offset[row]), int(c.text_size[row]), int(c.text_crc[row])
+
+    def _images(self, i: int) -> list[tuple[int, int, int]]:
+        """Offset, size and CRC-32 of each image."""
+        shard, row = self.locate(i)
+        c = self.columns(shard)
+        own = slice(c.image_start[row], c.image_start[row + 1])
+        columns = (c.image_offset[own], c.image_bytes[own], c.image_crc[own])
+        return list(zip(*(column.tolist() for column in columns), strict=True))
 
     def join(self, name: str) -> npt.NDArray[Any]:
         """One column of all shards; for small sets."""

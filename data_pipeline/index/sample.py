@@ -1,6 +1,7 @@
 """The text member of a sample: a chat or a record as JSON, or a caption as img2dataset has it."""
 
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 from data_pipeline.captions import (
@@ -71,11 +72,15 @@ def read_record(content: dict[str, Any], images: list[str]) -> Record:
     return record if record.images or not images else parse_record(content, images)
 
 
-def read_checked(storage: Storage, shard: Shard, offset: int, size: int, crc: int) -> bytes:
-    """A member's bytes; InputError if they are not those whose CRC-32 was indexed."""
-    data = storage.read(shard, offset, size)
-    if zlib.crc32(data) != crc:
-        raise InputError(
-            f"the {size} bytes at {offset} of {shard} are not those that were indexed; index again"
-        )
-    return data
+def read_checked(
+    storage: Storage, shard: Shard, members: Sequence[tuple[int, int, int]]
+) -> list[bytes]:
+    """The bytes of members by offset, size and CRC-32; InputError if they have others."""
+    found = storage.read_together(shard, [(offset, size) for offset, size, _ in members])
+    for data, (offset, size, crc) in zip(found, members, strict=True):
+        if zlib.crc32(data) != crc:
+            raise InputError(
+                f"the {size} bytes at {offset} of {shard} are not those that were indexed; index "
+                "again"
+            )
+    return found

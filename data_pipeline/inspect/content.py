@@ -11,7 +11,8 @@ from PIL import Image
 
 from data_pipeline.batch import IGNORE, PackedBatch
 from data_pipeline.plan import PackPlan
-from data_pipeline.tokenizer import SPECIAL_TOKENS, Tokenizer
+from data_pipeline.processor.prompt_tokenflex import SPECIAL_TOKENS
+from data_pipeline.tokenizer import Tokenizer
 
 _REPLACEMENT = "\ufffd"
 _MAX_BYTES_OF_A_CHARACTER = 8  # tokens that may together be one character; UTF-8 takes 4

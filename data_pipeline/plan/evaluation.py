@@ -2,8 +2,8 @@
 
 import numpy as np
 
+from data_pipeline.balance.fit import best_fit
 from data_pipeline.mixture import Mixture, make_ids
-from data_pipeline.packing import best_fit
 from data_pipeline.plan.parts import PackPlan
 from data_pipeline.plan.window_samples import gather
 from data_pipeline.tiling import TilingSettings
@@ -27,8 +27,11 @@ class EvaluationPlan:
         """
         lengths = self._samples.lengths_at(side)
         # A length of max_tokens leaves no room for another sample.
-        packs = best_fit(np.minimum(lengths, self._max_tokens), self._max_tokens)
-        return [self._pack(items, lengths, side) for items in sorted(sorted(p) for p in packs)]
+        pack_of = best_fit(np.minimum(lengths, self._max_tokens), self._max_tokens)
+        packs: list[list[int]] = [[] for _ in range(int(pack_of.max(initial=-1)) + 1)]
+        for item, pack in enumerate(pack_of.tolist()):
+            packs[pack].append(item)
+        return [self._pack(items, lengths, side) for items in packs]
 
     def _pack(self, items: list[int], lengths: np.ndarray, side: int) -> PackPlan:
         starts, tiles = self._samples.image_start, self._samples.image_tiles

@@ -12,6 +12,7 @@ from functools import lru_cache
 import numpy as np
 
 from data_pipeline.balance import DEFAULT_COST, CostModel, Packing, balance
+from data_pipeline.balance.carry import Columns, after_carried, left_over
 from data_pipeline.draw import TokenCountSettings, uniform_hash
 from data_pipeline.errors import InputError
 from data_pipeline.mixture import Mixture, make_ids, split_ids
@@ -142,9 +143,9 @@ class Planner:
         last = not self._left(following).any()
         flops = self._cost.flops(drawn.lengths, samples.tiles)
         pack, num_steps = self._packs(samples, drawn, flops, first, last, state.window)
-        carried = np.flatnonzero(pack < 0)
-        dataset, numbers = split_ids(samples.ids[carried])
-        rows = (dataset.tolist(), samples.epochs[carried].tolist(), numbers.tolist())
+        carried, carried_epochs = left_over(pack, (samples.ids, samples.epochs))
+        dataset, numbers = split_ids(carried)
+        rows = (dataset.tolist(), carried_epochs.tolist(), numbers.tolist())
         return WindowPlan(
             samples=samples,
             drawn=drawn,
@@ -158,7 +159,7 @@ class Planner:
             left_out=left_out,
         )
 
-    def _take(self, state: PlanState, quotas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _take(self, state: PlanState, quotas: np.ndarray) -> Columns:
         """(ids, epochs) of the window: what was carried over, then the new ones shuffled."""
         ids, epochs, draws = [], [], []
         for number, (stream, taken) in enumerate(zip(self._streams, state.taken, strict=True)):
@@ -169,9 +170,9 @@ class Planner:
             draws.append(uniform_hash(self._seed, "window", key, own, samples))
         order = np.argsort(np.concatenate(draws), kind="stable")
         carry = np.array(state.carry, dtype=np.int64).reshape(-1, 3)
-        return (
-            np.concatenate([make_ids(carry[:, 0], carry[:, 2]), np.concatenate(ids)[order]]),
-            np.concatenate([carry[:, 1], np.concatenate(epochs)[order]]),
+        return after_carried(
+            (make_ids(carry[:, 0], carry[:, 2]), carry[:, 1]),
+            (np.concatenate(ids)[order], np.concatenate(epochs)[order]),
         )
 
     def _packs(

@@ -2,10 +2,8 @@
 
 import json
 import re
-import secrets
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 from webdataset import ShardWriter
 
 from data_pipeline.errors import InputError
+from data_pipeline.files import written_aside
 
 REPORT_NAME = "prepare.json"
 # The tar header holds 100 characters of name; the rest is for a number, "." and the suffix.
@@ -104,40 +103,20 @@ class SampleWriter:
         return key
 
 
-@contextmanager
 def staged_output(
     out: Path, *, overwrite: bool = False, sources: Sequence[Path] = ()
-) -> Iterator[Path]:
-    """Yield an empty folder beside `out` that becomes `out` when the block ends without error.
-
-    On an error the folder is removed; a killed process can leave only the hidden folder
-    ".NAME.partial-..." behind, never something under the name of `out`.
+) -> AbstractContextManager[Path]:
+    """A folder that becomes `out` when the block ends without error, as in `written_aside`.
 
     Args:
-        out: the folder to create; parents are created as needed.
+        out: the folder to create.
         overwrite: replace `out` if an earlier run of this tool wrote it.
         sources: inputs that must not lie inside a folder that is going to be replaced.
 
     Raises:
         InputError: `out` is a file, or holds something that may not be replaced.
     """
-    out = out.resolve()
-    _check_replaceable(out, overwrite, sources)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    unique = secrets.token_hex(4)
-    staged = out.parent / f".{out.name}.partial-{unique}"
-    staged.mkdir()
-    try:
-        yield staged
-        # Once more: another run may have finished meanwhile.
-        _check_replaceable(out, overwrite, sources)
-        replaced = out.parent / f".{out.name}.replaced-{unique}"
-        if out.exists():
-            out.rename(replaced)
-        staged.rename(out)
-        shutil.rmtree(replaced, ignore_errors=True)
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
+    return written_aside(out, lambda: _check_replaceable(out.resolve(), overwrite, sources))
 
 
 def write_report(folder: Path, report: Mapping[str, Any]) -> None:

@@ -9,22 +9,19 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 from tqdm import tqdm
 
 from data_pipeline.cli import add_config_arguments, at_least
 from data_pipeline.corpus import Corpus, open_config
-from data_pipeline.errors import InputError
 from data_pipeline.mixture import Mixture, split_ids
 from data_pipeline.plan.parts import LeftOut, WindowPlan
 from data_pipeline.plan.planner import Planner
+from data_pipeline.plotting import BLUE, picture
 from data_pipeline.settings import DataSettings
 from data_pipeline.stats.placed import Placed
+from data_pipeline.text_table import text_table
 
 _MAX_WINDOWS = 100  # of one epoch, unless --steps asks for more
 _NAMED = 5
@@ -67,11 +64,7 @@ def run(options: argparse.Namespace) -> None:
     for name, text in table(statistics, config.data, corpus):
         print(f"{name:<13}{text}")
     if options.out:
-        try:
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            plot(statistics.placed, config.data.pack.max_tokens, options.out)
-        except (OSError, ValueError) as error:  # ValueError: a suffix matplotlib does not know
-            raise InputError(f"cannot write {options.out}: {error}") from error
+        plot(statistics.placed, config.data.pack.max_tokens, options.out)
         print(f"{'histograms':<13}{options.out}")
 
 
@@ -153,17 +146,20 @@ def table(statistics: PlanStatistics, data: DataSettings, corpus: Corpus) -> lis
 def _dataset_lines(statistics: PlanStatistics, mixture: Mixture) -> list[tuple[str, str]]:
     number = len(mixture.datasets)
     placed = np.bincount(split_ids(statistics.placed.ids)[0], minlength=number)
-    width = max(len("dataset"), *(len(name) for name in mixture.names))
-    heads = (
-        f"{'dataset':<{width}} {'samples':>13} {'placed':>13} {'share':>8} {'weight':>8}  epochs"
-    )
-    rows = [
-        f"{dataset.name:<{width}} {len(dataset.index):>13,} {placed[i]:>13,} "
-        f"{100 * placed[i] / max(1, placed.sum()):>6.1f} % {100 * mixture.weights[i]:>6.1f} % "
-        f"{statistics.taken[i] / len(dataset.index):>7.2f}"
+    rows = [("dataset", "samples", "placed", "share", "weight", "epochs")]
+    rows += [
+        (
+            dataset.name,
+            f"{len(dataset.index):,}",
+            f"{placed[i]:,}",
+            f"{100 * placed[i] / max(1, placed.sum()):.1f} %",
+            f"{100 * mixture.weights[i]:.1f} %",
+            f"{statistics.taken[i] / len(dataset.index):.2f}",
+        )
         for i, dataset in enumerate(mixture.datasets)
     ]
-    return [("datasets", heads), *(("", row) for row in rows)]
+    heads, *lines = text_table(rows).splitlines()
+    return [("datasets", heads), *(("", line) for line in lines)]
 
 
 def _counts_line(placed: Placed, data: DataSettings) -> str:
@@ -198,18 +194,16 @@ def plot(placed: Placed, max_tokens: int, out: Path) -> None:
         (fill, "fill of a pack, %", "packs"),
         (spread.ravel(), "FLOPs of a pack against the mean of its step, %", "packs"),
     ]
-    figure, axes = plt.subplots(2, 2, figsize=(12, 7.5), constrained_layout=True)
-    for place, (values, label, of) in zip(axes.ravel(), panels, strict=True):
-        place.hist(values, bins=_bins(values), color="#2a6fbb", edgecolor="white", linewidth=0.3)
-        place.set(xlabel=label, ylabel=of)
-        place.yaxis.set_major_locator(MaxNLocator(integer=True))
-        if values.dtype.kind == "i":
-            place.xaxis.set_major_locator(MaxNLocator(integer=True))
-        place.grid(axis="y", alpha=0.3)
-        place.set_axisbelow(True)
-    figure.suptitle(f"{len(placed):,} samples in {placed.num_steps:,} steps")
-    figure.savefig(out, dpi=120)
-    plt.close(figure)
+    with picture(out, (12, 7.5), 2, 2) as (figure, axes):
+        for place, (values, label, of) in zip(axes.ravel(), panels, strict=True):
+            place.hist(values, bins=_bins(values), color=BLUE, edgecolor="white", linewidth=0.3)
+            place.set(xlabel=label, ylabel=of)
+            place.yaxis.set_major_locator(MaxNLocator(integer=True))
+            if values.dtype.kind == "i":
+                place.xaxis.set_major_locator(MaxNLocator(integer=True))
+            place.grid(axis="y", alpha=0.3)
+            place.set_axisbelow(True)
+        figure.suptitle(f"{len(placed):,} samples in {placed.num_steps:,} steps")
 
 
 def _bins(values: np.ndarray) -> np.ndarray | int:

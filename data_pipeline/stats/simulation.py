@@ -11,14 +11,16 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from data_pipeline.balance.carry import Columns, after_carried, left_over
 from data_pipeline.balance.cost import DEFAULT_COST, CostModel
 from data_pipeline.balance.deal import Ints
+from data_pipeline.balance.fit import best_fit
 from data_pipeline.balance.packing import Packing, balance
 from data_pipeline.draw import uniform_hash
 from data_pipeline.errors import InputError
 from data_pipeline.files import write_atomically
-from data_pipeline.packing import best_fit
 from data_pipeline.stats.measures import Measures, SampleCosts, measure
+from data_pipeline.text_table import text_table
 
 WINDOW_SAMPLES = 20_000
 
@@ -52,13 +54,13 @@ def planned_windows(
     Args:
         windows: ids, tokens and tiles of the samples of each, int64 [S], in random order.
     """
-    carried = tuple(np.empty(0, dtype=np.int64) for _ in range(3))
+    carried: Columns = (np.empty(0, dtype=np.int64),) * 3
     source = iter(windows)
     number, following = 0, next(source, None)
     while following is not None:
         window, following = following, next(source, None)
         first = len(carried[0])
-        ids, tokens, tiles = (np.concatenate(p) for p in zip(carried, window, strict=True))
+        ids, tokens, tiles = after_carried(carried, window)
         packing = balance(
             tokens,
             tiles,
@@ -71,8 +73,7 @@ def planned_windows(
             seed=budget.seed + number,
         )
         yield PlannedWindow(ids, first, packing)
-        left = packing.pack < 0
-        carried = (ids[left], tokens[left], tiles[left])
+        carried = left_over(packing.pack, (ids, tokens, tiles))
         number += 1
 
 
@@ -191,9 +192,8 @@ def _best_fit(ids: Ints, tokens: Ints, budget: PackBudget, window: int) -> Ints:
     number = 0
     for start in range(0, len(ids), window):
         part = ids[start : start + window]
-        for items in best_fit(tokens[part], budget.max_tokens):
-            pack[part[items]] = number
-            number += 1
+        pack[part] = number + best_fit(tokens[part], budget.max_tokens)
+        number = int(pack[part].max()) + 1
     return pack
 
 
@@ -223,16 +223,17 @@ def _print_table(
     budget: PackBudget,
     num_samples: int,
 ) -> None:
-    header = ("padding", "tokens", "tiles", "attention", "efficiency", "samples/s")
+    header = ("", "padding", "tokens", "tiles", "attention", "efficiency", "samples/s")
+    rows: list[tuple[str, ...]] = [header]
     per_step = budget.packs_per_step
-    print(f"{'':<14}" + "".join(f"{name:>12}" for name in header))
     for name, pack in packs.items():
         num_packs = int(pack.max()) + 1
         # Whole steps: the final one is short of samples under every packer, unless it is alone.
         steps = max((num_packs - 1) // per_step, 1)
         found = measure(samples, pack, per_step, steps, budget.max_tokens)
         rate = num_samples / max(seconds[name], 1e-9)
-        print(f"{name:<14}" + _row(found, rate))
+        rows.append(_row(name, found, rate))
+    print(text_table(rows))
     print(
         "tokens, tiles, attention (sum of length^2): max/mean over the packs of a step, mean over "
         "steps.\nefficiency: mean by max FLOPs over the packs of a step. samples/s: of CPU time, "
@@ -244,8 +245,9 @@ def _print_table(
     print(f"this planner, final step included: padding {found.padding:.2%}")
 
 
-def _row(found: Measures, samples_per_s: float) -> str:
-    values = (
+def _row(name: str, found: Measures, samples_per_s: float) -> tuple[str, ...]:
+    return (
+        name,
         f"{found.padding:.2%}",
         f"{found.tokens_max_over_mean:.3f}",
         f"{found.tiles_max_over_mean:.3f}",
@@ -253,4 +255,3 @@ def _row(found: Measures, samples_per_s: float) -> str:
         f"{found.efficiency:.3f}",
         f"{samples_per_s:,.0f}",
     )
-    return "".join(f"{value:>12}" for value in values)

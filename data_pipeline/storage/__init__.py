@@ -9,8 +9,17 @@ Reads of remote shards are tried again after failures that pass, and end within 
 
 from data_pipeline.storage.ahead import ReadAhead
 from data_pipeline.storage.expand import Patterns
+from data_pipeline.storage.read_counts import ReadCounts
 from data_pipeline.storage.retry import StorageSettings
 from data_pipeline.storage.shard import Shard, ShardStat
 from data_pipeline.storage.storage import Storage
 
-__all__ = ["Patterns", "ReadAhead", "Shard", "ShardStat", "Storage", "StorageSettings"]
+__all__ = [
+    "Patterns",
+    "ReadAhead",
+    "ReadCounts",
+    "Shard",
+    "ShardStat",
+    "Storage",
+    "StorageSettings",
+]

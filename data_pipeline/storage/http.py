@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from data_pipeline.errors import InputError
+from data_pipeline.storage.failures import status_failure
 from data_pipeline.storage.local import ends_inside
 from data_pipeline.storage.retry import TransientError
 from data_pipeline.storage.shard import Shard, ShardStat
 
-_RETRIED = frozenset((408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524))
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)$")
 
 
@@ -28,21 +28,31 @@ class Limits:
     total_s: float
 
 
-async def stat(system: Any, shard: Shard, limits: Limits) -> ShardStat:
+@dataclass(frozen=True)
+class Address:
+    """Where a shard is read: a file system of fsspec, and the URL there."""
+
+    system: Any
+    url: str
+    shard: Shard
+
+
+async def stat(address: Address, limits: Limits) -> ShardStat:
     """Size and version of a shard, from a request for its first byte: not all servers know HEAD."""
-    async with _get(system, shard, 0, 1, limits) as answer:
-        version = answer.headers.get("ETag") or answer.headers.get("Last-Modified") or ""
+    async with _get(address, 0, 1, limits) as answer:
+        version = _version(answer)
         if answer.status == 416:
             return ShardStat(0, version)
-        _, _, total = _content_range(answer, shard)
+        _, _, total = _content_range(answer, address.shard)
         if total is None:
-            raise InputError(f"{shard}: the server does not tell the size of the file")
+            raise InputError(f"{address.shard}: the server does not tell the size of the file")
         return ShardStat(total, version)
 
 
-async def read(system: Any, shard: Shard, offset: int, size: int, limits: Limits) -> bytes:
+async def read(address: Address, offset: int, size: int, limits: Limits) -> bytes:
     """Exactly `size` bytes at `offset`; TransientError if another attempt may help."""
-    async with _get(system, shard, offset, size, limits) as answer:
+    shard = address.shard
+    async with _get(address, offset, size, limits) as answer:
         if answer.status == 416:
             raise ends_inside(shard, offset, size)
         first, last, total = _content_range(answer, shard)
@@ -60,12 +70,11 @@ async def read(system: Any, shard: Shard, offset: int, size: int, limits: Limits
 
 
 @asynccontextmanager
-async def _get(
-    system: Any, shard: Shard, offset: int, size: int, limits: Limits
-) -> AsyncIterator[Any]:
+async def _get(address: Address, offset: int, size: int, limits: Limits) -> AsyncIterator[Any]:
     """The answer to a request for a range: its status is 206, or 416 for a range past the end."""
     import aiohttp  # optional: only HTTP needs it
 
+    system, shard = address.system, address.shard
     options = {**system.kwargs}
     options["headers"] = {
         **options.get("headers", {}),
@@ -77,11 +86,11 @@ async def _get(
     )
     try:
         session = await system.set_session()
-        async with session.get(system.encode_url(shard.url), **options) as answer:
+        async with session.get(system.encode_url(address.url), **options) as answer:
             _check_status(answer, shard)
             yield answer
     except aiohttp.InvalidURL as error:
-        raise InputError(f"{shard} is not a URL: {error}") from error
+        raise InputError(f"{shard} is not a URL") from error  # the error may tell a secret
     except asyncio.IncompleteReadError as error:
         raise TransientError(
             f"the body ended after {len(error.partial)} of {size} bytes"
@@ -93,25 +102,23 @@ async def _get(
 
 
 def _check_status(answer: Any, shard: Shard) -> None:
-    status = answer.status
-    if status in _RETRIED:
-        asked = answer.headers.get("Retry-After", "")
-        raise TransientError(
-            f"the server answers {status} {answer.reason}", float(asked) if asked.isdigit() else 0
-        )
-    if status == 200:
+    if answer.status == 200:
         raise InputError(
             f"{shard}: the server ignores requests for a range of bytes, so that every sample "
             "would read the whole shard; use a server or store that knows ranges, or copy the "
             "shards"
         )
-    if status == 404:
-        raise InputError(f"the shard {shard} does not exist (404)")
-    if status not in (206, 416):
-        raise InputError(
-            f"{shard} cannot be read: the server answers {status} {answer.reason}; check the URL "
-            "and the access rights (data.storage.options)"
-        )
+    if answer.status not in (206, 416):
+        asked = answer.headers.get("Retry-After", "")
+        wait_s = float(asked) if asked.isdigit() else 0
+        raise status_failure(shard, answer.status, answer.reason, wait_s)
+
+
+def _version(answer: Any) -> str:
+    """The mark of the content; the Hub gives its own before it redirects to where the bytes lie."""
+    linked = [one.headers.get("X-Linked-ETag") for one in answer.history]
+    found = (*linked, answer.headers.get("ETag"), answer.headers.get("Last-Modified"))
+    return next(filter(None, found), "")
 
 
 def _content_range(answer: Any, shard: Shard) -> tuple[int, int, int | None]:

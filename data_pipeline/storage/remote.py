@@ -1,32 +1,24 @@
 """Remote shards through fsspec: requests with retries and a deadline, and listings."""
 
 import asyncio
-import errno
 import os
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from typing import Any, TypeVar
 
 from data_pipeline.errors import InputError
 from data_pipeline.storage import http
+from data_pipeline.storage.drivers import hub_url, open_hub_files, open_system
+from data_pipeline.storage.failures import driver_failure
 from data_pipeline.storage.local import ends_inside
+from data_pipeline.storage.read_counts import ReadCounts
 from data_pipeline.storage.retry import StorageSettings, TransientError, with_retries
 from data_pipeline.storage.shard import Shard, ShardStat, is_http
 
 _Result = TypeVar("_Result")
 
-_DRIVERS = {
-    "http": "aiohttp",
-    "https": "aiohttp",
-    "s3": "s3fs",
-    "s3a": "s3fs",
-    "gs": "gcsfs",
-    "gcs": "gcsfs",
-    "memory": "fsspec",
-}
-"""Protocols and the package that each needs: those whose requests can be cut off at a deadline."""
-
 _VERSIONS = ("ETag", "etag", "generation", "md5Hash", "LastModified", "updated", "mtime", "created")
+_HUB_FILES = "files of hf"  # beside "hf", which lists them
 _GRACE_S = 5.0  # for a request that was cut off to unwind
 
 
@@ -34,6 +26,7 @@ class RemoteFiles:
     """Requests to remote stores; thread-safe, and usable after a fork."""
 
     def __init__(self, settings: StorageSettings) -> None:
+        self.counts = ReadCounts()
         self._settings = settings
         self._systems: dict[tuple[int, str], Any] = {}
         self._lock = threading.Lock()
@@ -43,21 +36,22 @@ class RemoteFiles:
 
         def attempt(left_s: float) -> ShardStat:
             limits = self._limits(left_s)
-            if is_http(shard.url):
-                return self._run(shard, limits.total_s, http.stat, shard, limits)
+            if address := self._address(shard):
+                return self._run(shard, limits.total_s, http.stat(address, limits))
             info = self._call(shard, limits.answer_s, "info", shard.url)
             version = next((str(info[name]) for name in _VERSIONS if info.get(name)), "")
             return ShardStat(int(info["size"]), version)
 
-        return with_retries(attempt, f"{shard} cannot be reached", self._settings)
+        return with_retries(attempt, f"{shard} cannot be reached", self._settings, self.counts)
 
     def read(self, shard: Shard, offset: int, size: int) -> bytes:
         """Exactly `size` bytes, or InputError."""
 
         def attempt(left_s: float) -> bytes:
             limits = self._limits(left_s)
-            if is_http(shard.url):
-                return self._run(shard, limits.total_s, http.read, shard, offset, size, limits)
+            if address := self._address(shard):
+                request = http.read(address, offset, size, limits)
+                return self._run(shard, limits.total_s, request)
             end = offset + size
             data: bytes = self._call(
                 shard, limits.answer_s, "cat_file", shard.url, start=offset, end=end
@@ -70,109 +64,66 @@ class RemoteFiles:
 
         if not size:
             return b""
-        return with_retries(
-            attempt, f"the {size} bytes at {offset} of {shard} cannot be read", self._settings
-        )
+        what = f"the {size} bytes at {offset} of {shard} cannot be read"
+        data = with_retries(attempt, what, self._settings, self.counts)
+        self.counts.add(bytes=size)
+        return data
 
     def glob(self, pattern: str) -> list[str]:
         """URLs that match, sorted; InputError if the store cannot be listed."""
 
         def attempt(left_s: float) -> list[str]:
-            system = self._system(Shard(pattern))
+            system = self._system(Shard(pattern).protocol)
+            system.invalidate_cache()  # the Hub's keeps one, whatever it is told
             found = self._call(Shard(pattern), left_s, "glob", pattern)
             return sorted(system.unstrip_protocol(path) for path in found)
 
-        return with_retries(attempt, f"{pattern} cannot be listed", self._settings)
+        return with_retries(attempt, f"{pattern} cannot be listed", self._settings, self.counts)
 
     def _limits(self, left_s: float) -> http.Limits:
         return http.Limits(min(self._settings.timeout_s, left_s), left_s)
 
+    def _address(self, shard: Shard) -> http.Address | None:
+        """Where a shard is read by our own HTTP requests; None: by its driver's."""
+        if is_http(shard.url):
+            return http.Address(self._system(shard.protocol), shard.url, shard)
+        if shard.protocol == "hf":
+            system = self._system(_HUB_FILES)
+            return http.Address(system, hub_url(shard, self._settings.options), shard)
+        return None
+
     def _call(self, shard: Shard, limit_s: float, method: str, *args: Any, **options: Any) -> Any:
         """A method of the file system, cut off after `limit_s`."""
-        system = self._system(shard)
-        if not system.async_impl:  # memory://
-            try:
-                return getattr(system, method)(*args, **options)
-            except Exception as error:
-                raise _failure(shard, error) from error
+        system = self._system(shard.protocol)
+        if system.async_impl:
+            return self._run(shard, limit_s, getattr(system, f"_{method}")(*args, **options))
+        function = getattr(system, method)  # of memory:// and hf://
+        return self._run(shard, limit_s, asyncio.to_thread(function, *args, **options))
 
-        async def call(system: Any) -> Any:
-            return await getattr(system, f"_{method}")(*args, **options)
-
-        return self._run(shard, limit_s, call)
-
-    def _run(
-        self,
-        shard: Shard,
-        limit_s: float,
-        function: Callable[..., Awaitable[_Result]],
-        *args: Any,
-    ) -> _Result:
+    def _run(self, shard: Shard, limit_s: float, request: Awaitable[_Result]) -> _Result:
         """The result of a coroutine on fsspec's own event loop, cut off after `limit_s`."""
-        system = self._system(shard)
+        from fsspec.asyn import get_loop
 
         async def limited() -> _Result:
-            return await asyncio.wait_for(function(system, *args), limit_s)
+            return await asyncio.wait_for(request, limit_s)
 
-        future = asyncio.run_coroutine_threadsafe(limited(), system.loop)
+        future = asyncio.run_coroutine_threadsafe(limited(), get_loop())
         try:
             return future.result(limit_s + _GRACE_S)
         except (InputError, TransientError):
             raise
         except Exception as error:
             future.cancel()
-            raise _failure(shard, error) from error
+            raise driver_failure(shard, error) from error
 
-    def _system(self, shard: Shard) -> Any:
-        """The file system of a URL; a forked process gets its own."""
-        protocol = shard.url.partition("://")[0]
-        key = os.getpid(), protocol
+    def _system(self, name: str) -> Any:
+        """The file system of a protocol; a forked process gets its own."""
+        key = os.getpid(), name
         with self._lock:
             if key not in self._systems:
-                self._systems[key] = _open_system(protocol, self._settings.options)
+                hub = name == _HUB_FILES
+                settings = self._settings
+                self._systems[key] = (
+                    open_hub_files(settings) if hub else open_system(name, settings)
+                )
             return self._systems[key]
-
-
-def _open_system(protocol: str, options: dict[str, Any]) -> Any:
-    import fsspec  # a third of a second, which users of local shards save
-
-    if protocol not in _DRIVERS:
-        known = ", ".join(f"{name}://" for name in _DRIVERS)
-        raise InputError(f"shards cannot be read from {protocol}://; known are paths and {known}")
-    package = _DRIVERS[protocol]
-    try:
-        __import__(package)
-        # Caches would hide that shards were replaced.
-        return fsspec.filesystem(
-            protocol, skip_instance_cache=True, use_listings_cache=False, **options
-        )
-    except ImportError as error:
-        raise InputError(
-            f"{protocol}:// needs the package {package}: run pip install {package}"
-        ) from error
-    except Exception as error:  # options are checked by the driver, in ways of its own
-        raise InputError(
-            f"{protocol}:// cannot be opened with data.storage.options {sorted(options)} "
-            f"({type(error).__name__}: {error})"
-        ) from error
-
-
-def _failure(shard: Shard, error: Exception) -> Exception:
-    """What a driver's exception means: another attempt may help, or it is final."""
-    what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    if isinstance(error, FileNotFoundError):
-        return InputError(f"the shard {shard} does not exist")
-    if isinstance(error, PermissionError):
-        return InputError(f"{shard} cannot be read ({what}); check data.storage.options")
-    if isinstance(error, OSError) and error.errno == errno.EINVAL:  # S3: a range past the end
-        return InputError(f"{shard} is shorter than it was ({what}); write or copy it again")
-    if isinstance(error, TimeoutError):
-        return TransientError("the store does not answer in time")
-    # Drivers of S3 and Google report throttling, resets and server errors as OSError or HttpError.
-    if isinstance(error, OSError) or "ClientError" in _bases(error) or "HttpError" in _bases(error):
-        return TransientError(what)
-    return InputError(f"{shard} cannot be read ({what}); check data.storage.options")
-
-
-def _bases(error: Exception) -> list[str]:
-    return [kind.__name__ for kind in type(error).__mro__]

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field
 
 from data_pipeline.errors import InputError
+from data_pipeline.storage.read_counts import ReadCounts
 
 _Result = TypeVar("_Result")
 
@@ -25,6 +26,8 @@ class StorageSettings(BaseModel):
     """How long one request may go without an answer."""
     deadline_s: float = Field(300, gt=0)
     """All attempts of one read together."""
+    max_gap_bytes: int = Field(256 << 10, ge=0)
+    """Members of a sample that are no further apart in the tar come in one request."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Passed to fsspec's file system, for example {anon: true} for public buckets."""
 
@@ -38,7 +41,7 @@ class TransientError(Exception):
 
 
 def with_retries(
-    attempt: Callable[[float], _Result], what: str, settings: StorageSettings
+    attempt: Callable[[float], _Result], what: str, settings: StorageSettings, counts: ReadCounts
 ) -> _Result:
     """What `attempt` returns; it is given the seconds that are left and raises TransientError.
 
@@ -49,6 +52,7 @@ def with_retries(
     tried = 0
     while True:
         tried += 1
+        counts.add(requests=1)
         try:
             return attempt(end - time.monotonic())
         except TransientError as error:
@@ -58,6 +62,7 @@ def with_retries(
         wait = max(wait, problem.wait_s)
         if tried == settings.attempts or time.monotonic() + wait >= end:
             break
+        counts.retry(f"{what}: {problem}")
         time.sleep(wait)
     raise InputError(
         f"{what}: {problem} (tried {tried} times in {time.monotonic() - start:.1f} s); check the "

@@ -1,6 +1,7 @@
 """One tar file, by path or URL."""
 
 import posixpath
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,11 @@ class Shard:
     def is_remote(self) -> bool:
         """Whether it is read through fsspec."""
         return "://" in self.url
+
+    @property
+    def protocol(self) -> str:
+        """Of a remote shard, e.g. "s3"."""
+        return self.url.partition("://")[0]
 
     @property
     def name(self) -> str:
@@ -40,8 +46,10 @@ class Shard:
         return Path(self.url)
 
     def __str__(self) -> str:
-        """As messages show it: without the query of an HTTP URL, which may hold a secret."""
-        return self.url.partition("?")[0] if is_http(self.url) else self.url
+        """As messages show it: without what may be a secret of an HTTP URL, query and user."""
+        if not is_http(self.url):
+            return self.url
+        return re.sub("^(https?://)[^/]*@", r"\1", self.url.partition("?")[0])
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from kernels.aligned_text import aligned
 from kernels.dispatch import interpreting
 from kernels.profile.cases import Case
 from kernels.profile.memory import saved_for_backward
@@ -13,7 +14,7 @@ from kernels.profile.providers import PROVIDERS
 from kernels.profile.random_inputs import make_inputs
 from kernels.profile.results import write_csv, write_json
 from kernels.profile.roofline import Peaks
-from kernels.profile.text_report import calculated_rows, format_calculated, table
+from kernels.profile.text_report import calculated_rows, format_calculated
 
 # Both measured on an H200: an 8192^3 bf16 matrix product, a copy counted read plus written.
 ASSUMED = Peaks(flops=790e12, bandwidth=4.3e12)
@@ -54,7 +55,7 @@ def count_saved(frozen: bool) -> str:
     eager = counts["eager_grouped"]
     rows = [[name, f"{n / 1e6:.2f}", f"{n / eager:.1%}"] for name, n in counts.items()]
     title = f"Kept for backward, counted by autograd's hooks on the CPU at {case.name}"
-    return f"{title}:\n{table(['', 'MB', 'of eager'], rows)}"
+    return f"{title}:\n{aligned([['', 'MB', 'of eager'], *rows])}"
 
 
 def _print_compile_report() -> bool:

@@ -95,7 +95,7 @@ def _label_roofline(axes: Any, title: str) -> None:
 
 
 def _legend(axes: Any, points: Sequence[dict[str, Any]]) -> None:
-    """Colour is the provider, shape the mode, hollow the resize mode."""
+    """Colour is the provider, shape the mode, hollow any mode but adaptive."""
     entries = [
         plt.Line2D([], [], color=COLORS[name], marker="o", linestyle="", label=name)
         for name in dict.fromkeys(row["provider"] for row in points)
@@ -106,7 +106,7 @@ def _legend(axes: Any, points: Sequence[dict[str, Any]]) -> None:
         )
         for mode in dict.fromkeys(row["mode"] for row in points)
     ]
-    if any(row["pool"] == "resize" for row in points):
+    if hollow := {row["pool"] for row in points} - {"adaptive"}:
         entries.append(
             plt.Line2D(
                 *([], []),
@@ -114,7 +114,7 @@ def _legend(axes: Any, points: Sequence[dict[str, Any]]) -> None:
                 marker="o",
                 markerfacecolor="white",
                 linestyle="",
-                label="hollow: resize",
+                label=f"hollow: {', '.join(sorted(hollow))}",
             )
         )
     axes.legend(handles=entries, fontsize=8, loc="lower right")

@@ -40,14 +40,22 @@ def torch_pool(x: Tensor, n: int, case: Case) -> Tensor:
     """Pool tiles [T, H*W, C] to [T, n*n, C] as torch and the released model write it."""
     height, width = case.grid
     images = x.transpose(1, 2).unflatten(2, (height, width))  # [T, C, H, W], a view
-    if case.pool == "adaptive":
-        pooled = F.adaptive_avg_pool2d(images, n)
-    else:
-        resized = (-(-height // n) * n, -(-width // n) * n)
-        if resized != case.grid:
-            images = F.interpolate(images, size=resized, mode="bilinear", align_corners=True)
-        pooled = F.avg_pool2d(images, kernel_size=(resized[0] // n, resized[1] // n))
-    return pooled.flatten(2).transpose(1, 2)
+    return TORCH_POOLS[case.pool](images, n).flatten(2).transpose(1, 2)
+
+
+def _resize_pool(images: Tensor, n: int) -> Tensor:
+    height, width = images.shape[2:]
+    resized = (-(-height // n) * n, -(-width // n) * n)
+    if resized != (height, width):
+        images = F.interpolate(images, size=resized, mode="bilinear", align_corners=True)
+    return F.avg_pool2d(images, kernel_size=(resized[0] // n, resized[1] // n))
+
+
+TORCH_POOLS: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "adaptive": F.adaptive_avg_pool2d,
+    "resize": _resize_pool,
+}
+"""Mode -> images [T, C, H, W] and n -> [T, C, n, n]."""
 
 
 def _silu_product(a: Tensor, b: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ Sizes, in elements: X = T*H*W*C, U = the up-sampled X of the resize mode, MC = M
 MD = M*D.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from kernels.profile.cases import Case
@@ -51,10 +52,11 @@ class _Sizes:
         self.m, self.element = m, element
         self.c, self.f, self.d = case.channels, case.hidden, case.width
         self.x = tiles * case.patches * case.channels * element
-        self.u = sum(_upsampled(n, case.grid) for n in case.sides) * case.channels * element
+        pooled_from = POOLED_FROM[case.pool]
+        self.u = sum(pooled_from(n, case.grid) for n in case.sides) * case.channels * element
         self.mc, self.mf, self.md = m * self.c * element, m * self.f * element, m * self.d * element
         # A tile whose grid n divides is pooled without resizing: then nothing is up-sampled.
-        self.resized = case.pool == "resize" and self.u != self.x
+        self.resized = self.u != self.x
 
     def gemm(self, name: str, m: int, n: int, k: int) -> Step:
         """[m, k] x [k, n]: operands read once, the product written once."""
@@ -64,6 +66,13 @@ class _Sizes:
 def _upsampled(n: int, grid: tuple[int, int]) -> int:
     height, width = (-(-size // n) * n for size in grid)
     return height * width
+
+
+POOLED_FROM: dict[str, Callable[[int, tuple[int, int]], int]] = {
+    "adaptive": lambda n, grid: grid[0] * grid[1],
+    "resize": _upsampled,
+}
+"""Mode -> n and the grid -> what torch takes the averages of, per tile and channel."""
 
 
 def steps(case: Case, way: str, mode: str, frozen: bool = False) -> list[Step]:

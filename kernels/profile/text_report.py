@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
+from kernels.aligned_text import aligned
 from kernels.profile.bench import CaseResult, Measured
 from kernels.profile.cases import Case
 from kernels.profile.providers import PROVIDERS
@@ -12,18 +13,6 @@ from kernels.profile.targets import Target
 from kernels.profile.timing import Timing
 
 LABELS = {"forward": "forward", "backward": "backward", "both": "fwd+bwd"}
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as their widest entry; the first to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in (header, *rows)
-    )
 
 
 def format_case(result: CaseResult) -> str:
@@ -47,7 +36,7 @@ def format_case(result: CaseResult) -> str:
             for name, found in result.measured.items()
             if main in found.timings
         ]
-        lines.append(table(header, rows))
+        lines.append(aligned([header, *rows]))
     if result.noise:
         ratios = ", ".join(f"{LABELS[mode]} {ratio:.3f}" for mode, ratio in result.noise.items())
         lines.append(f"A/A, {result.repeated} timed again after all others: {ratios}")
@@ -110,7 +99,7 @@ def format_targets(targets: Sequence[Target]) -> str:
     ]
     count = Counter(target.met for target in targets)
     return (
-        table(["targets", "", "limit", "measured", ""], rows)
+        aligned([["targets", "", "limit", "measured", ""], *rows])
         + f"\n{count[True]} met, {count[False]} not met, {count[None]} not measured"
     )
 
@@ -171,7 +160,7 @@ def format_calculated(cases: Sequence[Case], peaks: Peaks, frozen: bool) -> str:
                 f"{kept[2] / kept[0]:.0%} / {kept[4] / kept[0]:.0%}",
             ]
         )
-    return table(header, rows)
+    return aligned([header, *rows])
 
 
 def _slashed(values: Iterable[float]) -> str:

@@ -22,7 +22,7 @@ class FaultyServer:
     `always` once they are used up; "" answers properly. `requests` notes (path, range) of all.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, handler: "type[Handler] | None" = None) -> None:
         self.folder = folder
         self.faults: deque[str] = deque()
         self.always = ""
@@ -30,8 +30,8 @@ class FaultyServer:
         self.requests: list[tuple[str, str]] = []
         self.encodings: set[str] = set()  # that clients would accept
         self.released = threading.Event()  # ends what stalls
-        handler = type("Handler", (_Handler,), {"owner": self})
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        bound = type("Bound", (handler or Handler,), {"owner": self})
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), bound)
         self._server.daemon_threads = True
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,))
 
@@ -51,7 +51,9 @@ class FaultyServer:
         self._thread.join()
 
 
-class _Handler(BaseHTTPRequestHandler):
+class Handler(BaseHTTPRequestHandler):
+    """Answers one connection's requests from the folder of its `owner`."""
+
     protocol_version = "HTTP/1.1"
     owner: FaultyServer
 
@@ -63,39 +65,51 @@ class _Handler(BaseHTTPRequestHandler):
         self.owner.requests.append((self.path, asked))
         self.owner.encodings.add(self.headers.get("Accept-Encoding", ""))
         fault = self.owner.faults.popleft() if self.owner.faults else self.owner.always
-        path = self.owner.folder / self.path.partition("?")[0].lstrip("/")
         if fault == "stall":
             self.owner.released.wait(60)
             self.close_connection = True
         elif fault == "reset":
             self._reset()
         elif fault.isdigit():
-            self._answer(int(fault), b"sorry")
-        elif path.is_dir() and self.owner.lists:
-            links = "".join(f'<a href="{entry.name}">x</a>' for entry in sorted(path.iterdir()))
-            self._answer(200, links.encode(), fault=fault)
-        elif not path.is_file():
-            self._answer(404, b"")
+            self.answer(int(fault), b"sorry")
         else:
-            self._file(path.read_bytes(), asked, fault)
+            self.serve(asked, fault)
 
-    def _file(self, data: bytes, asked: str, fault: str) -> None:
+    def serve(self, asked: str, fault: str) -> None:
+        """Answer a request for a range ("" for the whole file) that fails in its body at most."""
+        path = self.owner.folder / self.path.partition("?")[0].lstrip("/")
+        if path.is_dir() and self.owner.lists:
+            links = "".join(f'<a href="{entry.name}">x</a>' for entry in sorted(path.iterdir()))
+            self.answer(200, links.encode(), fault=fault)
+        elif not path.is_file():
+            self.answer(404, b"")
+        else:
+            self.file(path.read_bytes(), asked, fault)
+
+    def file(self, data: bytes, asked: str, fault: str) -> None:
         match = re.fullmatch(r"bytes=(\d+)-(\d+)", asked)
         if fault == "no range" or not match:
-            self._answer(200, data)
+            self.answer(200, data)
             return
         first, last = int(match[1]), min(int(match[2]), len(data) - 1)
         if first >= len(data):
-            self._answer(416, b"", f"bytes */{len(data)}")
+            self.answer(416, b"", f"bytes */{len(data)}")
             return
         if fault == "shifted":
             first += 1
         if fault == "cut range":
             last -= 1
         body = data[first : last + 1]
-        self._answer(206, body, f"bytes {first}-{last}/{len(data)}", fault)
+        self.answer(206, body, f"bytes {first}-{last}/{len(data)}", fault)
 
-    def _answer(self, status: int, body: bytes, content_range: str = "", fault: str = "") -> None:
+    def answer(
+        self,
+        status: int,
+        body: bytes,
+        content_range: str = "",
+        fault: str = "",
+        headers: dict[str, str] | None = None,
+    ) -> None:
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
         self.send_header("ETag", f'"{len(body)}"' if not content_range else '"v1"')
@@ -103,7 +117,14 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("Retry-After", RETRY_AFTER)
         if content_range:
             self.send_header("Content-Range", content_range)
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
         self.end_headers()
+        self.send_body(body, fault)
+
+    def send_body(self, body: bytes, fault: str) -> None:
+        if self.command == "HEAD":
+            return
         if fault in ("short", "stall in body"):
             self.wfile.write(body[: len(body) // 2])
             self.wfile.flush()

@@ -19,7 +19,8 @@ from data_pipeline.chat import (
     tokenize_prompt,
 )
 from data_pipeline.errors import InputError
-from data_pipeline.tokenizer import SPECIAL_TOKENS, Tokenizer, load_tokenizer
+from data_pipeline.processor.prompt_tokenflex import SPECIAL_TOKENS
+from data_pipeline.tokenizer import Tokenizer, load_tokenizer
 from tests.data_pipeline.small_tokenizers import save_hugging_face, save_sentencepiece
 
 Turn = dict[str, Any]

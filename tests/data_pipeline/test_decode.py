@@ -145,7 +145,7 @@ def test_another_size_than_the_indexs_is_refused() -> None:
     exif[0x0112] = 6
     data = jpeg(picture(133, 70), exif=exif)
     assert len(image_tiles(data, (70, 133), TILING))
-    with pytest.raises(InputError, match=r"70 x 133 pixels where the index has 133 x 70"):
+    with pytest.raises(InputError, match=r"70 x 133 .*index has 133 x 70"):
         image_tiles(data, (133, 70), TILING)
 
 
@@ -154,7 +154,7 @@ def test_another_size_than_the_indexs_is_refused() -> None:
 def test_pixel_limit_is_checked_before_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(simplejpeg, "decode_jpeg", lambda *args, **options: pytest.fail("decoded"))
     data = jpeg(picture(16, 16)).replace(b"\x00\x10\x00\x10\x03", b"\x27\x10\x27\x10\x03")
-    with pytest.raises(InputError, match="10000 x 10000 pixels are more than the limit"):
+    with pytest.raises(InputError, match=r"10000 x 10000 .*limit"):
         image_tiles(data, None, TILING)
 
 

@@ -1,4 +1,4 @@
-"""Atomic writes: whole or not at all. Locks: held against other processes."""
+"""Atomic writes of files and folders: whole or not at all. Locks: held against others."""
 
 import os
 import subprocess
@@ -8,7 +8,8 @@ from typing import Any, NoReturn
 
 import pytest
 
-from data_pipeline.files import file_lock, write_atomically
+from data_pipeline import files
+from data_pipeline.files import file_lock, move_into_place, write_atomically, written_aside
 
 
 def test_a_write_that_fails_leaves_the_earlier_file(
@@ -31,6 +32,52 @@ def test_a_write_that_fails_leaves_the_earlier_file(
         write_atomically(path, b"second")
         assert reader.read() == b"first"  # who has it open keeps a whole file
     assert path.read_bytes() == b"second"
+
+
+def test_a_folder_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
+    out = tmp_path / "new" / "folder"
+    checked: list[bool] = []
+
+    def check() -> None:
+        checked.append(out.exists())
+
+    with pytest.raises(ValueError, match="half-way"), written_aside(out, check) as folder:
+        (folder / "a").write_text("first")
+        raise ValueError("half-way")
+    assert list(out.parent.iterdir()) == [] and checked == [False]
+    with written_aside(out, check) as folder:
+        (folder / "a").write_text("first")
+        assert not out.exists()
+    assert (out / "a").read_text() == "first"
+    with written_aside(out, check) as folder:
+        (folder / "b").write_text("second")
+    assert [path.name for path in out.iterdir()] == ["b"]  # replaced, not mixed
+    assert list(out.parent.iterdir()) == [out]
+    assert checked == [False, False, False, True, True]
+
+
+def test_a_folder_that_came_meanwhile_is_kept(tmp_path: Path) -> None:
+    out = tmp_path / "folder"
+
+    def check() -> None:
+        if out.exists():
+            raise FileExistsError("taken")
+
+    with pytest.raises(FileExistsError, match="taken"), written_aside(out, check):
+        out.mkdir()
+        (out / "theirs").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["folder", "theirs"]
+
+
+def test_names_are_on_disk_before_a_folder_is_renamed_and_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[tuple[str, bool]] = []
+    out = tmp_path / "out"
+    (tmp_path / "aside" / "part").mkdir(parents=True)
+    monkeypatch.setattr(files, "sync_folder", lambda f: synced.append((f.name, out.exists())))
+    move_into_place(tmp_path / "aside", out)
+    assert synced == [("aside", False), ("part", False), (tmp_path.name, True)]
 
 
 @pytest.mark.parametrize("shared", [False, True])

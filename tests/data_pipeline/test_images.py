@@ -1,6 +1,5 @@
 """Image files in every mode come out as correct RGB, and what is broken is refused."""
 
-import zlib
 from io import BytesIO
 
 import numpy as np
@@ -8,7 +7,9 @@ import pytest
 from PIL import ExifTags, Image, ImageOps
 
 from data_pipeline.errors import InputError
-from data_pipeline.images import FORMATS, decode_rgb, image_size
+from data_pipeline.images import decode_rgb, image_size
+from data_pipeline.processor.picture_tokenflex import FORMATS
+from tests.data_pipeline.image_files import png_header
 
 WHITE = (255, 255, 255)
 # EXIF orientation -> how the upright picture is turned into the stored one.
@@ -184,17 +185,6 @@ def test_animation_gives_its_first_frame() -> None:
     assert decode_checked(data).getpixel((4, 4)) == pytest.approx((250, 0, 0), abs=6)
 
 
-def png_header(width: int, height: int) -> bytes:
-    """A PNG that claims to have this size and ends after a bit of pixel data."""
-    body = b"IHDR" + width.to_bytes(4, "big") + height.to_bytes(4, "big") + b"\x08\x02\x00\x00\x00"
-    pixels = b"IDAT" + zlib.compress(bytes(100))
-    chunks = [
-        (len(chunk) - 4).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big")
-        for chunk in (body, pixels)
-    ]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
-
-
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("side", [10_000, 60_000])
 def test_decompression_bomb_is_refused_before_decoding(
@@ -202,14 +192,14 @@ def test_decompression_bomb_is_refused_before_decoding(
 ) -> None:
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("was decoded"))
     for read in (image_size, decode_rgb):
-        with pytest.raises(InputError, match="more than the limit of 89478485 pixels"):
+        with pytest.raises(InputError, match="limit of 89478485"):
             read(png_header(side, side))
 
 
 def test_pixel_limit_is_inclusive() -> None:
     data = encode(picture(60, 40), "PNG")
     assert decode_rgb(data, max_pixels=2400).size == (60, 40)
-    with pytest.raises(InputError, match="60 x 40 pixels are more than the limit of 2399"):
+    with pytest.raises(InputError, match=r"60 x 40 .*limit of 2399"):
         decode_rgb(data, max_pixels=2399)
 
 

@@ -364,7 +364,7 @@ def test_killed_while_publishing_is_noticed(
         with pytest.raises(ZeroDivisionError):
             build_index(str(shards), tokenizer, other)
     index = load_index(str(shards), tokenizer, CHAT)
-    with pytest.raises(InputError, match=r"an indexing run was cut short.*; run: python -m"):
+    with pytest.raises(InputError, match=r"cut short.*; run: python -m"):
         index.columns(0)
     indexed.clear()
     build_and_load(shards, tokenizer, other)
@@ -428,7 +428,7 @@ def test_a_reader_notices_bytes_that_changed(shards: Path, tokenizer: Tokenizer)
         with index.shards[0].path.open("r+b") as file:
             file.seek(int(offset) + 3)
             file.write(b"\x00\xff")
-        with pytest.raises(InputError, match=r"shard-000000\.tar are not those that were indexed"):
+        with pytest.raises(InputError, match=r"shard-000000\.tar .*index again"):
             read(2)
 
 
@@ -534,7 +534,7 @@ def test_a_shard_that_is_still_being_written(
         return tokenize_chat(*arguments)
 
     monkeypatch.setattr("data_pipeline.index.sample_row.tokenize_chat", touching)
-    with pytest.raises(InputError, match=r"shard-000000\.tar changed while indexed"):
+    with pytest.raises(InputError, match=r"shard-000000\.tar changed"):
         build_index(str(shard), tokenizer, CHAT)
 
 
@@ -648,7 +648,7 @@ def test_a_folder_that_cannot_be_written(
     shards: Path, tokenizer: Tokenizer, indexed: list[str]
 ) -> None:
     (shards / "index").write_text("in the way")  # also stops root, whom permissions do not
-    with pytest.raises(InputError, match=r"cannot write an index of the shards in .* name another"):
+    with pytest.raises(InputError, match=r"cannot write an index .* name another"):
         build_index(str(shards), tokenizer, CHAT)
     assert indexed == []
 

@@ -128,7 +128,7 @@ def test_shards_that_are_not_listed_or_gone(shards: Path) -> None:
 def test_exit_status_and_a_missing_index(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
     overwrite(shards / "0.tar", b"What is 0001?", b"What is 9999?")
     overwrite(shards / "0.tar", b"What is 0002?", b"What is 9999?"[::-1])
-    with pytest.raises(InputError, match=r"^2 differences in 1 of 3 shards \(above\)"):
+    with pytest.raises(InputError, match=r"^2 differences .*\b1 of 3 shards"):
         main([str(shards), "--check", "--workers", "1"])
     printed = capsys.readouterr().out
     assert f"{shards}/0.tar:0001: the text" in printed

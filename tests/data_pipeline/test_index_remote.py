@@ -119,9 +119,9 @@ def test_a_remote_index_needs_a_place(
 ) -> None:
     pattern = f"{server.url}/{PATTERN}"
     for call in (build_index, load_index):
-        with pytest.raises(InputError, match=r"cannot lie beside its shards: .*--index-dir"):
+        with pytest.raises(InputError, match=r"beside its shards.*--index-dir"):
             call(pattern, tokenizer, CHAT)
-    with pytest.raises(InputError, match="name the tokenizer with --tokenizer"):
+    with pytest.raises(InputError, match=r"remote.*--tokenizer"):
         main([pattern, "--index-dir", "x"])
 
 
@@ -195,7 +195,7 @@ def test_shares_are_published_together(
     for wrong in ("2/2", "-1/2", "1", "a/b"):
         with pytest.raises(SystemExit):
             main([*common, f"--share={wrong}"])
-    with pytest.raises(InputError, match=r"the share is 2/2; expected 0/2 \.\. 1/2"):
+    with pytest.raises(InputError, match=r"share .*2/2.* 0/2 \.\. 1/2"):
         build_index(str(folder), tokenizer, CHAT, share=(2, 2))
 
 

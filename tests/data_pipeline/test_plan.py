@@ -369,7 +369,7 @@ def test_a_count_of_probability_zero_is_not_used_to_cap() -> None:
 @pytest.mark.parametrize("repeat", [None, 1])
 def test_nothing_to_plan_is_an_error(repeat: float | None) -> None:
     mixture = Mixture([Dataset("a", make_index([150, 200], [[], []]), repeat=repeat)])
-    with pytest.raises(InputError, match=r"none of the 2 samples fits .* 100 tokens.* has 150"):
+    with pytest.raises(InputError, match=r"\b2 samples .*\b100 tokens.* 150"):
         next(make_planner(mixture).steps())
 
 
@@ -437,7 +437,7 @@ def test_the_empty_pack() -> None:
     ],
 )
 def test_a_state_of_another_plan_is_an_error(state: PlanState) -> None:
-    with pytest.raises(InputError, match=r"saved place in the data .* is not one of this plan"):
+    with pytest.raises(InputError, match=r"saved place in the data"):
         next(make_planner(random_index(300)).steps(state))
 
 

@@ -219,15 +219,11 @@ def test_jsonl(llava: Any) -> None:
     ("text", "name", "expected"),
     [
         ('[{"id": "a"},\n {"id"', "source.json", r"source\.json:2:7: not JSON"),
-        ('{"id": "a"}', "source.json", r"source\.json:1:1: holds one JSON dict, expected a list"),
+        ('{"id": "a"}', "source.json", r"source\.json:1:1: .*dict.* list"),
         ("[" * 100_000, "source.json", "not JSON"),
         ('{"id": "a"}\n{"id', "source.jsonl", "no usable sample in .*: 2 skipped"),
         ("[]", "source.json", "no usable sample in .*: 0 skipped"),
-        (
-            "[1]",
-            "source.json",
-            "no usable sample in .*: 1 skipped; the first: entry 0: the rec",
-        ),
+        ("[1]", "source.json", "no usable sample .*1 skipped.*entry 0.* int"),
     ],
 )
 def test_unusable_source(text: str, name: str, expected: str, llava: Any, tmp_path: Path) -> None:
@@ -334,7 +330,7 @@ def test_killed_run_leaves_nothing_under_its_name(tmp_path: Path) -> None:
 
 def test_existing_output_is_kept_unless_told(llava: Any, tmp_path: Path) -> None:
     out = llava([entry(id="first")])
-    with pytest.raises(InputError, match=r"out exists and is not empty.*--overwrite"):
+    with pytest.raises(InputError, match=r"out .*not empty.*--overwrite"):
         llava([entry(id="second")])
     assert [sample["__key__"] for sample in read_shards(out)] == ["first"]
     llava([entry(id="second")], "--overwrite")
@@ -382,17 +378,17 @@ def test_empty_folder_may_be_filled_and_a_file_not(llava: Any, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ("--format grid OUT --detail 3", "3 does not go with an image size of 32"),
+        ("--format grid OUT --detail 3", "3 .*image size of 32"),
         ("--format grid OUT --detail 2 2", "give one or more different"),
         ("--format grid OUT --eval-samples 10", "multiple of 3"),
-        ("--format grid OUT --train-samples 0", "number of train samples is 0"),
+        ("--format grid OUT --train-samples 0", "train samples .*0"),
         ("--format digits OUT --seed -1", "must not be negative"),
         ("--format digits OUT --images DIR", "--images is for --format records"),
         ("--format llava SRC OUT --seed 1", "--seed is for --format digits"),
         ("--format llava OUT", "takes the paths SRC OUT, found: OUT"),
         ("--format digits SRC OUT", "takes the paths OUT, found: SRC OUT"),
         ("--format llava missing.json OUT", "missing.json is not a file"),
-        ("--format llava missing.json OUT --images none", "image folder none does not exist"),
+        ("--format llava missing.json OUT --images none", "none does not exist"),
         ("--format folder missing OUT", "missing is not a folder"),
         ("--format folder . OUT", "no image in ."),
         ("--format grid OUT --samples-per-shard 0", "must be at least 1"),

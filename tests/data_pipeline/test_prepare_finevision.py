@@ -196,9 +196,7 @@ def test_rows_of_low_relevance_are_left_out_and_counted(
     assert (report["left_out"], report["skipped"]) == ({"--min-relevance 4": 3}, [])
     assert report["min_relevance"] == 4
     assert "3 samples left out by --min-relevance 4" in capsys.readouterr().out
-    with pytest.raises(
-        InputError, match=r"no usable sample in .*, 3 left out by --min-relevance 9"
-    ):
+    with pytest.raises(InputError, match=r"no usable sample .*\b3 .*--min-relevance 9"):
         rows = [row(relevance_min=n) for n in (1, 2, 3)]
         prepare(write(tmp_path / "low" / "t.parquet", rows), "--min-relevance", "9")
 

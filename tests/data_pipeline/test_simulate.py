@@ -83,10 +83,10 @@ def test_next_fit_closes_packs_in_order() -> None:
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"tokens": [1, 2]}, "has no array 'tiles'"),
-        ({"tokens": [1, 2], "tiles": [1]}, "2 tokens but 1 tiles"),
-        ({"tokens": [1.5, 2], "tiles": [1, 1]}, "tokens of .* has dtype float64"),
-        ({"tokens": [[1, 2]], "tiles": [1, 1]}, r"tokens of .* shape \(1, 2\)"),
+        ({"tokens": [1, 2]}, "no array 'tiles'"),
+        ({"tokens": [1, 2], "tiles": [1]}, "2 tokens .*1 tiles"),
+        ({"tokens": [1.5, 2], "tiles": [1, 1]}, "tokens of .*float64"),
+        ({"tokens": [[1, 2]], "tiles": [1, 1]}, r"tokens of .*\(1, 2\)"),
         ({"tokens": [1, 2], "tiles": [1, -4]}, "tiles of .* is -4 at sample 1"),
         ({"tokens": [9999], "tiles": [1]}, "none of the samples of .* fits"),
     ],

@@ -15,6 +15,7 @@ import pytest
 
 from data_pipeline.errors import InputError
 from data_pipeline.storage import ReadAhead, Shard, Storage, StorageSettings
+from data_pipeline.storage.joined import MAX_JOINED_BYTES, cut, join_ranges
 from tests.data_pipeline.http_faults import FaultyServer
 
 CONTENT = bytes(range(256)) * 40
@@ -58,6 +59,7 @@ def test_the_parts_of_a_shards_place() -> None:
     signed = Shard("https://host/x/0.tar?sig=secret/0")
     assert (signed.name, signed.folder) == ("0.tar", "https://host/x")
     assert signed.is_remote and str(signed) == "https://host/x/0.tar"
+    assert str(Shard("https://me:secret@host:1/x@2/0.tar?q=@")) == "https://host:1/x@2/0.tar"
     question = Shard("s3://bucket/what?/0.tar")  # only HTTP has queries
     assert (question.name, question.folder) == ("0.tar", "s3://bucket/what?")
     assert sorted([Shard("b"), Shard("a")]) == [Shard("a"), Shard("b")]
@@ -110,7 +112,7 @@ def test_expand_remote(memory: str, server: FaultyServer) -> None:
         assert [shard.url.replace(":///", "://") for shard in storage.expand(pattern)] == [
             shard.url for shard in everything
         ], pattern
-    with pytest.raises(InputError, match=r"no \.tar file matches memory://bucket/none/"):
+    with pytest.raises(InputError, match=r"no \.tar file .*memory://bucket/none/"):
         storage.expand("memory://bucket/none")
     # HTTP: braces without a request, folders only where the server lists them, "?" a query.
     url = f"{server.url}/train"
@@ -161,7 +163,7 @@ def test_read(folder: Path, memory: str, server: FaultyServer) -> None:
         for offset, size in [(0, 1), (7, 300), (0, len(CONTENT)), (len(CONTENT) - 1, 1), (5, 0)]:
             assert storage.read(shard, offset, size) == CONTENT[offset : offset + size]
         for offset in (len(CONTENT) - 3, len(CONTENT), len(CONTENT) + 99):
-            with pytest.raises(InputError, match=f"1.tar ends inside the 4 bytes at {offset}"):
+            with pytest.raises(InputError, match=rf"1\.tar .*4 bytes at {offset}"):
                 storage.read(shard, offset, 4)
     assert server.encodings == {"identity"}  # a range of a compressed file would be another one
     with pytest.raises(InputError, match=r"none\.tar does not exist"):
@@ -295,17 +297,19 @@ def test_pickled_and_forked(server: FaultyServer) -> None:
     assert os.waitpid(child, 0)[1] == 0
 
 
-@pytest.mark.parametrize(("protocol", "package"), [("s3", "s3fs"), ("gs", "gcsfs")])
+@pytest.mark.parametrize(
+    ("protocol", "package"), [("s3", "s3fs"), ("gs", "gcsfs"), ("hf", "huggingface_hub")]
+)
 def test_a_missing_driver_is_named(
     protocol: str, package: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
-    with pytest.raises(InputError, match=f"{protocol}:// needs the package {package}: run pip"):
+    with pytest.raises(InputError, match=f"{protocol}://.* pip install {package}"):
         Storage().read(Shard(f"{protocol}://bucket/0.tar"), 0, 1)
 
 
 def test_what_cannot_be_read_from(memory: str) -> None:
-    with pytest.raises(InputError, match=r"cannot be read from ftp://; known are .*s3://"):
+    with pytest.raises(InputError, match=r"ftp://.* s3://"):
         Storage().stat(Shard("ftp://host/0.tar"))
     wrong = StorageSettings(options={"client_kwargs": 3, "block_size": "x", "nonsense": 1})
     with pytest.raises(InputError):
@@ -336,3 +340,59 @@ def test_reading_ahead_takes_one_request_per_block(server: FaultyServer) -> None
         "bytes=10000-10239",
         "bytes=0-999",
     ]
+
+
+def test_neighbours_are_joined() -> None:
+    def joined(*ranges: tuple[int, int], gap: int = 10) -> list[tuple[int, int]]:
+        reads = join_ranges(ranges, gap)
+        data = [CONTENT[start : start + size] for start, size in reads]
+        expected = [CONTENT[start : start + size] for start, size in ranges]
+        assert cut(reads, data, ranges) == expected
+        return reads
+
+    assert joined() == []
+    assert joined((5, 3)) == [(5, 3)]
+    assert joined((0, 5), (15, 5), (31, 5)) == [(0, 20), (31, 5)]  # gaps of 10 and 11
+    assert joined((40, 5), (0, 5), (42, 1), (0, 5), (10, 0)) == [(0, 10), (40, 5)]
+    assert joined((0, 5), (5, 5), (11, 5), gap=0) == [(0, 10), (11, 5)]
+    half = MAX_JOINED_BYTES // 2
+    assert join_ranges([(0, half), (half, half), (2 * half, 1)], 10) == [
+        (0, 2 * half),
+        (2 * half, 1),
+    ]
+    large = [(0, 3 * half), (3 * half, 1)]
+    assert join_ranges(large, 10) == large  # as it is: a member is never cut
+
+
+def test_members_that_lie_together_come_in_one_request(server: FaultyServer, folder: Path) -> None:
+    ranges = [(900, 300), (100, 50), (600, 20), (900, 300), (5000, 10)]
+    expected = [CONTENT[offset : offset + size] for offset, size in ranges]
+    local = Shard(str(folder / "shard-000000.tar"))
+    for gap, asked in [
+        (1000, ["bytes=100-1199", "bytes=5000-5009"]),
+        (0, ["bytes=100-149", "bytes=600-619", "bytes=900-1199", "bytes=5000-5009"]),
+    ]:
+        storage = Storage(FAST.model_copy(update={"max_gap_bytes": gap}))
+        server.requests.clear()
+        server.faults.append("503")
+        assert storage.read_together(shard_at(server), ranges) == expected
+        assert [found for _, found in server.requests] == [asked[0], *asked]
+        counts = storage.counts
+        assert (counts.requests, counts.retries) == (len(asked) + 1, 1)
+        assert counts.bytes - counts.bytes_unused == 380
+        assert storage.read_together(local, ranges) == expected
+        assert counts.requests == len(asked) + 1  # local reads are not requests
+
+
+def test_retries_are_logged_ever_less(
+    server: FaultyServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    storage = Storage(FAST)
+    for _ in range(5):
+        server.faults.append("503")
+        storage.read(shard_at(server), 0, 1)
+    assert storage.counts.retries == 5
+    assert [message.partition(" requests")[0] for message in caplog.messages] == [
+        f"storage: {count}" for count in (1, 2, 4)
+    ]
+    assert "503 Service Unavailable" in caplog.text

@@ -1,5 +1,8 @@
 """Tiling follows InternVL's rule, and the number of tiles is known from the size alone."""
 
+import tracemalloc
+from unittest import mock
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -7,6 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from pydantic import ValidationError
 
+from data_pipeline.processor import tiling_tokenflex
 from data_pipeline.tiling import TilingSettings, count_tiles, cut_tiles, grid_for, num_tiles
 
 
@@ -29,11 +33,25 @@ def internvl_grid(width: int, height: int, size: int, low: int, high: int) -> tu
 limits = st.tuples(st.integers(1, 12), st.integers(1, 12)).map(sorted)
 
 
-@given(st.integers(1, 5000), st.integers(1, 5000), limits)
-def test_grid_is_internvls(width: int, height: int, limit: list[int]) -> None:
+# Small tiles, so that sizes below and above half of a grid's pixels are met, and ties by multiples.
+sides = st.integers(1, 5000) | st.integers(1, 24).map(lambda n: 96 * n) | st.integers(1, 10**6)
+sizes = st.tuples(sides, sides)
+
+
+@given(st.lists(sizes, min_size=1, max_size=30), limits, st.sampled_from([1, 64, 192, 384]))
+def test_grids_are_internvls_for_one_image_and_for_many(
+    sizes: list[tuple[int, int]], limit: list[int], size: int
+) -> None:
     low, high = limit
-    tiling = TilingSettings(tile_size=384, min_tiles=low, max_tiles=high)
-    assert grid_for(width, height, tiling) == internvl_grid(width, height, 384, low, high)
+    expected = [internvl_grid(width, height, size, low, high) for width, height in sizes]
+    widths, heights = np.array(sizes).T
+    with mock.patch.object(tiling_tokenflex, "_AT_ONCE", 200):  # several slices
+        found = tiling_tokenflex.grids_for(widths, heights, size, low, high)
+    assert list(map(tuple, found.tolist())) == expected
+    tiling = TilingSettings(tile_size=size, min_tiles=low, max_tiles=high)
+    assert [grid_for(*each, tiling) for each in sizes] == expected
+    counts = [columns * rows + (columns * rows > 1) for columns, rows in expected]
+    assert count_tiles(widths, heights, tiling).tolist() == counts
 
 
 @pytest.mark.parametrize(
@@ -125,14 +143,12 @@ def test_wrong_settings_are_refused(wrong: dict[str, int]) -> None:
         TilingSettings(**wrong)
 
 
-@pytest.mark.parametrize("max_tiles", [1, 2, 6, 12])
-@pytest.mark.parametrize("thumbnail", [True, False])
-def test_tiles_counted_together_are_those_counted_one_by_one(
-    max_tiles: int, thumbnail: bool
-) -> None:
-    settings = TilingSettings(tile_size=64, max_tiles=max_tiles, thumbnail=thumbnail)
-    rng = np.random.default_rng(max_tiles)
-    sizes = rng.integers(1, 400, (2, 3000))
-    sizes[:, :500] = 64 * rng.integers(1, 5, (2, 500))  # grids of equal aspect: ties
-    expected = [num_tiles(int(w), int(h), settings) for w, h in sizes.T]
-    assert count_tiles(sizes[0], sizes[1], settings).tolist() == expected
+def test_many_images_are_counted_in_slices_of_memory() -> None:
+    sizes = np.random.default_rng(0).integers(1, 3000, (2, 100_000))
+    tiling = TilingSettings(max_tiles=40)
+    tracemalloc.start()
+    counts = count_tiles(sizes[0], sizes[1], tiling)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 16e6  # all at once would be 126 candidate grids x 0.8 MB, several times
+    assert counts[::997].tolist() == [num_tiles(*size, tiling) for size in sizes.T[::997].tolist()]

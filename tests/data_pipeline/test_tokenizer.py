@@ -11,8 +11,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from data_pipeline.errors import InputError
+from data_pipeline.processor.prompt_tokenflex import SPECIAL_TOKENS
 from data_pipeline.tokenizer import (
-    SPECIAL_TOKENS,
     SentencePieceTokenizer,
     Tokenizer,
     load_tokenizer,

@@ -262,14 +262,14 @@ def test_a_norm_in_float32_beside_half_precision():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"backward": "none"}, "backward is 'none'; use one of save, recompute"),
-        ({"impl": "cuda"}, "impl is 'cuda'; use one of auto, triton, torch"),
-        ({"gemm": "cutlass"}, "gemm is 'cutlass'; use one of auto, cublas, fused"),
-        ({"gemm": "fused", "impl": "torch"}, "gemm is 'fused' with impl 'torch'"),
+        ({"backward": "none"}, "backward is 'none'.* save, recompute"),
+        ({"impl": "cuda"}, "impl is 'cuda'.* auto, triton, torch"),
+        ({"gemm": "cutlass"}, "gemm is 'cutlass'.* auto, cublas, fused"),
+        ({"gemm": "fused", "impl": "torch"}, "gemm is 'fused'.*impl 'torch'"),
         ({"sides": torch.tensor([2.0, 5.0, 3.0])}, "tile_sides is torch.float32"),
         ({"sides": torch.tensor([2, 5, -3])}, r"tile_sides\[2\] is -3"),
         ({"sides": torch.tensor([[2, 5, 3]])}, r"tile_sides has shape \(1, 3\)"),
-        ({"sides": [2, 5, 1025]}, r"the largest side is 1025; expected sides up to 1024"),
+        ({"sides": [2, 5, 1025]}, r"largest side is 1025.* 1024"),
     ],
 )
 def test_bad_choices_and_sides(options, message):
@@ -279,16 +279,16 @@ def test_bad_choices_and_sides(options, message):
 
 
 def test_more_tokens_than_an_int32_counts_are_refused():
-    with pytest.raises(ValueError, match=r"ask for 2148532224 tokens.*fewer than 2\^31 tokens"):
+    with pytest.raises(ValueError, match=r"2148532224 tokens.*2\^31 tokens"):
         tile_layout([1024] * 2049, torch.device("cpu"))
 
 
 def test_triton_says_what_it_cannot_run(monkeypatch):
     x, weights = inputs(dtype=torch.float64)
-    with pytest.raises(ValueError, match="the kernels take bfloat16, float16 and float32"):
+    with pytest.raises(ValueError, match="bfloat16, float16 and float32"):
         call(x, weights, impl="triton")
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    with pytest.raises(ValueError, match="move x and the weights to a GPU"):
+    with pytest.raises(ValueError, match="to a GPU"):
         dispatch.implementation("triton", torch.device("cpu"), torch.float32)
     monkeypatch.setattr(dispatch, "triton_found", lambda: False)
     with pytest.raises(ValueError, match="triton is not installed"):
@@ -321,7 +321,7 @@ def test_an_unknown_architecture_gets_the_safe_default_and_one_warning(monkeypat
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (12, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a new card")
     launch._cuda_architecture.cache_clear()
-    with pytest.warns(UserWarning, match="no launch configurations for sm_120 .a new card."):
+    with pytest.warns(UserWarning, match="launch configurations .*sm_120"):
         assert launch.architecture(torch.device("cuda", 0)) == launch.SAFE_DEFAULT
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -9,15 +9,25 @@ import pytest
 import torch
 
 import kernels.profile.__main__ as command
+from kernels import POOL_MODES
 from kernels.profile import bench, calculated, providers, random_inputs, system, targets, timing
 from kernels.profile.accuracy import float64_results, relative_errors
 from kernels.profile.bench import BenchSettings, CaseResult, Measured, measure_case
 from kernels.profile.cases import Case, default_cases, parse_shape
 from kernels.profile.memory import Memory, measure_memory, saved_for_backward
-from kernels.profile.providers import PROVIDERS, Provider
+from kernels.profile.providers import PROVIDERS, TORCH_POOLS, Provider
 from kernels.profile.random_inputs import make_inputs, outputs_and_gradients, rotating_inputs
 from kernels.profile.results import rows_of, write_csv, write_json
-from kernels.profile.roofline import MODES, WAYS, Peaks, floor_s, model_flops, saved_bytes, steps
+from kernels.profile.roofline import (
+    MODES,
+    POOLED_FROM,
+    WAYS,
+    Peaks,
+    floor_s,
+    model_flops,
+    saved_bytes,
+    steps,
+)
 from kernels.profile.timing import Timing, phases, time_call
 
 CPU = torch.device("cpu")
@@ -84,6 +94,10 @@ def test_resizing_costs_torch_the_upsampled_patches_unless_n_divides_the_grid():
         upsampled = 64 * 36 * 36 * 1152 * 2
         more = floors[12, "resize"] - floors[12, "adaptive"]
         assert more == pytest.approx(4 * upsampled / 4.3e12)
+
+
+def test_every_pooling_mode_has_a_way_in_torch_and_a_floor():
+    assert tuple(TORCH_POOLS) == tuple(POOLED_FROM) == POOL_MODES
 
 
 def test_default_cases_are_uniform_and_mixed_in_both_modes():

@@ -163,22 +163,22 @@ def test_works_for_training_after_a_first_call_in_inference_mode():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"tile_sides": [2]}, "1 entries for 2 tiles"),
+        ({"tile_sides": [2]}, "1 .*2 tiles"),
         ({"tile_sides": [2, 0]}, r"tile_sides\[1\] is 0"),
         ({"tile_sides": [2, 3.0]}, r"tile_sides\[1\] is 3.0"),
         ({"tile_sides": [True, 3]}, r"tile_sides\[0\] is True"),
         ({"tile_sides": torch.ones(2, device="meta", dtype=torch.int64)}, "pass a list"),
-        ({"grid": (8, 7)}, r"grid \(8, 7\) does not match the 64 patches"),
+        ({"grid": (8, 7)}, r"grid \(8, 7\) .*64 patches"),
         ({"grid": (-8, -8)}, r"grid \(-8, -8\)"),
-        ({"pool": "max"}, "use one of adaptive, resize"),
+        ({"pool": "max"}, "max.* adaptive, resize"),
         ({"x": torch.zeros(2, 64)}, "expected .tiles, H.W, C."),
         ({"x": torch.zeros(2, 64, CHANNELS, dtype=torch.int64)}, "expected a floating-point"),
         (
             {"w2": torch.zeros(HIDDEN + 1, CHANNELS)},
-            r"w2 has shape \(21, 12\); expected \(20, 12\)",
+            r"w2 .*\(21, 12\).*\(20, 12\)",
         ),
-        ({"b3": torch.zeros(WIDTH, dtype=torch.bfloat16)}, "b3 is torch.bfloat16 on cpu"),
-        ({"w3": torch.zeros(WIDTH, HIDDEN, device="meta")}, "w3 is torch.float32 on meta"),
+        ({"b3": torch.zeros(WIDTH, dtype=torch.bfloat16)}, "b3 .*bfloat16 on cpu"),
+        ({"w3": torch.zeros(WIDTH, HIDDEN, device="meta")}, "w3 .*float32 on meta"),
     ],
 )
 def test_wrong_arguments_say_what_was_found_and_expected(change, message):

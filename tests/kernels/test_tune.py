@@ -84,7 +84,7 @@ def test_a_broken_table_is_named(text, tmp_path, monkeypatch):
     path = tmp_path / "tiles.json"
     path.write_text(text)
     monkeypatch.setenv(launch.TILES_VARIABLE, str(path))
-    with pytest.raises(ValueError, match=r"TOKENFLEX_TILES names .*tiles.json"):
+    with pytest.raises(ValueError, match=r"TOKENFLEX_TILES .*tiles\.json"):
         launch.launch_config("norm", 1, DEVICE)
 
 

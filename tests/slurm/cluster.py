@@ -7,7 +7,6 @@ what an earlier one left behind. Needs root, and the programs that tests/slurm/i
 
 import contextlib
 import os
-import random
 import secrets
 import shutil
 import signal
@@ -320,8 +319,9 @@ class Cluster:
             host=host,
             folder=self.folder,
             controller_port=controller_port,
-            # MASTER_PORT comes from the job id: two clusters on a machine must not count alike.
-            first_job_id=random.SystemRandom().randrange(1, 60_000),
+            # A job's MASTER_PORT and the folder of its notes come from its id: no two clusters of a
+            # machine may count alike. The controller's port is its own; ids go up to 67 million.
+            first_job_id=1013 * controller_port,
         )
         for name, port in zip(NODES, ports, strict=True):
             conf += _NODE.format(name=name, host=host, port=port)

@@ -8,14 +8,10 @@ rank, each save starting with nothing else under way.
 
 import argparse
 import json
-import os
-import platform
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 
-import torch
-
+from data_pipeline.machine import measured_on
 from tests.ranks import RankPool
 from tests.training import checkpoint_scenarios as scenarios
 from training.checkpoint import finished, read_manifest
@@ -42,10 +38,7 @@ def main() -> None:
         "synchronous_s": round(synchronous, 4),
         "background_stall_s": round(background, 4),
         "stall_share": round(background / synchronous, 4),
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, CPU only",
-        "load_average": os.getloadavg()[0],
-        "torch": torch.__version__,
-        "deepspeed": version("deepspeed"),
+        **measured_on(("torch", "deepspeed")),
     }
     text = json.dumps(result, indent=1)
     print(text)

@@ -10,10 +10,8 @@ the undisturbed run; no fault may cost more than the steps since the last save t
 """
 
 import argparse
-import importlib.metadata
 import json
 import os
-import platform
 import random
 import re
 import sys
@@ -27,13 +25,15 @@ from tqdm import tqdm
 
 from data_pipeline.chat import ChatSettings
 from data_pipeline.index import build_index
+from data_pipeline.machine import measured_on
 from data_pipeline.prepare import prepare_demo
+from data_pipeline.text_table import text_table
 from data_pipeline.tokenizer import load_tokenizer
 from tests.training.chaos_faults import FAULTS, Fault
 from tests.training.chaos_ranks import EVERY, RANKS, Job, Start
 from training.checkpoint import finished
 from training.metrics import read_metrics
-from training.record.run_record import PACKAGES, machine
+from training.record.run_record import PACKAGES
 
 TIMES = {"step_s", "data_wait", "memory_gib"}
 COLUMNS = ("fault", "at step", "exit codes", "job ended after", "resumed at", "steps lost")
@@ -172,10 +172,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         )
         for row in rows
     ]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in cells
-    )
+    return text_table(cells)
 
 
 def main() -> int:
@@ -207,10 +204,7 @@ def main() -> int:
             "seconds": seconds,
             "every_steps": EVERY,
             "ranks": RANKS,
-            "machine": machine(),
-            "load_average": os.getloadavg()[0],
-            "python": platform.python_version(),
-            "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+            **measured_on(PACKAGES),
             "rows": rows,
         }
         args.json.write_text(json.dumps(result, indent=1) + "\n")

@@ -16,6 +16,7 @@ from training import checkpoint
 from training.checkpoint import publication
 from training.config import CheckpointSettings
 from training.distributed import Ranks, all_reduce_max
+from training.zero3.engine import Zero3Engine
 
 FINGERPRINTS = {"seed": 1}
 
@@ -37,7 +38,7 @@ class Model(torch.nn.Module):
         return x.square().sum()
 
 
-def build(width: int = 32, layers: int = 2, seed: int = 0) -> Any:
+def build(width: int = 32, layers: int = 2, seed: int = 0) -> Zero3Engine:
     """A ZeRO-3 engine in fp32 around `Model`."""
     import deepspeed
 
@@ -50,19 +51,19 @@ def build(width: int = 32, layers: int = 2, seed: int = 0) -> Any:
     }
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW([{"params": trained, "name": "all"}], lr=1e-2)
-    return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+    return Zero3Engine(deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0])
 
 
 def train(engine: Any, rank: int, steps: int = 1) -> None:
     for _ in range(steps):
         x = torch.randn(4, engine.module.frozen.out_features) + rank
-        engine.backward(engine(x))
+        engine.backward(engine(x), last=True)
         engine.step()
 
 
 def state(engine: Any) -> list[torch.Tensor]:
     """Copies of this rank's masters, moments, steps, frozen parts and buffers."""
-    optimizer = engine.optimizer
+    optimizer = engine.deepspeed.optimizer
     tensors = list(optimizer.fp32_partitioned_groups_flat)
     for values in optimizer.optimizer.state.values():
         tensors += [values["exp_avg"], values["exp_avg_sq"], values["step"]]
@@ -72,10 +73,11 @@ def state(engine: Any) -> list[torch.Tensor]:
 
 def fill(engine: Any, value: float) -> None:
     """Set this rank's masters and moments to one value."""
-    for master in engine.optimizer.fp32_partitioned_groups_flat:
+    optimizer = engine.deepspeed.optimizer
+    for master in optimizer.fp32_partitioned_groups_flat:
         master.data.fill_(value)
         for key in ("exp_avg", "exp_avg_sq"):
-            engine.optimizer.optimizer.state[master][key].fill_(value)
+            optimizer.optimizer.state[master][key].fill_(value)
 
 
 def progress(step: int) -> checkpoint.Progress:

@@ -18,6 +18,7 @@ from data_pipeline.plan import PlanState
 from tests.training.scenarios import one_step, tiny_config
 from training import checkpoint
 from training.checkpoint.folder_layout import Manifest
+from training.checkpoint.progress import new_rng_state
 from training.config import RunConfig
 from training.distributed import Ranks
 from training.metrics import StepMeter
@@ -106,14 +107,14 @@ def whole_state(engine: Any) -> dict[str, Any]:
             for key in ("exp_avg", "exp_avg_sq"):
                 moment = safe_get_full_optimizer_state(parameter, key)
                 state[f"{key} {name}"] = moment.detach().clone().numpy()
-    for _, names, _, adam in sub_groups(engine):
+    for _, names, _, adam in sub_groups(engine.deepspeed):
         state |= {f"step {name}": float(adam["step"]) for name in names}
-    for number, group in enumerate(engine.optimizer.param_groups):
+    for number, group in enumerate(engine.param_groups):
         state |= {f"group {number} {key}": v for key, v in group.items() if key != "params"}
-    for name in engine._get_buffer_names():
+    for name in engine.deepspeed._get_buffer_names():
         state[f"buffer {name}"] = engine.module.get_buffer(name).float().clone().numpy()
     for key in ("global_steps", "global_samples", "skipped_steps"):
-        state[key] = getattr(engine, key)
+        state[key] = getattr(engine.deepspeed, key)
     return state
 
 
@@ -154,11 +155,18 @@ def resume(ranks: Ranks, corpus: Path, path: Path, overrides: list[str]) -> dict
     """Load into an engine of other initial weights, go on to `STEPS`: its state, those steps."""
     run, engine = new_engine(tiny_config(corpus, *RICH, *overrides), ranks, seed=9)
     before, manifest = weights(engine), checkpoint.read_manifest(path)
-    rng = load_resharded(engine, path, manifest)["torch"]
+    rng = load_resharded(engine.deepspeed, path, manifest.world_size, manifest.frozen)
+    rng = rng or new_rng_state(manifest.fingerprints["seed"], manifest.step, ranks.rank)
     state = whole_state(engine)
     rows, _ = train(engine, run, PlanState.from_dict(manifest.plan), SAVED + 1, STEPS - SAVED)
-    after = {float(adam["step"]) for _, _, _, adam in sub_groups(engine)}
-    return {"before": before, "state": state, "rows": rows, "rng": rng.numpy(), "after": after}
+    after = {float(adam["step"]) for _, _, _, adam in sub_groups(engine.deepspeed)}
+    return {
+        "before": before,
+        "state": state,
+        "rows": rows,
+        "rng": rng["torch"].numpy(),
+        "after": after,
+    }
 
 
 def resume_and_save(
@@ -169,7 +177,7 @@ def resume_and_save(
     for seed, steps in ((9, 1), (11, 0)):
         run, engine = new_engine(tiny_config(corpus, *RICH, *overrides), ranks, seed)
         progress = checkpoint.load(engine, path, run.fingerprints)
-        assert not engine.load_universal_checkpoint()
+        assert not engine.deepspeed.load_universal_checkpoint()
         if steps:
             _, plan = train(engine, run, progress.plan, progress.step + 1, steps)
             progress = checkpoint.Progress(progress.step + steps, plan)
@@ -195,7 +203,10 @@ def faults(ranks: Ranks, corpus: Path, path: Path) -> dict[str, str]:
         "steps": (patch.object(elastic, "_restore_steps"), manifest),
         "other tower": (nullcontext(), other_tower),
         "other model": (patch.object(Shards, "shapes", lambda self: fewer), manifest),
-        "DeepSpeed fails": (patch.object(engine, "load_checkpoint", side_effect=OSError), manifest),
+        "DeepSpeed fails": (
+            patch.object(engine.deepspeed, "load_checkpoint", side_effect=OSError),
+            manifest,
+        ),
         "nothing": (nullcontext(), manifest),
     }
     errors = {}
@@ -203,11 +214,11 @@ def faults(ranks: Ranks, corpus: Path, path: Path) -> dict[str, str]:
         engine.module.get_buffer("projector.extra.seen").zero_()
         try:
             with broken:
-                load_resharded(engine, path, described)
+                load_resharded(engine.deepspeed, path, described.world_size, described.frozen)
             errors[name] = ""
         except (RuntimeError, ValueError, OSError) as error:
             errors[name] = f"{type(error).__name__}: {error}"
-        assert not engine.load_universal_checkpoint(), name
+        assert not engine.deepspeed.load_universal_checkpoint(), name
     return errors
 
 

@@ -34,7 +34,7 @@ def state_of(engine: Any) -> State:
             state[f"{name}/{key}"] = (
                 np.zeros(0) if value is None else value.detach().clone().numpy()
             )
-    for number, entry in enumerate(engine.optimizer.optimizer.state.values()):
+    for number, entry in enumerate(engine.deepspeed.optimizer.optimizer.state.values()):
         state[f"adam step {number}"] = np.array(float(entry["step"]))
     return state
 
@@ -45,7 +45,7 @@ def guarded_step(
     """A step at `factor` of the peak rates; `harm` spoils it on the last rank."""
     device, harmed = run.ranks.device, run.ranks.rank == run.ranks.world_size - 1
     scale = run.ranks.world_size / all_reduce_sum([weight_sum(batch)], device)[0]
-    for group in engine.optimizer.param_groups:
+    for group in engine.param_groups:
         group["lr"] = factor * group["peak_lr"]
     loss = 0.0
     for number, pack in enumerate(batch.packs):
@@ -53,10 +53,8 @@ def guarded_step(
             pack.loss_weights = pack.loss_weights * torch.nan
         output = engine(**model_inputs(pack, device, run.loss_chunks))
         extreme = torch.inf if harm == "infinite gradient" and harmed and number == 0 else 1.0
-        engine.backward(output.loss * scale * extreme, scale_wrt_gas=False)
+        engine.backward(output.loss * scale * extreme, last=number + 1 == len(batch.packs))
         loss += float(output.loss.detach())
-        if number + 1 < len(batch.packs):
-            engine.step()
     loss = all_reduce_sum([loss * scale], device)[0]
     if harm == "infinite loss":  # with finite gradients, as of a target of probability 0
         loss = float("inf")

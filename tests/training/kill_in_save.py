@@ -13,10 +13,10 @@ values. `--phases` kills at fixed places instead, one trial each.
 import argparse
 import contextlib
 import importlib
-import importlib.metadata
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import sys
@@ -32,12 +32,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from data_pipeline import files
+from data_pipeline.machine import measured_on
 from tests.training import checkpoint_scenarios as scenarios
 from training.checkpoint import Saver, publication
 from training.checkpoint import folder_layout as layout
 from training.checkpoint.verify import problems_of
-from training.distributed import Ranks, init_distributed
-from training.train import quiet_libraries
+from training.distributed import Ranks
+from training.zero3.process_group import init_distributed, quiet_libraries
 
 LAYERS = 2
 PHASES = {
@@ -67,13 +69,13 @@ def arm(phase: str, rank: int, step: int) -> None:
     elif phase == "before the manifest" and rank == 0:
         publication.publish = die
     elif phase in ("before the rename", "before latest") and rank == 0:
-        # publish() syncs the folder before it renames it, and its parent afterwards.
+        # move_into_place() syncs the folder before it renames it, and its parent afterwards.
         inside = phase == "before the rename"
-        _die_at(layout, "sync_folder", lambda path: path.name.startswith("tmp-") == inside)
+        _die_at(files, "sync_folder", lambda path: path.name.startswith("tmp-") == inside)
     elif phase == "before pruning" and rank == 0:
         publication.to_prune = die
     elif phase == "inside pruning" and rank == 0:
-        _die_at(layout.shutil, "rmtree", lambda path: "tmp-old" in path.name and path.exists())
+        _die_at(shutil, "rmtree", lambda path: "tmp-old" in path.name and path.exists())
 
 
 def _half_a_shard(path: Path, state: Any) -> Any:
@@ -127,7 +129,7 @@ def save_stock(engine: Any, ranks: Ranks, folder: Path, pipe: Connection, _: str
     for step in range(1, 10**6):
         scenarios.fill(engine, step)
         started = time.perf_counter()
-        engine.save_checkpoint(str(folder), tag=layout.step_name(step))
+        engine.deepspeed.save_checkpoint(str(folder), tag=layout.step_name(step))
         pipe.send((step, time.perf_counter() - started))
 
 
@@ -288,8 +290,7 @@ def main() -> int:
         if args.stock
         else sum(result["half_written"] for result in results),
         "seconds per trial": round((time.monotonic() - started) / args.trials, 2),
-        "torch": torch.__version__,
-        "deepspeed": importlib.metadata.version("deepspeed"),
+        **measured_on(("torch", "deepspeed")),
         "examples": [result["broken"] for result in broken[:5]],
     }
     print(json.dumps(summary, indent=1))

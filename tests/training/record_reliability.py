@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from training.record.run_record import machine
+from data_pipeline.machine import machine
 
 COMMANDS = {
     "kills_inside_a_save": "python -m tests.training.kill_in_save --trials {trials}",

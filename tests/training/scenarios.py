@@ -75,15 +75,16 @@ def step_gradients(
     run = Run(config, ranks)
     engine = build_engine(config, run.tokenizer, ranks)
     gradients: dict[str, np.ndarray] = {}
-    real_step = engine.step
+    deepspeed = engine.deepspeed
+    real_step = deepspeed.step
 
     def capture_then_step() -> None:
-        if engine.is_gradient_accumulation_boundary():
+        if deepspeed.is_gradient_accumulation_boundary():
             for name, parameter in engine.module.named_parameters():
                 gradients[name] = safe_get_full_grad(parameter).detach().clone().numpy()
         real_step()
 
-    engine.step = capture_then_step
+    deepspeed.step = capture_then_step
     builder = run.loader._builder
     index = run.mixture.datasets[0].index
     plans = [pack_plan(index, ids) for ids in packs[ranks.rank :: ranks.world_size]]

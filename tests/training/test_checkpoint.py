@@ -22,11 +22,12 @@ from data_pipeline.plan import PlanState
 from tests.ranks import RankPool
 from tests.training import checkpoint_scenarios as scenarios
 from tests.training.kill_in_save import PHASES
-from training.checkpoint import finished, read_manifest, scan_pickle, verify_files
+from training.checkpoint import finished, read_manifest, verify_files
 from training.checkpoint.__main__ import main
 from training.checkpoint.folder_layout import Manifest, candidates, to_prune
 from training.checkpoint.lock import FolderLock
 from training.checkpoint.verify import share
+from training.zero3.pickles import scan_pickle
 
 pytestmark = pytest.mark.multiprocess
 OPTIM_1 = "zero_pp_rank_1_mp_rank_00_optim_states.pt"
@@ -118,7 +119,7 @@ def change_manifest(path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "expected"),
     [
-        (truncate, rf"{OPTIM_1} has 5000 bytes, \d+ were written"),
+        (truncate, rf"{OPTIM_1} .*5000 bytes"),
         (flip, f"{OPTIM_1} is damaged"),
         (lambda path: (path / OPTIM_1).unlink(), f"{OPTIM_1} is missing"),
         (lambda path: (path / "manifest.json").unlink(), r"manifest\.json is missing"),

@@ -51,14 +51,16 @@ def test_overrides_are_yaml_values() -> None:
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("train.stepz=7", r"train\.stepz: unknown key; did you mean steps\?"),
-        ("nonsense.key=7", r"nonsense: unknown key; expected one of output_dir"),
+        ("train.stepz=7", r"train\.stepz: .*steps\?"),
+        ("nonsense.key=7", r"nonsense: .*output_dir"),
         ("train.steps=0", r"train\.steps: .*greater than 0.*found 0"),
         ("data.tokens.counts=[4, 15, 64]", r"data\.tokens.*15.*(9|16)"),
         (
             "data.tiling.tile_size=64",
             r"tile_size is 64 but .*image_size is 32",
         ),
+        ("model.pool=max", r"model\.pool: expected one of adaptive, resize \(found 'max'\)"),
+        ("train.loss_weighting=half", r"train\.loss_weighting: .*one of token, sample, sqrt"),
         ("train.steps", r"expected key\.sub=value"),
         ("train.steps.more=1", r"train\.steps is a value, not a section"),
         (
@@ -79,7 +81,7 @@ def test_all_problems_are_reported_at_once() -> None:
 
 
 def test_unreadable_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"cannot read the config .*missing\.yaml"):
+    with pytest.raises(InputError, match=r"cannot read .*missing\.yaml"):
         load_config(tmp_path / "missing.yaml")
     broken = tmp_path / "broken.yaml"
     broken.write_text("a: [1, 2")
@@ -91,5 +93,5 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
     raw = yaml.safe_load(DIGITS.read_text())
     del raw["data"]["shards"]
     broken.write_text(yaml.safe_dump(raw))
-    with pytest.raises(InputError, match=r"data: give either shards, or datasets"):
+    with pytest.raises(InputError, match=r"data: .*shards.*datasets"):
         load_config(broken)

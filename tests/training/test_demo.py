@@ -1,6 +1,5 @@
 """python -m training.demo: what it draws and refuses, and the page in a real browser."""
 
-import importlib.util
 import os
 import socket
 import subprocess
@@ -17,6 +16,7 @@ from PIL import Image
 from data_pipeline.errors import InputError
 from tests.chromium import require_chromium
 from tests.devtools import Page
+from tests.environments.python import python_with
 from tests.training.exported import make_folder
 from tests.training.tiny import make_processor
 from training.demo.__main__ import main
@@ -54,11 +54,11 @@ def test_only_images_and_the_sliders_values_are_taken(loaded, tmp_path):
     (tmp_path / "no.png").write_text("not an image")
     (tmp_path / "page.svg").write_text("<svg/>")
     for name in ("no.png", "page.svg", "missing.png"):
-        with pytest.raises(InputError, match=f"{name} cannot be used as an image; give a JPEG"):
+        with pytest.raises(InputError, match=rf"{name}.*JPEG"):
             open_image(str(tmp_path / name))
     assert checked_side(loaded, 3.0) == 3
     for side in (0, 5, 2.5, float("nan"), float("inf"), -1):
-        with pytest.raises(InputError, match="whole number from 1 to 4"):
+        with pytest.raises(InputError, match=r"\b1 to 4\b"):
             checked_side(loaded, side)
 
 
@@ -71,13 +71,12 @@ def test_without_gradio_the_error_says_what_to_install(model, monkeypatch):
 @pytest.fixture
 def page(model: Path, tmp_path: Path) -> Iterator[Page]:
     """The page of a running demo, in a browser."""
-    if importlib.util.find_spec("gradio") is None:
-        pytest.skip("gradio is not installed")
+    python = python_with("gradio", "demo")
     require_chromium()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "training.demo", str(model), "--port", str(port)]
+    command = [python, "-m", "training.demo", str(model), "--port", str(port)]
     offline = {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}
     process = subprocess.Popen(command, env=os.environ | offline)
     try:

@@ -24,6 +24,7 @@ from training.distributed import Ranks
 from training.evaluate.__main__ import main
 from training.evaluate.budget import decide, parse_budget
 from training.evaluate.examples import HeldOut
+from training.evaluate.forced_decoding import ForcedAnswer, forced_answer
 from training.evaluate.in_training import evaluate
 from training.evaluate.scorers import levenshtein, score_text
 from training.evaluate.summary import resample_means
@@ -98,6 +99,22 @@ def rows(out: Path) -> dict[tuple[int, int], dict[str, Any]]:
 )
 def test_metrics(metric: str, answer: str, references: list[str], score: float) -> None:
     assert score_text(metric, answer, references) == pytest.approx(score)
+
+
+@pytest.mark.parametrize(
+    ("predicted", "exact", "right", "decoded"),
+    [
+        ([5, 6, 5, 2], True, 3, [5, 6, 5]),
+        ([5, 6, 5, 7], False, 3, [5, 6, 5, 7]),  # it goes on instead of ending
+        ([5, 9, 5, 2], False, 2, [5, 9]),
+        ([2, 6, 5, 2], False, 2, [2]),
+    ],
+)
+def test_what_greedy_decoding_gives_is_read_off_the_predictions(
+    predicted: list[int], exact: bool, right: int, decoded: list[int]
+) -> None:
+    found = forced_answer(torch.tensor(predicted), torch.tensor([5, 6, 5, 2]))
+    assert found == ForcedAnswer(exact, 3, right, decoded)
 
 
 def test_levenshtein() -> None:

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 # Rank 0's thread of gloo waits for the GIL, to free a tensor, when the interpreter goes down.
 BUSY_GLOO = """
 import sys, time, torch
-from training.distributed import init_distributed
+from training.zero3.process_group import init_distributed
 from training.exit_codes import run_rank
 
 class Slow:

@@ -260,7 +260,7 @@ def test_a_damaged_checkpoint_is_named_and_leaves_nothing(trained: Any, tmp_path
     data[len(data) // 2] ^= 1
     shard.unlink()
     shard.write_bytes(data)
-    with pytest.raises(InputError, match=f"{shard.name} is damaged"):
+    with pytest.raises(InputError, match=f"{shard.name} .*damaged"):
         export(run, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
 
@@ -273,7 +273,7 @@ def test_settings_of_another_run_are_refused(trained: Any, tmp_path: Path) -> No
     with pytest.raises(InputError, match="--config"):
         export(run, tmp_path / "out")
     (tmp_path / "other.yaml").write_text(text.replace("pool: adaptive", "pool: resize"))
-    with pytest.raises(InputError, match=r"model in .*other\.yaml is not what step"):
+    with pytest.raises(InputError, match=r"model in .*other\.yaml"):
         export(run, tmp_path / "out", config=tmp_path / "other.yaml")
 
 

@@ -168,7 +168,7 @@ def test_chat_keeps_the_conversation(model, images, monkeypatch, capsys):
 def test_a_question_that_fails_is_not_kept(model):
     loaded = load_model(str(model))
     talk = Conversation([Path(__file__)], 4)  # not an image
-    with pytest.raises(InputError, match=r"images\[0\] is .* cannot be used as an image"):
+    with pytest.raises(InputError, match=rf"images\[0\] .*{Path(__file__).name}"):
         prepare_messages(loaded, talk.ask("What?"), 4)
     assert talk.messages == [] and talk.command("/reset", loaded)
     assert talk.pending == []
@@ -204,7 +204,7 @@ def test_nothing_in_the_folder_is_executed(model, images, tmp_path, capsys):
     assert capsys.readouterr().out.strip() == "red" and not witness.exists()
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "else"}))
-    with pytest.raises(InputError, match=r"type 'else', expected 'tokenflex'.*trust-remote-code"):
+    with pytest.raises(InputError, match=r"'else'.*'tokenflex'.*trust-remote-code"):
         main([str(folder), "--prompt", "What colour?"])
     assert not witness.exists()
     asked = ["--image", images["red"], "--prompt", "What colour?"]

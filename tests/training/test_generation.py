@@ -216,7 +216,7 @@ def test_a_prompt_longer_than_the_context_is_an_error(processor, single):
     model = make_model(
         TokenFlexForConditionalGeneration, processor, {"max_position_embeddings": 90}
     )
-    with pytest.raises(ValueError, match=r"input_ids have 120 tokens, .* context is 90; shorten"):
+    with pytest.raises(ValueError, match=r"input_ids .*120 .*\b90\b.* shorten"):
         answers(model, single[0])
 
 

@@ -320,15 +320,13 @@ def test_the_monitor_records_what_ended_a_run(tmp_path: Path, digits_corpus: Pat
 
 
 class Engine:
-    """Counts steps; what DeepSpeed would say of the gradients' norm."""
+    """Counts steps; what an engine would say of the gradients' norm."""
 
     def __init__(self, norm: float) -> None:
         self.norm, self.steps = norm, 0
 
-    def step(self) -> None:
+    def step(self) -> float:
         self.steps += 1
-
-    def get_global_grad_norm(self) -> float:
         return self.norm
 
 

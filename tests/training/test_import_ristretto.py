@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from data_pipeline.errors import InputError
-from data_pipeline.tokenizer import SPECIAL_TOKENS
+from data_pipeline.processor.prompt_tokenflex import SPECIAL_TOKENS
 from tests.data_pipeline.small_tokenizers import save_hugging_face
 from tests.training.tiny import picture
 from training.import_ristretto.__main__ import main
@@ -281,10 +281,10 @@ def test_a_model_that_lost_the_head_says_so(converted: Path, tmp_path: Path) -> 
             lambda w: w.update({"projector.mlp.f4.bias": torch.ones(2)}),
             r"has projector\.mlp\.f4\.b",
         ),
-        (lambda w: w.update(extra=torch.ones(2)), r"it has extra, which the model does not"),
+        (lambda w: w.update(extra=torch.ones(2)), r"has extra"),
         (
             lambda w: w.update({"projector.mlp.g.weight": torch.ones(8, 48)}),
-            r"projector\.mlp\.g\.weight is \[8, 48\] there and \[32, 48\] by the config",
+            r"projector\.mlp\.g\.weight .*\[8, 48\] .*\[32, 48\]",
         ),
         (
             lambda w: w.update(
@@ -294,7 +294,7 @@ def test_a_model_that_lost_the_head_says_so(converted: Path, tmp_path: Path) -> 
                     )
                 }
             ),
-            r"position_embedding\.weight is \[9, 16\] there and \[25, 16\]",
+            r"position_embedding\.weight .*\[9, 16\] .*\[25, 16\]",
         ),
     ],
 )
@@ -313,7 +313,7 @@ def test_tensors_that_do_not_fit_are_named(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"model_type": "internvl_chat"}, "'internvl_chat'; expected 'ristretto'"),
+        ({"model_type": "internvl_chat"}, "'internvl_chat'.*'ristretto'"),
         ({"select_layer": -2}, "select_layer is -2"),
         ({"template": "Hermes-2"}, "template is 'Hermes-2'"),
         ({"force_image_size": 448}, "force_image_size is 448"),
@@ -358,7 +358,7 @@ def test_what_the_released_code_cannot_do_is_refused_on_the_way_back(
     converted: Path, release: Path, tmp_path: Path
 ) -> None:
     source = copied(converted, tmp_path / "source", pool="adaptive")
-    with pytest.raises(InputError, match="pool is 'adaptive', not 'resize'"):
+    with pytest.raises(InputError, match=r"pool .*'adaptive'.*'resize'"):
         to_release(source, tmp_path / "out", BIG)
     with pytest.raises(InputError, match="without --reverse"):
         to_release(release, tmp_path / "out", BIG)

@@ -1,6 +1,5 @@
 """The lmms-eval adapter: what it answers, and a local task through the real package."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -13,12 +12,13 @@ import pytest
 from PIL import Image
 
 from data_pipeline.errors import InputError
+from tests.environments.python import python_with
 from tests.training.exported import COLOURS, make_folder
 from training.lmms_eval_adapter.__main__ import main
 from training.lmms_eval_adapter.adapter import TokenFlexLmmsEval, as_messages, cut_at
+from training.lmms_eval_adapter.models.tokenflex import TokenFlexPlugin
 
 ROOT = Path(__file__).parents[2]
-HAS_LMMS_EVAL = importlib.util.find_spec("lmms_eval") is not None
 
 TASK = """\
 task: colours
@@ -81,6 +81,24 @@ def test_answers_in_order_whatever_the_batch(model):
         assert (adapter.rank, adapter.world_size, adapter.is_simple) == (0, 1, False)
 
 
+def test_a_plugin_is_given_images_and_text(model):
+    adapter = TokenFlexPlugin(str(model), 16, device="cpu")
+    docs = [{"image": Image.new("RGB", (20, 20), COLOURS[name])} for name in COLOURS]
+    adapter.task_dict = {"colours": {"test": docs}}
+
+    def request(number: int, visual: Any = None) -> Any:
+        def to_visual(doc: dict[str, Any]) -> list[Any]:
+            return [visual or doc["image"]]
+
+        settings = {"max_new_tokens": 12}
+        args = ("What colour?", settings, to_visual, number, "colours", "test")
+        return SimpleNamespace(args=args)
+
+    assert adapter.generate_until([request(2), request(0)]) == ["blue", "red"]
+    with pytest.raises(InputError, match="a task has a str"):
+        adapter.generate_until([request(0, "a.mp4")])
+
+
 def test_stop_strings():
     assert cut_at("a; b\n\nc", [";"]) == "a" and cut_at("a; b\n\nc", "b") == "a; "
     assert cut_at("a\n\nb", ["\n\n"]) == cut_at("a\n\nb", None) == "a\n\nb"
@@ -96,27 +114,20 @@ def test_bad_input(model):
         adapter.loglikelihood([])
 
 
-@pytest.mark.skipif(HAS_LMMS_EVAL, reason="lmms-eval is installed")
-def test_without_lmms_eval_the_error_says_what_to_install():
+def test_without_lmms_eval_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lmms_eval", None)
     with pytest.raises(InputError, match="pip install lmms-eval"):
         main()
 
 
-@pytest.mark.skipif(not HAS_LMMS_EVAL, reason="lmms-eval is not installed")
-def test_the_entry_point_registers_the_model(tmp_path):
-    info = tmp_path / "tokenflex_trainer-0.1.0.dist-info"  # as pip would install it
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: tokenflex-trainer\n")
-    (info / "entry_points.txt").write_text(
-        "[lmms_eval.models]\ntokenflex = training.lmms_eval_adapter:manifest\n"
-    )
-    code = "from lmms_eval.models import get_model; print(get_model('tokenflex').__name__)"
-    shown = python("-c", code, path=[str(tmp_path)], folder=tmp_path)
-    assert shown.splitlines()[-1] == "TokenFlexLmmsEval"
+@pytest.fixture(scope="module")
+def lmms_python() -> str:
+    """A Python that has lmms-eval, and Hugging Face's `kernels`."""
+    return python_with("lmms_eval", "lmms")
 
 
-@pytest.mark.skipif(not HAS_LMMS_EVAL, reason="lmms-eval is not installed")
-def test_a_local_task_through_lmms_eval(model, tmp_path):
+@pytest.mark.parametrize("by_plugin", [False, True], ids=["module", "plugin"])
+def test_a_local_task_through_lmms_eval(lmms_python, model, tmp_path, by_plugin):
     task = tmp_path / "task"
     task.mkdir()
     wrong = {"red": "green"}  # one reference that the model does not give
@@ -128,12 +139,14 @@ def test_a_local_task_through_lmms_eval(model, tmp_path):
             file.write(json.dumps(doc) + "\n")
     (task / "colours.yaml").write_text(TASK.format(folder=task))
     (task / "colours.py").write_text(FUNCTIONS)
-    python(
-        *("-m", "training.lmms_eval_adapter", "--model", "tokenflex", "--batch_size", "2"),
+    plugin = {"LMMS_EVAL_PLUGINS": "training.lmms_eval_adapter"} if by_plugin else {}
+    outside_network(
+        *(lmms_python, "-m", "lmms_eval" if by_plugin else "training.lmms_eval_adapter"),
+        *("--model", "tokenflex", "--batch_size", "2"),
         *("--model_args", f"pretrained={model},num_image_tokens=16"),
         *("--tasks", "colours", "--include_path", str(task), "--device", "cpu"),
         *("--output_path", str(tmp_path / "out"), "--verbosity", "ERROR"),
-        path=[],
+        variables={"PYTHONPATH": str(ROOT)} | plugin,
         folder=tmp_path,
     )
     (found,) = (tmp_path / "out").rglob("*_results.json")
@@ -141,12 +154,24 @@ def test_a_local_task_through_lmms_eval(model, tmp_path):
     assert results["right,none"] == 0.75
 
 
-def python(*arguments: str, path: list[str], folder: Path) -> str:
-    """Output of a Python without a network; `path` goes before this repository."""
-    path = [*path, str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hf"), "WANDB_MODE": "disabled"}
-    environment = os.environ | offline | {"PYTHONPATH": os.pathsep.join(path)}
-    command = [sys.executable, *arguments]
+def test_beside_the_kernels_of_hugging_face(lmms_python, tmp_path):
+    code = (
+        "import kernels, training.model.build, transformers.integrations.hub_kernels as hub;"
+        "from transformers.utils.import_utils import is_kernels_available;"
+        "print(kernels.__file__, is_kernels_available())"
+    )
+    shown = outside_network(lmms_python, "-c", code, variables={}, folder=ROOT)
+    assert shown.split() == [str(ROOT / "kernels" / "__init__.py"), "False"]
+    code = "import kernels, transformers.modeling_utils; print(kernels.get_kernel.__module__)"
+    shown = outside_network(lmms_python, "-c", code, variables={}, folder=tmp_path)
+    assert shown.startswith("kernels.")
+
+
+def outside_network(*command: str, variables: dict[str, str], folder: Path) -> str:
+    """Output of a command in a folder, without a network."""
+    home = str(folder / "hf") if folder != ROOT else "/nonexistent"
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": home, "WANDB_MODE": "disabled"}
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | offline | variables
     done = subprocess.run(
         command, env=environment, cwd=folder, capture_output=True, text=True, timeout=300
     )

@@ -507,15 +507,15 @@ def test_projector_starts_as_transformers_starts_a_linear():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"tile_sides": [2, 4, 1, 3, 2, 1]}, "hold 38 image tokens, but the tiles give 35"),
-        ({"tile_sides": [2, 4]}, "2 entries for 6 tiles"),
+        ({"tile_sides": [2, 4, 1, 3, 2, 1]}, "38 image tokens.* 35"),
+        ({"tile_sides": [2, 4]}, "2 .*6 tiles"),
         ({"tile_sides": None}, "without tile_sides"),
-        ({"pixel_values": None}, "hold 38 image tokens, but the tiles give 0"),
+        ({"pixel_values": None}, r"38 image tokens.* 0\b"),
         ({"pixel_values": torch.zeros(6, 3, TILE, TILE)}, "expected torch.uint8"),
         ({"pixel_values": torch.zeros(6, 3, 8, 8, dtype=torch.uint8)}, r"\[tiles, 3, 16, 16\]"),
         ({"cu_seqlens": torch.tensor([0, 9])}, "runs from 0 to 9"),
         ({"position_ids": None}, "without position_ids"),
-        ({"attention_mask": torch.ones(1, 99)}, "give the whole pack as one row"),
+        ({"attention_mask": torch.ones(1, 99)}, "one row"),
     ],
 )
 def test_arguments_that_disagree_are_errors(model, change, message):
@@ -532,7 +532,7 @@ def test_arguments_that_disagree_are_errors(model, change, message):
         ({"model_type": "gemma3_text", "final_logit_softcapping": 5.0}, "softcapping is 5.0"),
         ({"model_type": "cohere"}, "text_config.logit_scale is 0.0625"),
         ({"model_type": "granite", "logits_scaling": 8.0}, "text_config.logits_scaling is 8.0"),
-        ({"vocab_size": 3}, "image_token_id is 3, the language model has 3 tokens"),
+        ({"vocab_size": 3}, "image_token_id is 3.* 3 tokens"),
     ],
 )
 def test_language_models_that_do_not_fit_are_errors(text, message):
@@ -543,11 +543,11 @@ def test_language_models_that_do_not_fit_are_errors(text, message):
 def test_language_models_that_do_not_isolate_samples_are_errors():
     batch = make_batch(SAMPLES)
     model = make_model(text={"model_type": "mistral", "sliding_window": 20})
-    with pytest.raises(InputError, match="sliding_window is 20 tokens, but a sample has"):
+    with pytest.raises(InputError, match="sliding_window is 20"):
         model(**batch)
     model = make_model(text={"model_type": "llama"})
     model.config.text_config.layer_types = ["full_attention", "linear_attention"]
-    with pytest.raises(InputError, match="linear_attention: such layers do not keep"):
+    with pytest.raises(InputError, match="linear_attention"):
         model(**batch)
     model = make_model()
 
@@ -556,20 +556,20 @@ def test_language_models_that_do_not_isolate_samples_are_errors():
         return args, {**kwargs, "segments": None, "attention_mask": None}
 
     model.language_model.get_decoder().register_forward_pre_hook(drop_segments, with_kwargs=True)
-    with pytest.raises(InputError, match="does not hand extra arguments"):
+    with pytest.raises(InputError, match="extra arguments"):
         model(**batch)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"pool": "max"}, "use one of adaptive, resize"),
+        ({"pool": "max"}, "pool .*max.* adaptive, resize"),
         ({"projector_hidden_ratio": 0}, "at least 1"),
         ({"image_std": [0.5, 0.5]}, "three numbers each"),
         ({"image_std": [0.5, 0.5, 0.0]}, "std above 0"),
         ({"text_config": {"vocab_size": 8}}, "text_config.model_type is None"),
         ({"text_config": {"model_type": "nonsense"}}, "model_type is 'nonsense'"),
-        ({"vision_config": {"model_type": "clip_vision_model"}}, "vision_config of a SigLIP"),
+        ({"vision_config": {"model_type": "dinov2"}}, "siglip_vision_model, clip_vision_model"),
         ({"vision_config": {"image_size": 4, "patch_size": 8}}, "at least one patch"),
     ],
 )

@@ -65,9 +65,9 @@ def test_siglip2_of_native_resolution_is_refused(digits_corpus: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rms_norm_eps": 1e-5}, "rms_norm_eps is 1e-05 there and 1e-06 here"),
-        ({"model_type": "llama"}, "model_type is 'llama' there and 'qwen2' here"),
-        ({"num_key_value_heads": 4}, "num_key_value_heads is 4 there and 2 here"),
+        ({"rms_norm_eps": 1e-5}, "rms_norm_eps is 1e-05.* 1e-06"),
+        ({"model_type": "llama"}, "model_type is 'llama'.*'qwen2'"),
+        ({"num_key_value_heads": 4}, "num_key_value_heads is 4.* 2"),
     ],
 )
 def test_a_key_that_the_settings_leave_out_counts(
@@ -80,7 +80,7 @@ def test_a_key_that_the_settings_leave_out_counts(
 
 @pytest.mark.parametrize(
     ("value", "message"),
-    [(None, "lacks model.norm.weight"), (torch.ones(3), r"norm.weight is \[3\] there and \[64\]")],
+    [(None, "lacks model.norm.weight"), (torch.ones(3), r"norm.weight .*\[3\] .*\[64\]")],
 )
 def test_tensors_that_do_not_fit_are_named(
     digits_corpus: Path, tmp_path: Path, value: Any, message: str
@@ -110,5 +110,5 @@ def test_a_run_starts_from_a_whole_model(
 
 def test_another_model_is_refused(digits_corpus: Path, tmp_path: Path) -> None:
     build(digits_corpus).save_pretrained(tmp_path)
-    with pytest.raises(InputError, match=r"model\.pretrained=.*pool is 'adaptive' there"):
+    with pytest.raises(InputError, match=r"model\.pretrained=.*pool is 'adaptive'"):
         build(digits_corpus, f"model.pretrained={tmp_path}", "model.pool=resize")

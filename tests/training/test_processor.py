@@ -14,12 +14,13 @@ from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast
 
 from data_pipeline.chat import ChatSettings, expand_images, tokenize_chat, tokenize_prompt
 from data_pipeline.images import decode_rgb
-from data_pipeline.tiling import TilingSettings, cut_tiles, num_tiles
-from data_pipeline.tokenizer import SPECIAL_TOKENS, HuggingFaceTokenizer
+from data_pipeline.processor.prompt_tokenflex import SPECIAL_TOKENS
+from data_pipeline.tiling import TilingSettings, cut_tiles
+from data_pipeline.tokenizer import HuggingFaceTokenizer
+from tests.data_pipeline.image_files import png_header
 from tests.data_pipeline.small_tokenizers import save_hugging_face
 from tests.training.tiny import TILE, make_processor, make_tokenizer, picture
 from training.model import TokenFlexImageProcessor, TokenFlexProcessor, chatml_template
-from training.model.hub import image_processing_tokenflex
 
 TILING = TilingSettings(tile_size=TILE, max_tiles=4)
 SYSTEMS = ["You are a helpful assistant.", "", 'Réponds "vite" à {{tout}} \\ 🖼\nligne 2']
@@ -158,7 +159,7 @@ def test_a_rendered_prompt_has_the_same_ids(processor, messages):
 
 @pytest.mark.parametrize("marker", ["<|im_start|>", "<|im_end|>", "<image>"])
 def test_a_prompt_that_would_hold_a_forged_marker_is_not_rendered(processor, marker):
-    with pytest.raises(ValueError, match=r"conversation\[0\] holds the text .*tokenize=True"):
+    with pytest.raises(ValueError, match=r"turn 0 .*tokenize=True"):
         processor.apply_chat_template([turn("user", f"see {marker}")])
 
 
@@ -267,18 +268,6 @@ def test_tiles_are_those_of_training_pixel_for_pixel(processor, tmp_path, name):
     assert inputs["tile_sides"].tolist() == [2] * len(expected)
 
 
-def test_the_grid_is_that_of_training_for_many_sizes():
-    generator = np.random.default_rng(0)
-    for max_tiles, min_tiles, thumbnail in ((12, 1, True), (6, 2, False), (1, 1, True)):
-        settings = TilingSettings(
-            tile_size=4, min_tiles=min_tiles, max_tiles=max_tiles, thumbnail=thumbnail
-        )
-        images = TokenFlexImageProcessor(4, min_tiles, max_tiles, thumbnail)
-        sizes = generator.integers(1, 40, (60, 2)).tolist()
-        found = images([Image.new("RGB", size) for size in map(tuple, sizes)])["num_tiles"]
-        assert found.tolist() == [num_tiles(*size, settings) for size in sizes]
-
-
 def test_arrays_in_either_order_and_tensors(processor):
     array = np.array(picture(2))
     expected = processor.image_processor(picture(2))["pixel_values"]
@@ -379,38 +368,38 @@ TRUNCATED = FILES["jpeg"][: len(FILES["jpeg"]) // 2]
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"images": 5}, r"images\[0\] is of type int and cannot be used as an image"),
-        ({"images": b"bytes"}, r"images\[0\] is of type bytes"),
-        ({"images": "nowhere.jpg"}, r"images\[0\] is 'nowhere.jpg' and cannot be used"),
-        ({"images": [np.zeros((4, 4, 3))]}, r"images\[0\] .*the array is float64 \(4, 4, 3\)"),
-        ({"images": [np.zeros((0, 4, 3), np.uint8)]}, r"images\[0\] is of type ndarray"),
-        ({"images": None}, "images holds 0 images, but text has 1 <image> placeholder;"),
-        ({"images": []}, "images holds 0 images, but text has 1 <image> placeholder;"),
-        ({"images": [[]]}, r"images\[0\] holds 0 images, but text\[0\] has 1"),
-        ({"images": [ONE, ONE]}, "images holds 2 images, but text has 1 <image> placeholder;"),
-        ({"text": "<image><image>"}, "images holds 1 image, but text has 2 <image> placeholders;"),
-        ({"text": "none"}, "images holds 1 image, but text has 0"),
-        ({"images": [[ONE], [ONE]]}, "images holds 2 lists for 1 texts"),
-        ({"text": None}, "text is of type NoneType"),
+        ({"images": 5}, r"images\[0\] .*\bint\b"),
+        ({"images": b"bytes"}, r"images\[0\] .*\bbytes\b"),
+        ({"images": "nowhere.jpg"}, r"images\[0\] .*'nowhere.jpg'"),
+        ({"images": [np.zeros((4, 4, 3))]}, r"images\[0\] .*float64 \(4, 4, 3\)"),
+        ({"images": [np.zeros((0, 4, 3), np.uint8)]}, r"images\[0\] .*ndarray"),
+        ({"images": None}, "images holds 0.*text has 1 <image>"),
+        ({"images": []}, "images holds 0.*text has 1 <image>"),
+        ({"images": [[]]}, r"images\[0\] holds 0.*text\[0\] has 1"),
+        ({"images": [ONE, ONE]}, "images holds 2.*text has 1 <image>"),
+        ({"text": "<image><image>"}, "images holds 1.*text has 2 <image>"),
+        ({"text": "none"}, "images holds 1.*text has 0"),
+        ({"images": [[ONE], [ONE]]}, "images holds 2.* 1 text"),
+        ({"text": None}, "text is .*None"),
         ({"text": []}, "text is empty"),
-        ({"text": [3]}, r"text\[0\] is of type int"),
-        ({"text": "<image>\ud800"}, r"text\[0\] has a lone surrogate \(U\+D800\)"),
-        ({"num_image_tokens": 5}, "num_image_tokens is 5, but .* square, n \\* n; give 4 or 9"),
-        ({"num_image_tokens": 15}, "num_image_tokens is 15, but .* give 9 or 16"),
+        ({"text": [3]}, r"text\[0\] .*\bint\b"),
+        ({"text": "<image>\ud800"}, r"text\[0\] .*U\+D800"),
+        ({"num_image_tokens": 5}, "num_image_tokens is 5.* 4 or 9"),
+        ({"num_image_tokens": 15}, "num_image_tokens is 15.* 9 or 16"),
         ({"num_image_tokens": 0}, "num_image_tokens is 0"),
         ({"num_image_tokens": -4}, "num_image_tokens is -4"),
-        ({"num_image_tokens": 25}, "num_image_tokens is 25, but a tile has only 4 x 4 .* most 16"),
+        ({"num_image_tokens": 25}, "num_image_tokens is 25.* 16"),
         ({"num_image_tokens": 4.0}, "num_image_tokens is 4.0"),
         ({"num_image_tokens": True}, "num_image_tokens is True"),
         ({"num_image_tokens": "4"}, "num_image_tokens is '4'"),
-        ({"num_image_tokens": [4, 4]}, r"num_image_tokens is \[4, 4\], but the images are 1 in 1"),
-        ({"num_image_tokens": []}, r"num_image_tokens is \[\], but the images are 1"),
+        ({"num_image_tokens": [4, 4]}, r"num_image_tokens is \[4, 4\].* 1 in 1"),
+        ({"num_image_tokens": []}, r"num_image_tokens is \[\].* 1"),
         ({"num_image_tokens": [[4], [4]]}, "one list per text, of 1 numbers"),
-        ({"max_tiles": 0}, "min_tiles is 1 and max_tiles 0"),
-        ({"num_image_token": 4}, "the processor has no argument num_image_token"),
-        ({"truncation": True}, "truncation is True, which is not supported"),
+        ({"max_tiles": 0}, "min_tiles .*1.*max_tiles .*0"),
+        ({"num_image_token": 4}, r"no argument num_image_token\b"),
+        ({"truncation": True}, "truncation is True"),
         ({"videos": [1]}, "videos is"),
-        ({"text": ["<image>", "hello there"], "padding": False}, "padding is False, but the"),
+        ({"text": ["<image>", "hello there"], "padding": False}, "padding is False"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_error_that_names_the_argument(processor, change, message):
@@ -424,15 +413,18 @@ def test_bad_input_is_one_error_that_names_the_argument(processor, change, messa
 def test_a_file_that_is_no_image_is_named(processor, tmp_path, data, below):
     (tmp_path / below).mkdir(parents=True, exist_ok=True)
     (tmp_path / below / "file.jpg").write_bytes(data)
-    with pytest.raises(ValueError, match=r"images\[1\] is .*file.jpg.* cannot be used as an image"):
+    with pytest.raises(ValueError, match=r"images\[1\] .*file\.jpg"):
         processor(images=[ONE, str(tmp_path / below / "file.jpg")], text="<image><image>")
 
 
-def test_an_image_that_would_fill_the_memory_is_refused(processor, monkeypatch):
-    monkeypatch.setattr(image_processing_tokenflex, "MAX_PIXELS", 40 * 30 - 1)
-    assert processor(images=ONE, text="<image>")
-    with pytest.raises(ValueError, match=r"images\[0\] .*40 x 30 pixels; give 1 to 1199"):
-        processor(images=picture(), text="<image>")
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_an_image_that_would_fill_the_memory_is_refused(processor, tmp_path, monkeypatch):
+    path = tmp_path / "bomb.png"
+    path.write_bytes(png_header(10_000, 10_000))
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("was decoded"))
+    for image in (path, Image.open(path)):
+        with pytest.raises(ValueError, match=r"images\[0\] .*10000 x 10000 pixels are more than"):
+            processor(images=image, text="<image>")
 
 
 def test_a_prompt_longer_than_the_context_is_an_error(folder):
@@ -447,19 +439,19 @@ def test_a_prompt_longer_than_the_context_is_an_error(folder):
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
-        ([], "conversation must be a list of at least one turn"),
-        (["Hi"], "must be a list of at least one turn"),
-        ([{"role": "user"}], r"conversation\[0\] is not a turn"),
-        ([turn("assistant", "Hi")], r"conversation\[0\] has the role 'assistant' where system or"),
-        ([turn("user", "a"), turn("user", "b")], r"conversation\[1\] has the role 'user' where"),
+        ([], "conversation.* empty list"),
+        (["Hi"], r"conversation\[0\].*\bstr\b.* list"),
+        ([{"role": "user"}], "turn 0 .*content .*None"),
+        ([turn("assistant", "Hi")], "turn 0 .*'assistant' .*system or"),
+        ([turn("user", "a"), turn("user", "b")], "turn 1 .*'user'"),
         ([turn("tool", "a")], "has the role 'tool'"),
-        ([turn("system", "a")], "a system turn and nothing after it"),
-        ([{"role": "user", "content": 3}], "content of type int"),
-        ([turn("user", {"type": "video", "video": "a"})], "a part of type 'video'"),
-        ([turn("user", {"type": "text"})], "a part of type 'text'"),
+        ([turn("system", "a")], "system turn.* nothing"),
+        ([{"role": "user", "content": 3}], "content is of type int"),
+        ([turn("user", {"type": "video", "video": "a"})], "type .*'video'"),
+        ([turn("user", {"type": "text"})], "type .*'text'"),
         ([turn("user", "a"), turn("assistant", IMAGE)], "is the assistant's and has an image"),
-        ([turn("user", {"type": "image"})], "images holds 0 images, but text has 1"),
-        ([turn("user", {"type": "image", "path": "nowhere.png"})], "'nowhere.png' and cannot be"),
+        ([turn("user", {"type": "image"})], "images holds 0.*text has 1"),
+        ([turn("user", {"type": "image", "path": "nowhere.png"})], "'nowhere.png'"),
     ],
 )
 def test_bad_messages_are_errors(processor, messages, message):
@@ -468,7 +460,7 @@ def test_bad_messages_are_errors(processor, messages, message):
 
 
 def test_a_processor_that_cannot_work_is_an_error(folder):
-    with pytest.raises(ValueError, match="num_image_tokens is 144, but a tile has only 4 x 4"):
+    with pytest.raises(ValueError, match=r"num_image_tokens is 144.* 4 x 4"):
         make_processor(folder, num_image_tokens=144)
     with pytest.raises(ValueError, match="tile_size is 0"):
         TokenFlexImageProcessor(tile_size=0)

@@ -1,13 +1,12 @@
-"""Sharded checkpoints around DeepSpeed's: written aside, published by rename, verified on resume.
+"""Sharded checkpoints of any engine: written aside, published by rename, verified on resume.
 
 `Saver` writes them, `find` picks the newest whole one, `load` resumes from it, `start_from` takes
-only its weights. `layout.py` describes the folder; `python -m training.checkpoint --help` looks
-after one offline.
+only its weights. `folder_layout.py` describes the folder; `python -m training.checkpoint --help`
+looks after one offline.
 """
 
 from training.checkpoint.find import find, refuse_later
 from training.checkpoint.folder_layout import MANIFEST, TEMPORARY, finished, read_manifest
-from training.checkpoint.pickles import scan_pickle
 from training.checkpoint.progress import Progress
 from training.checkpoint.resume import load, start_from
 from training.checkpoint.saver import Saver
@@ -23,7 +22,6 @@ __all__ = [
     "load",
     "read_manifest",
     "refuse_later",
-    "scan_pickle",
     "start_from",
     "verify_files",
 ]

@@ -1,13 +1,12 @@
 """What a checkpoint folder looks like: names, the manifest, what is finished, pruning.
 
-`DIR/step-00000100/` holds DeepSpeed's shards and `manifest.json`, which is written last;
+`DIR/step-00000100/` holds the engine's shards and `manifest.json`, which is written last;
 `DIR/latest` names the newest, for people: finished folders decide. `DIR/tmp-...` is being written
 or removed and never read; `DIR/bad-step-...` is a damaged checkpoint that a resume set aside.
 """
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import sys
@@ -19,7 +18,7 @@ from typing import Any
 from tqdm import tqdm
 
 from data_pipeline.errors import InputError
-from data_pipeline.files import write_atomically
+from data_pipeline.files import move_into_place, write_atomically
 
 TEMPORARY = "tmp-"
 BAD = "bad-"
@@ -141,21 +140,8 @@ def leftovers(folder: Path) -> Iterator[Path]:
 def publish(temporary: Path, final: Path, manifest: Manifest) -> None:
     """Make a written folder the checkpoint `final`: manifest, fsync, rename, `latest`."""
     write_atomically(temporary / MANIFEST, manifest.to_json())
-    sync_folder(temporary)
-    if final.exists():
-        remove(final)
-    temporary.rename(final)
-    sync_folder(final.parent)
+    move_into_place(temporary, final)
     write_atomically(final.parent / LATEST, final.name.encode())
-
-
-def sync_folder(folder: Path) -> None:
-    """Flush a folder's names to disk, so that a rename never outlives what it names."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def warn(text: str) -> None:

@@ -37,3 +37,16 @@ def restore_rng(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if torch.cuda.is_available() and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"])
+
+
+def new_rng_state(seed: int, step: int, rank: int) -> dict[str, Any]:
+    """Random states for a rank that has none of its own, in the form of `rng_state`."""
+    seeds = np.random.SeedSequence([seed, step, rank]).generate_state(4)
+    state = {
+        "python": random.Random(int(seeds[0])).getstate(),
+        "numpy": np.random.RandomState(seeds[1]).get_state(),
+        "torch": torch.Generator().manual_seed(int(seeds[2])).get_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.Generator("cuda").manual_seed(int(seeds[3])).get_state()
+    return state

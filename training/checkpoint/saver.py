@@ -16,8 +16,7 @@ from training.checkpoint.progress import Progress, rng_state
 from training.checkpoint.publication import Plan, Publication, first_error
 from training.config import CheckpointSettings
 from training.distributed import Ranks, all_reduce_sum, from_main
-from training.zero3.frozen import frozen_hashes
-from training.zero3.snapshot import HostBuffers, snapshot_bytes, take_snapshot
+from training.engine_interface import Engine
 
 EXIT_WAIT_S = 60.0
 """Longest wait for this rank's own shards when the run ends with an error."""
@@ -41,7 +40,6 @@ class Saver:
         self.failures = 0
         """Saves that failed, in a row."""
         self._lock = FolderLock(folder)
-        self._buffers = HostBuffers()
         self._pending: Publication | None = None
         self._published: int | None = None
         self._bytes = 0
@@ -72,22 +70,17 @@ class Saver:
         finally:
             self._lock.release()
 
-    def check_space(self, engine: Any) -> None:
+    def check_space(self, engine: Engine) -> None:
         """Before the first step: is there room for all the checkpoints this run will keep?
 
         Raises:
-            InputError: saying what is needed and what is free, or that DeepSpeed keeps the
-                optimizer on NVMe, where this class does not save it from.
+            InputError: saying what is needed and what is free, or that the engine's settings do
+                not let it be saved.
         """
-        if engine.zero_nvme_offload_optimizer():
-            raise InputError(
-                "the optimizer is offloaded to NVMe, which checkpoints do not cover; set "
-                "deepspeed.offload_optimizer=cpu"
-            )
-        total = all_reduce_sum([float(snapshot_bytes(engine))], self.ranks.device)[0]
+        total = all_reduce_sum([float(engine.snapshot_bytes())], self.ranks.device)[0]
         self._bytes = int(total)
         from_main(self._check_space)
-        self._frozen = frozen_hashes(engine)
+        self._frozen = engine.frozen_hashes()
 
     def _check_space(self) -> None:
         count = self.settings.keep + 1
@@ -101,7 +94,7 @@ class Saver:
             )
 
     def save(
-        self, engine: Any, progress: Progress, fingerprints: dict[str, Any], wait: bool = False
+        self, engine: Engine, progress: Progress, fingerprints: dict[str, Any], wait: bool = False
     ) -> None:
         """Save model, optimizer, RNG and plan position of all ranks as of now.
 
@@ -136,7 +129,7 @@ class Saver:
         self._finish()
         return from_main(lambda: next(reversed(finished(self.folder)), None))
 
-    def _start(self, engine: Any, progress: Progress, fingerprints: dict[str, Any]) -> None:
+    def _start(self, engine: Engine, progress: Progress, fingerprints: dict[str, Any]) -> None:
         """Take the snapshot and begin to publish it, if there is room."""
         temporary = self.folder / (layout.TEMPORARY + layout.step_name(progress.step))
         self.last_error = from_main(lambda: self._too_little_space(temporary))
@@ -144,9 +137,9 @@ class Saver:
             self._count(self.last_error)
             return
         if self._frozen is None:
-            self._frozen = frozen_hashes(engine)
+            self._frozen = engine.frozen_hashes()
         frozen, world_size = self._frozen, self.ranks.world_size
-        shards = take_snapshot(engine, {"rng": rng_state()}, self._buffers)
+        shards = engine.snapshot(rng_state())
         plan = Plan(
             self.folder,
             progress.step,

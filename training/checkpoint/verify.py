@@ -1,16 +1,12 @@
 """Checksums and pickle scan of a checkpoint's files, before anything opens them."""
 
-import hashlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import InputError
+from data_pipeline.files import Seen, check_whole
 from training.checkpoint.folder_layout import Manifest, read_manifest
-from training.checkpoint.pickles import scan_pickle
-
-Seen = Callable[[int], object]
-"""Told how many bytes have just been read."""
+from training.zero3.pickles import scan_pickle
 
 
 def verify_files(path: Path, files: dict[str, dict[str, Any]]) -> None:
@@ -25,32 +21,13 @@ def verify_files(path: Path, files: dict[str, dict[str, Any]]) -> None:
 
 def verify_file(file: Path, entry: dict[str, Any], seen: Seen = lambda count: None) -> None:
     """Check one file against its manifest entry; see `verify_files`."""
-    try:
-        found = file.stat().st_size
-        if found != entry["bytes"]:
-            raise InputError(f"{file} has {found} bytes, {entry['bytes']} were written")
-        digest = _sha256(file, seen)
-    except FileNotFoundError:
-        raise InputError(f"{file} is missing") from None
-    except OSError as error:
-        raise InputError(f"{file} cannot be read: {error.strerror}") from error
-    if digest != entry["sha256"]:
-        raise InputError(f"{file} is damaged: its sha256 is not the one it was saved with")
+    check_whole(file, entry, seen)
     if file.suffix == ".pt":
         scan_pickle(file)
 
 
-def _sha256(file: Path, seen: Seen) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while chunk := stream.read(2**22):
-            digest.update(chunk)
-            seen(len(chunk))
-    return digest.hexdigest()
-
-
 def check_unlisted(path: Path, manifest: Manifest) -> None:
-    """InputError for a .pt file the manifest does not list: DeepSpeed finds shards by pattern."""
+    """InputError for a .pt file the manifest does not list: engines find shards by pattern."""
     for file in sorted(path.glob("*.pt")):
         if file.name not in manifest.files:
             raise InputError(f"{file} is not in the manifest; remove it")

@@ -8,10 +8,11 @@ from typing import Any
 from PIL import Image, ImageDraw
 
 from data_pipeline.errors import InputError
+from data_pipeline.processor.image_processing_tokenflex import load_rgb
+from data_pipeline.processor.tiling_tokenflex import count_tiles, grid_for
 from training.generate import LoadedModel, generate_answer
 from training.generate.answer import prepare_messages, stats_line
 from training.generate.conversation import PLACEHOLDER, user_message
-from training.model.hub.image_processing_tokenflex import grid_for, to_rgb
 
 _TILE_COLOUR, _TOKEN_COLOUR = (255, 90, 0), (0, 200, 255)
 _SHOWN_PIXELS = 720  # longer side of the picture with the grid
@@ -78,7 +79,7 @@ def draw_token_grid(image: Image.Image, processor: Any, side: int) -> tuple[Imag
         for i in range(rows * step + 1):
             y = min(size[1] - 1, round(i * size[1] / (rows * step)))
             draw.line([(0, y), (size[0], y)], fill=colour, width=width)
-    return shown, columns * rows + (settings.thumbnail and columns * rows > 1)
+    return shown, count_tiles(columns * rows, settings.thumbnail)
 
 
 def _callbacks(
@@ -116,7 +117,7 @@ def _callbacks(
 def open_image(file: str) -> Image.Image:
     """An uploaded file as an upright RGB picture; InputError for anything that is not an image."""
     try:
-        return to_rgb(Path(file), "the file")
+        return load_rgb(Path(file), "the file")
     except ValueError as error:  # its own text names a temporary path of this machine
         raise InputError(
             f"{Path(file).name} cannot be used as an image; give a JPEG, PNG, WebP, GIF, BMP or "

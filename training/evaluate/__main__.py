@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -14,12 +13,14 @@ import torch
 from data_pipeline.cli import at_least
 from data_pipeline.errors import InputError
 from data_pipeline.files import write_atomically
+from data_pipeline.machine import cpu_model, git_commit, num_cores, versions
 from training import exit_codes
+from training.distributed import Ranks
 from training.evaluate.accuracy_plot import plot_accuracy
 from training.evaluate.budget import ServingBudget, decide, parse_budget
 from training.evaluate.counts import EvaluationSettings, evaluate_counts
 from training.evaluate.examples import HeldOut
-from training.evaluate.group import EvaluationGroup, join_group
+from training.evaluate.group import evaluation_ranks
 from training.evaluate.summary import summarise, table
 from training.generate import LoadedModel, add_model_arguments, load_model
 
@@ -45,17 +46,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     try:
         budgets = [parse_budget(text) for text in options.budget]
-        group = join_group()
-        code = _run(options, budgets, group)
+        with evaluation_ranks() as ranks:
+            return _run(options, budgets, ranks)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return exit_codes.BAD_INPUT
-    group.leave()
-    return code
 
 
-def _run(options: argparse.Namespace, budgets: list[ServingBudget], group: EvaluationGroup) -> int:
-    loaded = load_model(options.model, options.dtype, group.device, options.trust_remote_code)
+def _run(options: argparse.Namespace, budgets: list[ServingBudget], ranks: Ranks) -> int:
+    loaded = load_model(options.model, options.dtype, ranks.device, options.trust_remote_code)
     counts = loaded.check_counts(options.num_image_tokens or _default_counts(loaded))
     held_out = HeldOut(
         loaded,
@@ -73,10 +72,10 @@ def _run(options: argparse.Namespace, budgets: list[ServingBudget], group: Evalu
         generate_all=options.generate,
         latency_samples=options.latency_samples,
     )
-    if group.is_main:
+    if ranks.is_main:
         _say_left_out(held_out)
-    rows, latencies = evaluate_counts(loaded, held_out, counts, settings, group)
-    if not group.is_main:
+    rows, latencies = evaluate_counts(loaded, held_out, counts, settings, ranks)
+    if not ranks.is_main:
         return exit_codes.OK
     trained = options.trained or loaded.trained_counts
     entries, resampled = summarise(loaded, rows, counts, trained, options.resamples, options.seed)
@@ -94,7 +93,7 @@ def _run(options: argparse.Namespace, budgets: list[ServingBudget], group: Evalu
         "bad": [{"name": row["name"], "reason": row["bad"]} for row in bad],
         "bootstrap": {"resamples": options.resamples, "seed": options.seed},
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        **_machine(loaded, group),
+        **_machine(loaded, ranks),
     }
     text = table(entries)
     write_atomically(out / "results.json", json.dumps(record, indent=1).encode())
@@ -122,20 +121,18 @@ def _say_left_out(held_out: HeldOut) -> None:
         )
 
 
-def _machine(loaded: LoadedModel, group: EvaluationGroup) -> dict[str, Any]:
-    import transformers
-
+def _machine(loaded: LoadedModel, ranks: Ranks) -> dict[str, Any]:
     cuda = loaded.device.type == "cuda"
     return {
         "machine": {
-            "device": torch.cuda.get_device_name(loaded.device) if cuda else "cpu",
-            "cores": os.cpu_count(),
+            "device": torch.cuda.get_device_name(loaded.device) if cuda else cpu_model(),
+            "cores": num_cores(),
             "threads": torch.get_num_threads(),
-            "ranks": group.size,
+            "ranks": ranks.world_size,
             "dtype": str(loaded.dtype).removeprefix("torch."),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        }
+            **versions(("torch", "transformers")),
+        },
+        "commit": git_commit(),
     }
 
 

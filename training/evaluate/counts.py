@@ -17,8 +17,9 @@ from tqdm import tqdm
 
 from data_pipeline.errors import InputError
 from data_pipeline.files import write_atomically
+from data_pipeline.machine import cpu_model
+from training.distributed import Ranks, from_main, gather
 from training.evaluate.examples import Example, HeldOut
-from training.evaluate.group import EvaluationGroup
 from training.evaluate.latency import measure_latency
 from training.evaluate.row_store import RowStore, check_complete
 from training.evaluate.scoring import Scorer
@@ -44,7 +45,7 @@ def evaluate_counts(
     held_out: HeldOut,
     counts: Sequence[int],
     settings: EvaluationSettings,
-    group: EvaluationGroup,
+    ranks: Ranks,
 ) -> tuple[dict[int, dict[int, Row]], dict[int, dict[str, Any]]]:
     """Score every sample at every count; all ranks must call this.
 
@@ -54,18 +55,18 @@ def evaluate_counts(
     Raises:
         InputError: the folder holds another evaluation, or a sample has no row or two.
     """
-    store = RowStore(settings.out, group.rank)
-    description = _describe(loaded, held_out, settings) if group.is_main else {}
-    group.from_main(lambda: store.claim(description))
+    store = RowStore(settings.out, ranks.rank)
+    description = _describe(loaded, held_out, settings) if ranks.is_main else {}
+    from_main(lambda: store.claim(description))
     store.mend()
-    group.gather(None)  # nobody reads what another is mending
-    found, before = group.from_main(lambda: _found(store, counts))
-    new = _score_missing(loaded, held_out, counts, settings, group, store, found)
-    parts = [before, *group.gather(_sums(new))]
+    gather(None)  # nobody reads what another is mending
+    found, before = from_main(lambda: _found(store, counts))
+    new = _score_missing(loaded, held_out, counts, settings, ranks, store, found)
+    parts = [before, *gather(_sums(new))]
     rows: dict[int, dict[int, Row]] = {}
     # Raised on every rank, so that none waits for a rank 0 that has ended.
-    group.from_main(lambda: rows.update(_gathered(store, counts, held_out, parts)))
-    return rows, _latencies(loaded, held_out, counts, settings) if group.is_main else {}
+    from_main(lambda: rows.update(_gathered(store, counts, held_out, parts)))
+    return rows, _latencies(loaded, held_out, counts, settings) if ranks.is_main else {}
 
 
 def _found(store: RowStore, counts: Sequence[int]) -> tuple[dict[int, set[int]], tuple[int, float]]:
@@ -104,12 +105,14 @@ def _score_missing(
     held_out: HeldOut,
     counts: Sequence[int],
     settings: EvaluationSettings,
-    group: EvaluationGroup,
+    ranks: Ranks,
     store: RowStore,
     found: dict[int, set[int]],
 ) -> list[Row]:
     """Score this rank's batches where rows are missing, and write them; returns the new rows."""
-    batches = held_out.batches(isqrt(max(counts)), settings.batch_tokens)[group.rank :: group.size]
+    batches = held_out.batches(isqrt(max(counts)), settings.batch_tokens)[
+        ranks.rank :: ranks.world_size
+    ]
     todo = [
         (batch, {count: [s for s in batch if s not in found.get(count, ())] for count in counts})
         for batch in batches
@@ -117,7 +120,7 @@ def _score_missing(
     todo = [(batch, missing) for batch, missing in todo if any(missing.values())]
     scorer = Scorer(loaded, held_out, settings.max_new_tokens, settings.generate_all)
     total = sum(bool(samples) for _, missing in todo for samples in missing.values())
-    bar = tqdm(total=total, unit="batch", disable=None if group.is_main else True)
+    bar = tqdm(total=total, unit="batch", disable=None if ranks.is_main else True)
     new: list[Row] = []
     done = sum(len(found.get(count, ())) for count in counts)
     for (batch, missing), examples in zip(todo, _read_ahead(held_out, todo), strict=True):
@@ -131,7 +134,7 @@ def _score_missing(
             store.append(count, rows)
             new += rows
             bar.update()
-        _note_progress(group, done + len(new))
+        _note_progress(ranks, done + len(new))
         assert len(examples) == len(batch)
     bar.close()
     return new
@@ -149,10 +152,10 @@ def _read_ahead(
                 yield pending.popleft().result()
 
 
-def _note_progress(group: EvaluationGroup, rows: int) -> None:
+def _note_progress(ranks: Ranks, rows: int) -> None:
     """For slurm/lib.sh, which gives up a job that restarts without getting on."""
     path = os.environ.get("PROGRESS_FILE")
-    if group.is_main and path:
+    if ranks.is_main and path:
         write_atomically(Path(path), str(rows).encode())
 
 
@@ -166,7 +169,7 @@ def _latencies(
     path = settings.out / "latency.json"
     cuda = loaded.device.type == "cuda"
     machine = {
-        "device": torch.cuda.get_device_name(loaded.device) if cuda else platform.processor(),
+        "device": torch.cuda.get_device_name(loaded.device) if cuda else cpu_model(),
         "host": platform.node(),
         "threads": torch.get_num_threads(),
         "samples": samples,

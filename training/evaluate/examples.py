@@ -131,7 +131,7 @@ class HeldOut:
         return expand_images(example.chat, counts, self._image_id)[0]
 
     def _read(self, sample: int, name: str) -> Example:
-        content = self.mixture.read_sample(sample)
+        content, images = self.mixture.read(sample)
         metadata = content.get("metadata") or {}
         metric = str(metadata.get("metric", EXACT))
         if metric not in METRICS:
@@ -141,7 +141,7 @@ class HeldOut:
         sizes = self.mixture.image_sizes(sample).tolist()
         tiles = [
             image_tiles(data, (width, height), self.tiling, self.reduced_jpeg)
-            for data, (width, height) in zip(self.mixture.read_images(sample), sizes, strict=True)
+            for data, (width, height) in zip(images, sizes, strict=True)
         ]
         said = "".join(part["text"] for part in content["messages"][-1]["content"])
         others = metadata.get("answers") or []

@@ -1,64 +1,20 @@
 """The ranks of an evaluation: independent processes that share out samples and meet at its ends."""
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar
 
 import torch
 import torch.distributed
 
 from data_pipeline.errors import InputError
-from training.distributed import local_device, rank_from_slurm
-
-T = TypeVar("T")
+from training.distributed import Ranks, local_device, rank_from_slurm
 
 
-@dataclass(frozen=True)
-class EvaluationGroup:
-    """Rank `rank` of `size`, and its device."""
-
-    rank: int
-    size: int
-    device: torch.device
-    joined: bool = False  # whether `join_group` made the process group, and `leave` ends it
-
-    def leave(self) -> None:
-        """End the process group."""
-        if self.joined:
-            torch.distributed.destroy_process_group()
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this is rank 0."""
-        return self.rank == 0
-
-    def from_main(self, compute: Callable[[], T]) -> T:
-        """What `compute()` gives on rank 0, on every rank; all of them raise its `InputError`."""
-        box: list[Any] = [None]
-        if self.is_main:
-            try:
-                box = [compute()]
-            except InputError as error:
-                box = [error]
-        if self.size > 1:
-            torch.distributed.broadcast_object_list(box, src=0)
-        if isinstance(box[0], InputError):
-            raise box[0]
-        return box[0]
-
-    def gather(self, value: T) -> list[T]:
-        """The value of every rank, on every rank."""
-        if self.size == 1:
-            return [value]
-        values: list[Any] = [None] * self.size
-        torch.distributed.all_gather_object(values, value)
-        return values
-
-
-def join_group(timeout_s: float = 24 * 3600.0) -> EvaluationGroup:
-    """Join the ranks that torchrun or srun started; one process alone is a group of one.
+@contextmanager
+def evaluation_ranks(timeout_s: float = 24 * 3600.0) -> Iterator[Ranks]:
+    """Join the ranks that torchrun or srun started, and leave them; one process alone is one rank.
 
     They only meet before and after the samples, so that the timeout is that of the whole work.
 
@@ -67,7 +23,8 @@ def join_group(timeout_s: float = 24 * 3600.0) -> EvaluationGroup:
     """
     rank_from_slurm()
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = local_device(int(os.environ.get("LOCAL_RANK", 0)))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    device = local_device(local_rank)
     joining = size > 1 and not torch.distributed.is_initialized()
     if joining:
         missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
@@ -79,4 +36,6 @@ def join_group(timeout_s: float = 24 * 3600.0) -> EvaluationGroup:
         torch.distributed.init_process_group(
             "gloo", rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s)
         )
-    return EvaluationGroup(rank, size, device, joining)
+    yield Ranks(rank, size, local_rank, device)
+    if joining:  # not after an error: others may still be in a collective
+        torch.distributed.destroy_process_group()

@@ -1,9 +1,6 @@
 """Accuracy on held-out shards at every token count.
 
-An answer counts as right when greedy decoding would produce it exactly. That is read off one
-forward pass: greedy decoding leaves the reference at the first position where the most likely
-token, given the reference so far, is another one; so it reproduces the answer, end of turn
-included, if and only if every position's most likely token is the reference's.
+An answer counts as right when greedy decoding would produce it exactly: see `forced_decoding`.
 """
 
 from collections import defaultdict
@@ -16,7 +13,10 @@ import torch
 from data_pipeline.loader import IGNORE, PackBuilder, PackedBatch
 from data_pipeline.mixture import Mixture
 from data_pipeline.plan import EvaluationPlan, PackPlan
+from data_pipeline.text_table import text_table
 from training.distributed import Ranks, all_reduce_max, all_reduce_sum
+from training.engine_interface import Engine
+from training.evaluate.forced_decoding import forced_answer
 from training.model.pack_inputs import model_inputs
 
 ALL = "all"
@@ -73,8 +73,7 @@ class Evaluation:
 
         The second number of a cell is the share of answer tokens that are right.
         """
-        header = ["exact match % (tokens %)", *(f"{count} tokens" for count in self.counts)]
-        rows = [header]
+        rows = [["exact match % (tokens %)", *(f"{count} tokens" for count in self.counts)]]
         for detail in self.details:
             cells = []
             for count in self.counts:
@@ -83,18 +82,11 @@ class Evaluation:
                 cells.append(f"{100 * score.exact / score.answers:.1f} ({tokens:.1f})")
             answers = self.scores[detail, self.counts[0]].answers
             rows.append([f"{detail}, {answers} answers", *cells])
-        widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-        return "\n".join(
-            "  ".join(
-                cell.ljust(width) if column == 0 else cell.rjust(width)
-                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in rows
-        )
+        return text_table(rows)
 
 
 def evaluate(
-    engine: Any,
+    engine: Engine,
     plan: EvaluationPlan,
     builder: PackBuilder,
     sides: list[int],
@@ -107,7 +99,7 @@ def evaluate(
     None if `stop` was true on some rank between two batches.
 
     Args:
-        engine: the DeepSpeed engine (its module is put in evaluation mode and back).
+        engine: its model is put in evaluation mode and back.
         plan: the packs of the held-out samples.
         builder: builds its packs.
         sides: token grid sides n; n^2 tokens per tile.
@@ -143,7 +135,7 @@ def evaluate(
 
 
 def _share(packs: list[PackPlan], ranks: Ranks) -> list[PackPlan]:
-    """This rank's packs; every rank gets the same number, since ZeRO-3 runs in lockstep."""
+    """This rank's packs; every rank gets the same number, as an engine's ranks run in lockstep."""
     share = packs[ranks.rank :: ranks.world_size]
     rounds = -(-len(packs) // ranks.world_size)
     return share + [PackPlan.empty()] * (rounds - len(share))
@@ -157,7 +149,7 @@ def score_answers(batch: PackedBatch, predictions: torch.Tensor) -> list[tuple[i
         predictions: int64 [K], most likely token at each supervised position, in order.
     """
     positions = (batch.labels != IGNORE).nonzero().flatten()
-    right = predictions == batch.labels[positions]
+    reference = batch.labels[positions]
     bounds = torch.searchsorted(positions, batch.cu_seqlens.to(positions.dtype)).tolist()
     results = []
     for i, sample in enumerate(batch.sample_ids):
@@ -165,10 +157,9 @@ def score_answers(batch: PackedBatch, predictions: torch.Tensor) -> list[tuple[i
         if own.start == own.stop:
             continue  # nothing supervised, or a stand-in for a bad sample
         gaps = (positions[own].diff() > 1).nonzero().flatten().tolist()
-        last = right[own][gaps[-1] + 1 if gaps else 0 :]
-        answer = last[:-1]  # without the end of turn
-        score = Score(1, int(last.all()), len(answer), int(answer.sum()))
-        results.append((sample, score))
+        last = slice(own.start + (gaps[-1] + 1 if gaps else 0), own.stop)
+        found = forced_answer(predictions[last], reference[last])
+        results.append((sample, Score(1, int(found.exact), found.tokens, found.tokens_right)))
     return results
 
 

@@ -1,9 +1,7 @@
 """Scores of a batch of examples at one token count.
 
-An answer that must be exact is right when greedy decoding would produce it. That is read off one
-forward pass, as in training (`in_training`): decoding leaves the reference at the first position
-where the most likely token, given the reference so far, is another one. What other metrics score is
-generated.
+An answer that must be exact is right when greedy decoding would produce it, which one forward pass
+tells (`forced_decoding`). What other metrics score is generated.
 """
 
 from collections.abc import Sequence
@@ -13,6 +11,7 @@ import numpy as np
 import torch
 
 from training.evaluate.examples import Example, HeldOut
+from training.evaluate.forced_decoding import forced_answer
 from training.evaluate.scorers import EXACT, score_text
 from training.generate import LoadedModel, greedy_settings, user_errors
 
@@ -96,13 +95,11 @@ class Scorer:
         predictions = logits.argmax(-1).cpu()  # [B, longest + 1]
         rows = {}
         for example, predicted in zip(examples, predictions, strict=True):
-            found = predicted[-len(example.answer_ids) - 1 : -1].tolist()
-            wrong = [i for i, id_ in enumerate(example.answer_ids) if found[i] != id_]
-            said = found[: wrong[0] + 1] if wrong else found[:-1]
-            text = self._held_out.tokenizer.decode(said)
-            # What greedy decoding would go on with behind its first wrong token is not known.
-            answer = {"answer_begins": text} if wrong else {"answer": text}
-            rows[example.sample] = {"score": float(not wrong), **answer}
+            reference = torch.tensor(example.answer_ids)
+            found = forced_answer(predicted[-len(reference) - 1 : -1], reference)
+            text = self._held_out.tokenizer.decode(found.decoded)
+            answer = {"answer": text} if found.exact else {"answer_begins": text}
+            rows[example.sample] = {"score": float(found.exact), **answer}
         return rows
 
     @torch.inference_mode()

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.balance import CostModel
+from data_pipeline.text_table import text_table
 from training.evaluate.in_training import ALL
 from training.generate import LoadedModel
 
@@ -106,11 +107,7 @@ def table(entries: Sequence[Mapping[str, Any]]) -> str:
                 f"{entry['kv_cache_mib']:.4g}",
             ]
         )
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    return "\n".join(
-        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    )
+    return text_table(lines, left=())
 
 
 def _intervals(scores: np.ndarray, resamples: int, seed: int) -> dict[str, np.ndarray]:

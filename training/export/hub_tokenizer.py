@@ -6,6 +6,7 @@ libraries would disagree the conversion is refused: `check_same_ids` compares th
 
 import random
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from data_pipeline.errors import InputError
-from data_pipeline.tokenizer import SPECIAL_TOKENS, SentencePieceTokenizer, Tokenizer
-from training.model.hub.prompt_tokenflex import encode_text
+from data_pipeline.processor.prompt_tokenflex import SPECIAL_TOKENS, encode_fast, encode_text
+from data_pipeline.tokenizer import SentencePieceTokenizer, Tokenizer
 
 _SPACE = "\u2581"
 # sentencepiece's ModelProto.SentencePiece.Type and TrainerSpec.ModelType
@@ -60,10 +61,11 @@ def check_same_ids(tokenizer: Tokenizer, fast: Any) -> None:
                 f"the tokenizer {tokenizer.source} has {marker} as id {expected}, converted it has "
                 f"{found}; train the model with a Hugging Face tokenizer instead"
             )
+    special = set(markers.values())
     for text in _probes(tokenizer):
         expected_ids = tokenizer.encode(text)
         try:
-            found_ids = encode_text(fast, text, markers, "text")
+            found_ids = encode_text(partial(encode_fast, fast), text, special, "text")
         except ValueError:
             found_ids = []
         if found_ids != expected_ids:

@@ -1,9 +1,6 @@
 """A model folder that transformers loads: everything in it but the weights' values."""
 
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +10,8 @@ from transformers import GenerationConfig
 from transformers.dynamic_module_utils import custom_object_save
 
 from data_pipeline.errors import InputError
-from data_pipeline.files import write_atomically
+from data_pipeline.files import write_atomically, written_aside
 from data_pipeline.tiling import TilingSettings
-from training.checkpoint.folder_layout import sync_folder
 from training.export.safetensors_files import write_weights
 from training.export.weights import Weight, check_weights
 from training.model.hub import (
@@ -99,23 +95,17 @@ def tensor_shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-@contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """A temporary folder beside `out` that becomes `out` when all in it is written.
+def new_folder(out: Path) -> AbstractContextManager[Path]:
+    """A folder that becomes `out` when all in it is written, as in `written_aside`.
 
     Raises:
         InputError: if `out` is there and not an empty folder.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out} is there already and not empty; remove it or give another name")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        yield temporary
-        sync_folder(temporary)
-        temporary.rename(out)  # over an empty folder, too
-        sync_folder(out.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+
+    def check() -> None:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise InputError(
+                f"{out} is there already and not empty; remove it or give another name"
+            )
+
+    return written_aside(out, check)

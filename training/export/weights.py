@@ -1,8 +1,8 @@
-"""Weights that are read when they are written: from a ZeRO-3 checkpoint or a safetensors folder."""
+"""Weights that are read when they are written: from a checkpoint or a safetensors folder."""
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from data_pipeline.errors import InputError
-from training.zero3.shards import Shards
+from training.zero3.saved_tensors import SavedTensor, saved_tensors
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -37,77 +37,30 @@ class Weight:
 
 
 def checkpoint_weights(path: Path, world_size: int, dtype: torch.dtype) -> list[Weight]:
-    """Every parameter, trained or frozen, and buffer of a verified ZeRO-3 checkpoint.
+    """Every parameter, trained or frozen, and buffer of a verified checkpoint.
 
     Args:
         path: the checkpoint's folder.
         world_size: how many ranks saved it.
         dtype: what floating-point tensors become.
     """
-    return list(_Checkpoint(path, world_size).weights(dtype))
+    return [
+        _saved_weight(saved, dtype if saved.dtype.is_floating_point else saved.dtype)
+        for saved in saved_tensors(path, world_size)
+    ]
 
 
-class _Checkpoint(Shards):
-    """The weights in the shards, which are mapped into memory and not read."""
+def _saved_weight(saved: SavedTensor, dtype: torch.dtype) -> Weight:
+    def read() -> Tensor:
+        whole = torch.empty(math.prod(saved.shape), dtype=dtype)
+        filled = 0
+        for piece in saved.pieces():
+            whole[filled : filled + len(piece)] = piece
+            filled += len(piece)
+        assert filled == len(whole), saved.name
+        return whole.view(saved.shape)
 
-    def weights(self, dtype: torch.dtype) -> Iterator[Weight]:
-        first = self.model(0)
-        start = 0
-        for name, shape in self.shapes().items():
-            yield Weight(name, shape, dtype, self._reader(self.trained, name, shape, start, dtype))
-            start += -(-math.prod(shape) // self.world_size)
-        if (held := sum(len(group) for group in self.flat(0))) != start:
-            raise InputError(
-                f"{self.path} holds {held} master weights per rank where its parameters need "
-                f"{start}; export it with the version that saved it"
-            )
-        for name, shape in (first["frozen_param_shapes"] or {}).items():
-            yield Weight(name, tuple(shape), dtype, self._reader(self.kept, name, shape, 0, dtype))
-        for name in first["buffer_names"]:
-            buffer = first["module"][name]
-            kind = dtype if buffer.is_floating_point() else buffer.dtype
-            yield Weight(name, tuple(buffer.shape), kind, lambda b=buffer, k=kind: b.to(k))  # type: ignore[misc]
-
-    def flat(self, rank: int) -> list[Tensor]:
-        """The flat master weights of a saved rank, a tensor per sub-group."""
-        (file,) = self.path.glob(f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
-        groups: list[Tensor] = self._load(file)["optimizer_state_dict"]["fp32_flat_groups"]
-        return groups
-
-    def trained(self, name: str, size: int, start: int) -> Iterator[Tensor]:
-        """The master weights of a parameter in order; `start` is its place in each rank's part."""
-        part = -(-size // self.world_size)
-        for rank in range(self.world_size):
-            left, offset = min(part, size - rank * part), start
-            for group in self.flat(rank):
-                if left > 0 and offset < len(group):
-                    piece = group[offset : offset + left]
-                    yield piece
-                    left, offset = left - len(piece), offset + len(piece)
-                offset -= len(group)
-
-    def kept(self, name: str, size: int, start: int) -> Iterator[Tensor]:
-        """The elements of a frozen parameter in order."""
-        return self.frozen(name, size, start, size)
-
-    @staticmethod
-    def _reader(
-        pieces: Callable[[str, int, int], Iterator[Tensor]],
-        name: str,
-        shape: Iterable[int],
-        start: int,
-        dtype: torch.dtype,
-    ) -> Callable[[], Tensor]:
-        def read() -> Tensor:
-            whole = torch.empty(math.prod(shape), dtype=dtype)
-            filled = 0
-            for piece in pieces(name, len(whole), start):
-                whole[filled : filled + len(piece)] = piece
-                filled += len(piece)
-            assert filled == len(whole), name
-            return whole.view(*shape)
-
-        return read
+    return Weight(saved.name, saved.shape, dtype, read)
 
 
 def folder_weights(folder: Path, file: str | None = None) -> list[Weight]:

@@ -15,6 +15,7 @@ from transformers import TextStreamer
 
 from data_pipeline.cli import at_least, run_cli
 from data_pipeline.errors import InputError
+from data_pipeline.text_table import text_table
 from training.generate import (
     Answer,
     LoadedModel,
@@ -111,12 +112,7 @@ def comparison(answers: dict[int, Answer]) -> str:
         ]
         for count, answer in answers.items()
     ]
-    lines = [head, *rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head) - 1)]
-    return "\n".join(
-        "  ".join([*(c.rjust(w) for c, w in zip(line, widths, strict=False)), line[-1]])
-        for line in lines
-    )
+    return text_table([head, *rows], left=(len(head) - 1,))
 
 
 def _say(

@@ -13,12 +13,12 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.utils.logging import disable_progress_bar
 
 from data_pipeline.errors import InputError
+from data_pipeline.processor.arguments_tokenflex import side_of
 from training.model.hub import (
     TokenFlexConfig,
     TokenFlexForConditionalGeneration,
     TokenFlexProcessor,
 )
-from training.model.hub.arguments_tokenflex import side_of
 from training.precision import has_fast_bf16
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

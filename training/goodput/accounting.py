@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import InputError
+from data_pipeline.text_table import text_table
 from training.goodput.recorder import EVENTS, LIVE, PHASES, read_events
 
 # Of these, `lost` is taken out of `steps`; `restart` lies between two processes.
@@ -201,13 +202,7 @@ def table(summary: Summary) -> str:
     rows.append(["all", "", *cells, duration(summary.wall_s), ""])
     shares = (summary.seconds[part] / (summary.wall_s or 1) for part in columns)
     rows.append(["share", "", *(f"{share:.1%}" for share in shares), "", ""])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-    lines = [
-        "  ".join(cell.rjust(width) for cell, width in zip(row[:-1], widths[:-1], strict=True))
-        + f"  {row[-1]}"
-        for row in rows
-    ]
-    return "\n".join([*map(str.rstrip, lines), "", *_conclusions(summary)])
+    return "\n".join([text_table(rows, left=(len(header) - 1,)), "", *_conclusions(summary)])
 
 
 def _conclusions(summary: Summary) -> list[str]:

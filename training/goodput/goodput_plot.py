@@ -2,11 +2,9 @@
 
 from pathlib import Path
 
-import matplotlib
+from matplotlib.patches import Rectangle
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
+from data_pipeline.plotting import picture
 from training.goodput.accounting import ALL_PARTS, Summary, duration
 
 _MOST_BARS = 20
@@ -29,24 +27,23 @@ def plot(summary: Summary, out: Path) -> None:
     bars = [("whole run", summary.seconds, "")]
     bars += [(f"start {first + i}", p.seconds, f", {p.reason}") for i, p in enumerate(processes)]
     parts = [part for part in ALL_PARTS if summary.seconds[part] > 0]
-    figure, axes = plt.subplots(figsize=(10, 1.8 + 0.38 * len(bars)), constrained_layout=True)
-    for row, (_, seconds, ended) in enumerate(bars):
-        wall = sum(seconds.values()) or 1.0
-        left = 0.0
-        for part in parts:
-            share = 100 * seconds[part] / wall
-            axes.barh(row, share, left=left, color=_COLORS[part], height=0.72)
-            if share >= 6:
-                axes.text(left + share / 2, row, f"{share:.0f}%", ha="center", va="center")
-            left += share
-        axes.text(101, row, f"{duration(wall)}{ended}", va="center")
-    handles = [plt.Rectangle((0, 0), 1, 1, color=_COLORS[part]) for part in parts]
-    names = [part.replace("_", " ") for part in parts]
-    figure.legend(handles, names, loc="outside lower center", ncols=len(parts), frameon=False)
-    axes.set_yticks(range(len(bars)), [name for name, _, _ in bars])
-    axes.invert_yaxis()
-    axes.set(xlim=(0, 100), xlabel="share of the wall time, %")
-    axes.set_title(f"Goodput {summary.goodput:.1%}")
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(out, dpi=120, bbox_inches="tight")
-    plt.close(figure)
+    size = (10, 1.8 + 0.38 * len(bars))
+    with picture(out, size, bbox_inches="tight") as (figure, axes):
+        for row, (_, seconds, ended) in enumerate(bars):
+            wall = sum(seconds.values()) or 1.0
+            left = 0.0
+            for part in parts:
+                share = 100 * seconds[part] / wall
+                axes.barh(row, share, left=left, color=_COLORS[part], height=0.72)
+                if share >= 6:
+                    axes.text(left + share / 2, row, f"{share:.0f}%", ha="center", va="center")
+                left += share
+            axes.text(101, row, f"{duration(wall)}{ended}", va="center")
+        handles = [Rectangle((0, 0), 1, 1, color=_COLORS[part]) for part in parts]
+        names = [part.replace("_", " ") for part in parts]
+        figure.legend(handles, names, loc="outside lower center", ncols=len(parts), frameon=False)
+        axes.set_yticks(range(len(bars)), [name for name, _, _ in bars])
+        axes.invert_yaxis()
+        axes.set(xlim=(0, 100), xlabel="share of the wall time, %")
+        axes.set_title(f"Goodput {summary.goodput:.1%}")
+        axes.spines[["top", "right"]].set_visible(False)

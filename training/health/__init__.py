@@ -1,6 +1,6 @@
 """What keeps a long run honest: stop requests, hang detection, timeouts, bad losses."""
 
-from training.health.loss_guard import LossGuard, Verdict, skip_step
+from training.health.loss_guard import LossGuard, Verdict
 from training.health.monitor import Monitor
 from training.health.preemption import StopRequest
 from training.health.timeouts import set_timeout
@@ -13,5 +13,4 @@ __all__ = [
     "Verdict",
     "Watchdog",
     "set_timeout",
-    "skip_step",
 ]

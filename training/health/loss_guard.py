@@ -9,9 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from training.config import FaultSettings
+from training.engine_interface import Engine
 
 WINDOW = 100  # finite losses that a new one is compared with
 _FEWEST = 20  # fewer say too little about their spread
@@ -46,19 +45,18 @@ class LossGuard:
             self.skipped = int(row.get(SKIPPED, self.skipped))
             self._remember(row["loss"])
 
-    def update(self, engine: Any, loss: float) -> Verdict:
-        """`engine.step()` at the end of an accumulation; nothing changes if it must not be made.
+    def update(self, engine: Engine, loss: float) -> Verdict:
+        """Make the step, or leave it out where nothing may change.
 
         Args:
-            engine: the DeepSpeed engine; every pack's backward is done.
+            engine: every pack's backward is done.
             loss: of the step, over all ranks.
         """
         if not math.isfinite(loss):
-            skip_step(engine)
+            engine.skip()
             return self._fault(f"the loss is {loss}", math.nan)
-        engine.step()
-        norm = float(engine.get_global_grad_norm())
-        if not math.isfinite(norm):  # DeepSpeed has left the step out by itself
+        norm = engine.step()
+        if not math.isfinite(norm):  # the engine has left the step out by itself
             return self._fault(f"the gradient norm is {norm}", norm)
         return Verdict(norm)
 
@@ -91,24 +89,3 @@ class LossGuard:
     def _remember(self, loss: float) -> None:
         if math.isfinite(loss):
             self._recent.append(loss)
-
-
-def skip_step(engine: Any) -> None:
-    """End an accumulation without its update: the gradients are dropped, nothing else changes.
-
-    Called in place of `engine.step()`, by every rank. Weights, masters, moments and Adam's step
-    count stay; DeepSpeed counts it in `engine.skipped_steps`, as its own skips.
-    """
-    optimizer = engine.optimizer
-    # DeepSpeed's own way out for gradients that are not finite: -1 stands for such a norm.
-    invalid = torch.tensor(-1.0, device=optimizer.device)
-    optimizer._get_norm_groups = lambda: [invalid]
-    try:
-        engine.step()
-    finally:
-        del optimizer._get_norm_groups
-    if not optimizer.overflow:
-        raise RuntimeError(
-            "this version of DeepSpeed made a step that should have been left out: the weights are "
-            "spoiled; go on from the last checkpoint with faults.max_skipped_steps=0"
-        )

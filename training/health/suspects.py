@@ -5,9 +5,11 @@ import threading
 from types import FrameType
 from typing import Any
 
+from training.zero3 import PACKAGE
+
 _MOST_NAMED = 4
 # A main thread whose innermost Python frame is here waits for other ranks, most likely.
-_COLLECTIVES = ("/torch/distributed/", "/deepspeed/", "/training/distributed.py")
+_COLLECTIVES = ("/torch/distributed/", f"/{PACKAGE}/", "/training/distributed.py")
 _LIBRARIES = ("/site-packages/", "/lib/python", "<")
 WAITING = "waiting for other ranks "
 _WRAPPERS = ("wrapped_fn", "wrapper", "decorate_context")

@@ -12,7 +12,7 @@ def set_timeout(seconds: float) -> bool:
     """Give every process group of this process a timeout for the collectives begun from now on.
 
     Groups made later do not inherit it: they take torch's default (gloo 30 minutes, NCCL 10), and
-    DeepSpeed makes its own while the engine is built, so call this once the engine is there.
+    the engine makes its own while it is built, so call this once the engine is there.
 
     Returns:
         False, with a warning, where this version of torch would not take it for some group.

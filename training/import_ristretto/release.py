@@ -16,8 +16,9 @@ from transformers import AutoTokenizer
 
 from data_pipeline.errors import InputError
 from data_pipeline.files import write_atomically
+from data_pipeline.processor.prompt_tokenflex import SPECIAL_TOKENS
 from data_pipeline.tiling import TilingSettings
-from data_pipeline.tokenizer import SPECIAL_TOKENS, HuggingFaceTokenizer
+from data_pipeline.tokenizer import HuggingFaceTokenizer
 from training.export import ModelFolder, Weight, folder_weights, new_folder
 from training.export.card import card
 from training.export.hub_tokenizer import to_hub_tokenizer

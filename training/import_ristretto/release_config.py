@@ -9,6 +9,7 @@ from transformers.models.auto import CONFIG_MAPPING
 
 from data_pipeline.errors import InputError
 from training.model.hub import TokenFlexConfig, TokenFlexProcessor
+from training.model.hub.vision_siglip_tokenflex import SIGLIP
 
 CODE_FILES = ("modeling_ristretto.py", "projector.py", "conversation.py")
 _ARCHITECTURES = {"Qwen2ForCausalLM": "qwen2", "LlamaForCausalLM": "llama"}
@@ -39,6 +40,11 @@ def config_from_release(released: Mapping[str, Any], source: Path) -> TokenFlexC
             f"force_image_size is {size} but vision_config.image_size is "
             f"{vision.get('image_size')} in {source / 'config.json'}; make them equal"
         )
+    if vision.get("model_type") != SIGLIP.model_type:
+        raise InputError(
+            f"vision_config.model_type is {vision.get('model_type')!r} in "
+            f"{source / 'config.json'}; expected {SIGLIP.model_type!r}"
+        )
     architecture = (llm.get("architectures") or ["none"])[0]
     if architecture not in _ARCHITECTURES:
         raise InputError(
@@ -47,7 +53,7 @@ def config_from_release(released: Mapping[str, Any], source: Path) -> TokenFlexC
         )
     try:
         return TokenFlexConfig(
-            vision_config=_known(vision, vision.get("model_type", "")),
+            vision_config=_known(vision, SIGLIP.model_type),
             text_config=_known(llm, _ARCHITECTURES[architecture]),
             pool="resize",
             projector_hidden_ratio=_HIDDEN_RATIO,
@@ -73,6 +79,7 @@ def check_expressible(config: TokenFlexConfig, source: Path) -> None:
         "projector_hidden_ratio": (config.projector_hidden_ratio, _HIDDEN_RATIO),
         "image_mean": (config.image_mean, [0.5] * 3),
         "image_std": (config.image_std, [0.5] * 3),
+        "vision_config.model_type": (config.vision_config.model_type, SIGLIP.model_type),
         "text_config.model_type": (kind, kind if kind in _ARCHITECTURES.values() else "qwen2"),
     }
     different = [

@@ -4,9 +4,13 @@
         --model_args pretrained=exported/mine,num_image_tokens=144 --output_path runs/benchmarks \\
         --tasks mmstar,ocrbench,ai2d,hallusion_bench_image,mmbench_en_dev,mmvet,mmmu_val
 
-is lmms-eval's own command line with this model registered. Where this project is installed as a
-package, its entry point "lmms_eval.models" registers it for the command `lmms-eval` too. lmms-eval
-is an optional extra with many requirements of its own: give it an environment of its own.
+is lmms-eval's own command line with this model registered. From other folders, and in scripts that
+call `lmms-eval`, the plugin variable does it:
+
+    PYTHONPATH=path/of/this/checkout LMMS_EVAL_PLUGINS=training.lmms_eval_adapter lmms-eval ...
+
+lmms-eval has many requirements of its own: give it an environment of its own (`make extras` makes
+.venv-lmms, with what the evaluator itself needs and nothing for single benchmarks).
 """
 
 from data_pipeline.cli import run_cli

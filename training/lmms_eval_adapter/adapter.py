@@ -1,7 +1,7 @@
 """An exported model as a chat model of lmms-eval."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -83,7 +83,7 @@ class TokenFlexLmmsEval(_Base):
         answers: list[str] = []
         quiet = True if self._rank else None
         bar = tqdm(total=len(requests), unit="answer", disable=quiet)
-        for batch in _batches(requests, self.batch_size):
+        for batch in _batches(requests, self.batch_size, self._wanted):
             answers += self._answer(batch)
             bar.update(len(batch))
         bar.close()
@@ -99,11 +99,8 @@ class TokenFlexLmmsEval(_Base):
 
     @torch.inference_mode()
     def _answer(self, batch: Sequence[Any]) -> list[str]:
-        conversations = []
-        for request in batch:
-            _, doc_to_messages, _, number, task, split = request.args
-            conversations.append(as_messages(doc_to_messages(self.task_dict[task][split][number])))
-        loaded, wanted = self._loaded, batch[0].args[2]
+        conversations = [as_messages(self._messages(request)) for request in batch]
+        loaded, wanted = self._loaded, self._wanted(batch[0])
         with user_errors():
             inputs = loaded.processor.apply_chat_template(
                 conversations,
@@ -121,6 +118,15 @@ class TokenFlexLmmsEval(_Base):
         )
         return [cut_at(text, wanted.get("until")) for text in texts]
 
+    def _messages(self, request: Any) -> list[dict[str, Any]]:
+        """lmms-eval's messages of a request."""
+        _, doc_to_messages, _, number, task, split = request.args
+        return doc_to_messages(self.task_dict[task][split][number])
+
+    def _wanted(self, request: Any) -> dict[str, Any]:
+        """The generation settings of a request."""
+        return request.args[2]
+
     def _settings(self, wanted: Mapping[str, Any]) -> Any:
         """Greedy unless the task asks for a temperature."""
         new_tokens = int(wanted.get("max_new_tokens") or self._max_new_tokens)
@@ -133,7 +139,7 @@ class TokenFlexLmmsEval(_Base):
 
 
 def manifest() -> Any:
-    """What the entry point gives lmms-eval."""
+    """What lmms-eval registers the chat model by."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
     return ModelManifest(
@@ -172,11 +178,13 @@ def _part(part: Mapping[str, Any]) -> dict[str, Any]:
     raise InputError(f"a task has a {part['type']}; tokenflex takes images and text only")
 
 
-def _batches(requests: Sequence[Any], size: int) -> Iterator[list[Any]]:
+def _batches(
+    requests: Sequence[Any], size: int, wanted: Callable[[Any], dict[str, Any]]
+) -> Iterator[list[Any]]:
     """Neighbours with the same generation settings, at most `size` of them."""
     batch: list[Any] = []
     for request in requests:
-        if batch and (len(batch) == size or request.args[2] != batch[0].args[2]):
+        if batch and (len(batch) == size or wanted(request) != wanted(batch[0])):
             yield batch
             batch = []
         batch.append(request)

@@ -4,12 +4,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 from matplotlib.ticker import LogLocator
 
+from data_pipeline.plotting import picture
 from training.metrics.metrics_log import read_metrics
 
 
@@ -22,11 +19,9 @@ def plot_run(metrics_path: Path, accuracy: dict[str, dict[int, float]], out: Pat
         out: the PNG.
     """
     rows = read_metrics(metrics_path)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), constrained_layout=True)
-    _plot_losses(left, rows)
-    _plot_accuracy(right, accuracy)
-    figure.savefig(out, dpi=120)
-    plt.close(figure)
+    with picture(out, (12, 4.5), columns=2) as (_, (left, right)):
+        _plot_losses(left, rows)
+        _plot_accuracy(right, accuracy)
 
 
 def _plot_losses(axes: Any, rows: list[dict[str, Any]]) -> None:

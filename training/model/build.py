@@ -3,13 +3,7 @@
 from typing import Any
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    PreTrainedConfig,
-    PreTrainedModel,
-    SiglipVisionModel,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from data_pipeline.errors import InputError
 from data_pipeline.tokenizer import Tokenizer
@@ -40,7 +34,6 @@ _WITHOUT_EFFECT = frozenset(
         "return_dict",
         "transformers_version",
         "use_cache",
-        "vision_use_head",
         "vocab_size",
     ]
 )
@@ -58,7 +51,7 @@ def model_config(settings: ModelSettings, vocab_size: int, image_token_id: int) 
     llm["vocab_size"] = max(vocab_size, llm.get("vocab_size", 0))
     try:
         return TokenFlexConfig(
-            vision_config={**settings.vision.config, "vision_use_head": False},
+            vision_config=settings.vision.config,
             text_config=llm,
             pool=settings.pool,
             projector_hidden_ratio=settings.projector_hidden_ratio,
@@ -73,8 +66,8 @@ def build_model(
 ) -> PackedTokenFlex:
     """Build the model, from random weights or pretrained ones per part.
 
-    Under a live `HfDeepSpeedConfig` its parameters are partitioned as they are made, and
-    pretrained weights are read by rank 0 only.
+    Where the engine has announced itself to transformers, parameters are partitioned as they are
+    made, and pretrained weights are read by rank 0 only.
 
     Raises:
         InputError: if pretrained weights do not fit the architecture; it names the part.
@@ -90,9 +83,9 @@ def build_model(
     model.projector.backward_mode = config.train.projector_backward
     model.projector.impl = config.train.projector_impl
     if settings.vision.pretrained and pretrained:
-        model.vision_model = _pretrained("vision", settings.vision, model, SiglipVisionModel)
+        model.vision_model = _pretrained("vision", settings.vision, model)
     if settings.llm.pretrained and pretrained:
-        llm = _pretrained("llm", settings.llm, model, AutoModelForCausalLM)
+        llm = _pretrained("llm", settings.llm, model)
         if llm.config.vocab_size != full.text_config.vocab_size:
             llm.resize_token_embeddings(full.text_config.vocab_size, mean_resizing=False)
         model.language_model = llm
@@ -123,9 +116,7 @@ def _whole(path: str, config: TokenFlexConfig, dtype: torch.dtype) -> PackedToke
     return _loaded("model.pretrained", path, PackedTokenFlex, config, dtype, ATTENTION_NAME)
 
 
-def _pretrained(
-    part: str, settings: BackboneSettings, model: PreTrainedModel, loader: Any
-) -> PreTrainedModel:
+def _pretrained(part: str, settings: BackboneSettings, model: PreTrainedModel) -> PreTrainedModel:
     """The pretrained backbone, after checking that it has the architecture of the settings."""
     path = str(settings.pretrained)
     name = f"model.{part}.pretrained"
@@ -133,8 +124,11 @@ def _pretrained(
         found = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise InputError(f"{name}: cannot load {path}: {error}") from error
-    found = getattr(found, "vision_config", found) if part == "vision" else found
-    wanted = model.config.vision_config if part == "vision" else model.config.text_config
+    loader: Any = AutoModelForCausalLM
+    wanted = model.config.text_config
+    if part == "vision":
+        family, wanted = model.config.vision_family, model.config.vision_config
+        loader, found = family.model_class, family.complete(found)
     # Of all keys, also of those that the settings leave out: a resume builds from the settings.
     different = _differences(found, wanted)
     found_vocab = getattr(found, "vocab_size", 0) if part == "llm" else 0
@@ -146,8 +140,6 @@ def _pretrained(
             f"{name}={path} is another architecture: {'; '.join(different)}. Correct "
             f"model.{part}.config"
         )
-    if part == "vision":
-        found.vision_use_head = False
     return _loaded(name, path, loader, found, model.dtype, model.config._attn_implementation)
 
 

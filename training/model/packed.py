@@ -17,23 +17,10 @@ from transformers.utils import ModelOutput
 from data_pipeline.errors import InputError
 from training.model.attention import ATTENTION_NAME
 from training.model.hub import TokenFlexConfig, TokenFlexForConditionalGeneration
+from training.model.language_models import check_isolation, check_logits
 from training.model.loss import chunked_cross_entropy, find_supervision
 from training.model.packed_projector import TokenAdaptiveProjector
 from training.model.segments import PackedSegments, find_segments
-
-_PACKABLE_LAYERS = ("full_attention", "sliding_attention")
-
-# Config keys with which a language model's own forward changes the logits behind lm_head, and the
-# values that change nothing. The loss calls lm_head directly, so any other value would silently
-# train a different model.
-_LOGIT_KEYS: dict[str, tuple[Any, ...]] = {
-    "final_logit_softcapping": (None,),
-    "logits_soft_cap": (None,),
-    "output_logit_soft_cap": (None,),
-    "logit_scale": (None, 1),
-    "logits_scaling": (None, 1),
-    "lm_head_multiplier": (None, 1),
-}
 
 
 @dataclass
@@ -64,7 +51,11 @@ class PackedTokenFlex(TokenFlexForConditionalGeneration):
     _projector_class = TokenAdaptiveProjector
 
     def __init__(self, config: TokenFlexConfig) -> None:
-        _check_language_model(config)
+        try:
+            config.check_image_token()
+        except ValueError as error:
+            raise InputError(str(error)) from error
+        check_logits(config.text_config)
         if config._attn_implementation is None:
             config._attn_implementation = ATTENTION_NAME
         super().__init__(config)
@@ -143,7 +134,8 @@ class PackedTokenFlex(TokenFlexForConditionalGeneration):
             use_cache=False,
             **self._attention_arguments(attention_mask, segments),
         ).last_hidden_state
-        self._check_isolation(segments)
+        if segments is not None:
+            check_isolation(self.config.text_config, segments)
         lm_head = self.get_output_embeddings()
         if supervision is None:
             return TokenFlexOutput(logits=lm_head(hidden))
@@ -192,40 +184,6 @@ class PackedTokenFlex(TokenFlexForConditionalGeneration):
             return {"attention_mask": attention_mask}
         unused = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=segments.cu_seqlens.device)
         return {"attention_mask": unused, "segments": segments}
-
-    def _check_isolation(self, segments: PackedSegments | None) -> None:
-        """Raise InputError if a pack just ran through layers that do not keep samples apart."""
-        if segments is None:
-            return
-        text_config = self.config.text_config
-        layers = set(getattr(text_config, "layer_types", None) or []).difference(_PACKABLE_LAYERS)
-        if layers:
-            raise InputError(
-                f"text_config.layer_types has {', '.join(sorted(layers))}: such layers do not keep "
-                f"packed samples apart; use a model with {' and '.join(_PACKABLE_LAYERS)} only"
-            )
-        if text_config._attn_implementation == ATTENTION_NAME and not segments.used:
-            raise InputError(
-                f"the language model {text_config.model_type!r} does not hand extra arguments to "
-                "its attention, so packed samples would see each other; use one that supports "
-                "attention backends"
-            )
-
-
-def _check_language_model(config: TokenFlexConfig) -> None:
-    """Raise InputError where the language model does not fit the image token or the loss."""
-    try:
-        config.check_image_token()
-    except ValueError as error:
-        raise InputError(str(error)) from error
-    for key, neutral in _LOGIT_KEYS.items():
-        value = getattr(config.text_config, key, None)
-        if value not in neutral:
-            raise InputError(
-                f"text_config.{key} is {value}: this language model changes its logits behind "
-                "lm_head, which the chunked loss does not; use a language model whose "
-                f"{key} is {neutral[-1]}"
-            )
 
 
 def _check_count(image_positions: Tensor, features: int) -> None:

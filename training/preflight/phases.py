@@ -10,6 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data_pipeline.text_table import text_table
 from training import exit_codes
 from training.config import RunConfig
 
@@ -112,14 +113,12 @@ def judge(phase: str, answers: Answers, world_size: int) -> tuple[int, list[str]
 
 def print_table(reports: list[dict[str, Any]]) -> None:
     """One line per rank."""
-    print(f"{'node':<20} {'rank':>5}  {'device':<28} {'free space':>11}  index")
+    rows = [("node", "rank", "device", "free space", "index")]
     for report in reports:
         free = f"{report['free_gib']:.1f} GiB" if report["free_gib"] else ""
-        print(
-            f"{report['node']:<20} {report['rank']:>5}  {report['device'] or 'failed':<28} "
-            f"{free:>11}  {report['index']}",
-            flush=True,
-        )
+        device = report["device"] or "failed"
+        rows.append((report["node"], str(report["rank"]), device, free, report["index"]))
+    print(text_table(rows, left=(0, 2, 4)), flush=True)
 
 
 def clock_problem(report: dict[str, Any], main: dict[str, Any]) -> str:

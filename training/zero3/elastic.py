@@ -8,46 +8,46 @@ load.
 """
 
 import copy
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed
 from torch.utils.serialization import config as serialization
 
 from data_pipeline.errors import InputError
-from training.checkpoint.folder_layout import Manifest
 from training.distributed import from_main
 from training.zero3.frozen import frozen_hashes, frozen_parameters
 from training.zero3.shards import Shards, options_of
 from training.zero3.universal import convert_once
 
 
-def load_resharded(engine: Any, path: Path, manifest: Manifest) -> dict[str, Any]:
+def load_resharded(
+    engine: Any, path: Path, world_size: int, frozen: dict[str, str]
+) -> dict[str, Any] | None:
     """Load a verified checkpoint of any world size into a fresh ZeRO-3 engine; every rank calls.
 
     The first load for another world size converts the checkpoint, on rank 0 while the others
     wait; later ones reuse what it wrote. Returns this rank's random states, for the caller to
-    restore: those it saved, or new ones derived from seed, step and rank where fewer ranks saved.
+    restore; None where fewer ranks saved.
 
     Args:
-        engine: of the same model, trained modules and precision as those saved.
+        engine: DeepSpeed's, of the same model, trained modules and precision as those saved.
         path: the checkpoint's folder, its checksums and pickles verified.
-        manifest: the checkpoint's; `frozen` may be empty, and then nothing is compared to it.
+        world_size: the number of ranks that saved it.
+        frozen: hashes of its frozen parameters; may be empty, and then they are not compared.
 
     Raises:
         InputError: if it cannot be converted, is of another model, or did not arrive whole.
     """
     if engine.optimizer.swap_optimizer:
         raise InputError(
-            f"{path} was saved by {manifest.world_size} ranks and the optimizer is offloaded to "
+            f"{path} was saved by {world_size} ranks and the optimizer is offloaded to "
             "NVMe, which cannot be resharded; start as many ranks, or offload to the CPU"
         )
-    shards = Shards(path, manifest.world_size)
+    shards = Shards(path, world_size)
     _check_model(engine, shards)
     folder = from_main(lambda: convert_once(path))
     fused = [bool(g.get("fused") or g.get("capturable")) for g in engine.optimizer.param_groups]
@@ -59,8 +59,9 @@ def load_resharded(engine: Any, path: Path, manifest: Manifest) -> dict[str, Any
     _restore_groups(engine, shards)
     _restore_frozen(engine, shards)
     _restore_buffers(engine, shards)
-    check(engine, shards, manifest.frozen)
-    return rng_state(shards, manifest)
+    check(engine, shards, frozen)
+    rank = torch.distributed.get_rank()
+    return shards.model(rank)["rng"] if rank < world_size else None
 
 
 @contextmanager
@@ -194,20 +195,3 @@ def check(engine: Any, shards: Shards, hashes: dict[str, str]) -> None:
                 f"the frozen parameter {name} is not the one the run was started with (SHA-256 "
                 f"{found.get(name)}, saved {hashes.get(name)}); resume from an older checkpoint"
             )
-
-
-def rng_state(shards: Shards, manifest: Manifest) -> dict[str, Any]:
-    """This rank's random states: its own where it saved some, else of seed, step and rank."""
-    rank = torch.distributed.get_rank()
-    if rank < shards.world_size:
-        return shards.model(rank)["rng"]
-    place = [manifest.fingerprints["seed"], manifest.step, rank]
-    seeds = np.random.SeedSequence(place).generate_state(4)
-    state = {
-        "python": random.Random(int(seeds[0])).getstate(),
-        "numpy": np.random.RandomState(seeds[1]).get_state(),
-        "torch": torch.Generator().manual_seed(int(seeds[2])).get_state(),
-    }
-    if torch.cuda.is_available():
-        state["cuda"] = torch.Generator("cuda").manual_seed(int(seeds[3])).get_state()
-    return state

@@ -1,52 +1,128 @@
-"""DeepSpeed ZeRO-3 around the model: configuration, construction, optimizer."""
+"""DeepSpeed ZeRO-3 as an engine: around the model, and behind the trainer's interface."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed
+from torch import nn
 from transformers.integrations import HfDeepSpeedConfig
 
+from data_pipeline.errors import InputError
 from data_pipeline.tokenizer import Tokenizer
 from training.config import RunConfig
 from training.distributed import Ranks
+from training.engine_interface import Engine
 from training.model.build import build_model
 from training.parameters import freeze, parameter_groups
 from training.zero3.compatibility import fix_zero3_initialization
+from training.zero3.ds_config import deepspeed_config
+from training.zero3.elastic import load_resharded
+from training.zero3.frozen import frozen_hashes
+from training.zero3.initial_weights import load_weights
+from training.zero3.snapshot import HostBuffers, snapshot_bytes, take_snapshot
 
 
-def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
-    """The DeepSpeed configuration of a run: ZeRO-3, precision, offload, accumulation.
+class Zero3Engine(Engine):
+    """The interface over a DeepSpeed engine, which is `deepspeed` here."""
 
-    `deepspeed.extra` is merged over it, nested sections key by key.
-    """
-    settings = config.deepspeed
-    zero: dict[str, Any] = {
-        "stage": 3,
-        "stage3_param_persistence_threshold": settings.param_persistence_threshold,
-        "contiguous_gradients": True,
-    }
-    if settings.offload_optimizer != "none":
-        zero["offload_optimizer"] = {"device": settings.offload_optimizer, "pin_memory": True}
-    if settings.offload_params != "none":
-        zero["offload_param"] = {"device": settings.offload_params, "pin_memory": True}
-    base = {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": config.data.pack.packs_per_step // world_size,
-        "gradient_clipping": config.train.clip_grad_norm,
-        "zero_optimization": zero,
-        # A client AdamW beside offload is only refused for its speed, which is the user's choice.
-        "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": 10**9,
-    }
-    if config.train.precision == "bf16":
-        base["bf16"] = {"enabled": True}
-        # Summed in bf16, many packs would drown the later ones' gradients.
-        base["data_types"] = {"grad_accum_dtype": "fp32"}
-    return _merge(base, settings.extra)
+    def __init__(self, deepspeed: Any) -> None:
+        self.deepspeed = deepspeed
+        self._buffers = HostBuffers()
+
+    @property
+    def module(self) -> nn.Module:
+        module: nn.Module = self.deepspeed.module
+        return module
+
+    def shape(self, parameter: nn.Parameter) -> tuple[int, ...]:
+        return _whole_shape(parameter)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        groups: list[dict[str, Any]] = self.deepspeed.optimizer.param_groups
+        return groups
+
+    def __call__(self, *args: Any, **inputs: Any) -> Any:
+        return self.deepspeed(*args, **inputs)
+
+    def train(self) -> None:
+        self.deepspeed.train()
+
+    def eval(self) -> None:
+        self.deepspeed.eval()
+
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        self.deepspeed.backward(loss, scale_wrt_gas=False)
+        if not last:
+            self.deepspeed.step()  # accumulates
+
+    def step(self) -> float:
+        self.deepspeed.step()  # leaves out by itself what is not finite
+        return float(self.deepspeed.get_global_grad_norm())
+
+    def skip(self) -> None:
+        """The base's; DeepSpeed counts it in its `skipped_steps`, as its own skips."""
+        optimizer = self.deepspeed.optimizer
+        # DeepSpeed's own way out for gradients that are not finite: -1 stands for such a norm.
+        invalid = torch.tensor(-1.0, device=optimizer.device)
+        optimizer._get_norm_groups = lambda: [invalid]
+        try:
+            self.deepspeed.step()
+        finally:
+            del optimizer._get_norm_groups
+        if not optimizer.overflow:
+            raise RuntimeError(
+                "this version of DeepSpeed made a step that should have been left out: the "
+                "weights are spoiled; go on from the last checkpoint with "
+                "faults.max_skipped_steps=0"
+            )
+
+    def snapshot_bytes(self) -> int:
+        if self.deepspeed.zero_nvme_offload_optimizer():
+            raise InputError(
+                "the optimizer is offloaded to NVMe, which checkpoints do not cover; set "
+                "deepspeed.offload_optimizer=cpu"
+            )
+        return snapshot_bytes(self.deepspeed)
+
+    def snapshot(self, rng: dict[str, Any]) -> dict[str, Any]:
+        return take_snapshot(self.deepspeed, {"rng": rng}, self._buffers)
+
+    def frozen_hashes(self) -> dict[str, str]:
+        return frozen_hashes(self.deepspeed)
+
+    def load(self, path: Path, world_size: int, frozen: dict[str, str]) -> dict[str, Any] | None:
+        # DeepSpeed brings back the saved learning rates and the like, too.
+        own = [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups]
+        if world_size == torch.distributed.get_world_size():
+            rng = self._load_same(path)
+        else:
+            rng = load_resharded(self.deepspeed, path, world_size, frozen)
+        for group, options in zip(self.param_groups, own, strict=True):
+            group.update(options)
+        return rng
+
+    def _load_same(self, path: Path) -> dict[str, Any] | None:
+        loaded, state = self.deepspeed.load_checkpoint(str(path.parent), tag=path.name)
+        if loaded is None:
+            raise InputError(
+                f"DeepSpeed found no checkpoint in {path}; remove the folder and resume"
+            )
+        rng: dict[str, Any] = state["rng"]
+        return rng
+
+    def load_weights(self, path: Path) -> None:
+        load_weights(self.deepspeed, path)
+
+
+def _whole_shape(parameter: Any) -> tuple[int, ...]:
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def build_engine(
     config: RunConfig, tokenizer: Tokenizer, ranks: Ranks, pretrained: bool = True
-) -> Any:
+) -> Zero3Engine:
     """Build the model partitioned from the start and wrap it in ZeRO-3.
 
     `pretrained=False` leaves out the pretrained weights, where a checkpoint will replace them.
@@ -66,22 +142,14 @@ def build_engine(
         model.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = _optimizer(model, config, ranks)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
-    return engine
+    return Zero3Engine(engine)
 
 
 def _optimizer(model: torch.nn.Module, config: RunConfig, ranks: Ranks) -> torch.optim.Optimizer:
-    groups = parameter_groups(model, config.train)
+    groups = parameter_groups(model, config.train, _whole_shape)
     options: dict[str, Any] = {"betas": config.train.betas, "eps": config.train.eps}
     if config.deepspeed.offload_optimizer == "cpu" and ranks.device.type == "cuda":
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         return DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
     return torch.optim.AdamW(groups, fused=ranks.device.type == "cuda", **options)
-
-
-def _merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in extra.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged

@@ -28,8 +28,12 @@ class Shards:
 
     def optimizer(self) -> dict[str, Any]:
         """The optimizer's state dict of saved rank 0; steps and options are the same on all."""
-        (path,) = self.path.glob("*zero_pp_rank_0_mp_rank_00_optim_states.pt")
-        return self._load(path)["optimizer_state_dict"]["optimizer_state_dict"]
+        return self._zero(0)["optimizer_state_dict"]
+
+    def masters(self, rank: int) -> list[torch.Tensor]:
+        """The flat master weights of a saved rank, a tensor per sub-group."""
+        groups: list[torch.Tensor] = self._zero(rank)["fp32_flat_groups"]
+        return groups
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every trained parameter."""
@@ -66,6 +70,10 @@ class Shards:
                 )
             yield fragments[name].flatten()[offset : offset + end - start]
             start = end
+
+    def _zero(self, rank: int) -> dict[str, Any]:
+        (path,) = self.path.glob(f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
+        return self._load(path)["optimizer_state_dict"]
 
     def _load(self, path: Path) -> dict[str, Any]:
         if path not in self._loaded:

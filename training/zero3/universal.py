@@ -17,10 +17,8 @@ from typing import Any
 from tqdm import tqdm
 
 from data_pipeline.errors import InputError
-from data_pipeline.files import write_atomically
-from training.checkpoint.folder_layout import sync_folder
-from training.checkpoint.pickles import scan_pickle
-from training.checkpoint.verify import verify_file
+from data_pipeline.files import check_whole, move_into_place, write_atomically
+from training.zero3.pickles import scan_pickle
 
 FOLDER = "universal"
 SEAL = "files.json"
@@ -64,8 +62,7 @@ def convert_once(path: Path) -> Path:
         try:
             _run_deepspeed(path, temporary / FOLDER)
             _seal(temporary / FOLDER)
-            (temporary / FOLDER).rename(folder)
-            sync_folder(path)
+            move_into_place(temporary / FOLDER, folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
@@ -83,7 +80,8 @@ def is_whole(folder: Path) -> bool:
         if _names(folder) != files.keys() | {SEAL}:
             return False
         for name in _progress(files, f"checking {folder}"):
-            verify_file(folder / name, files[name])
+            check_whole(folder / name, files[name])
+            scan_pickle(folder / name)
     except (InputError, OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
     return True
@@ -126,7 +124,7 @@ def _run_deepspeed(path: Path, output: Path) -> None:
 
 
 def _seal(folder: Path) -> None:
-    """Flush every file to disk and write down sizes and checksums, the seal last."""
+    """Flush every file to disk, and write down sizes and checksums."""
     for copy in folder.glob("*_model_states.pt"):
         if not copy.name.startswith("zero_pp_rank_0_"):
             copy.unlink()  # only rank 0's is read
@@ -137,10 +135,7 @@ def _seal(folder: Path) -> None:
             os.fsync(file.fileno())
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             files[name] = {"bytes": file.tell(), "sha256": digest}
-    for subfolder in [path for path in folder.rglob("*") if path.is_dir()]:
-        sync_folder(subfolder)
     write_atomically(folder / SEAL, json.dumps(files, indent=1).encode())
-    sync_folder(folder)
 
 
 def _names(folder: Path) -> set[str]:

@@ -1,6 +1,7 @@
 """What an exported folder needs to load with `trust_remote_code=True`: these files, copied flat.
 
-They import torch, transformers, numpy, Pillow and each other, nothing else of this repository.
+They import torch, transformers, numpy, Pillow and each other, nothing else of this repository; so
+do the processor's, which are in `data_pipeline.processor`.
 Importing this package makes transformers' Auto classes know the model without any folder's code,
 and `save_pretrained` write the code beside the weights.
 """
@@ -13,10 +14,11 @@ from transformers import (
     AutoProcessor,
 )
 
+from data_pipeline.processor.image_processing_tokenflex import TokenFlexImageProcessor
+from data_pipeline.processor.processing_tokenflex import TokenFlexProcessor, chatml_template
+
 from .configuration_tokenflex import TokenFlexConfig
-from .image_processing_tokenflex import TokenFlexImageProcessor
 from .modeling_tokenflex import TokenFlexForConditionalGeneration, TokenFlexProjector
-from .processing_tokenflex import TokenFlexProcessor, chatml_template
 
 __all__ = [
     "TokenFlexConfig",

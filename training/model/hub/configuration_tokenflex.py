@@ -1,4 +1,4 @@
-"""Configuration of the model: SigLIP vision tower, token-adaptive projector, any causal LM."""
+"""Configuration of the model: vision tower, token-adaptive projector, any causal LM."""
 
 from typing import Any, ClassVar
 
@@ -6,21 +6,21 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto import CONFIG_MAPPING
 
 from .pooling_tokenflex import POOL_MODES
-
-VISION_MODEL_TYPE = "siglip_vision_model"
+from .vision_family_tokenflex import VisionFamily
+from .vision_towers_tokenflex import DEFAULT_FAMILY, vision_family
 
 
 class TokenFlexConfig(PreTrainedConfig):
     """What `TokenFlexForConditionalGeneration` is built from; kept in transformers' config.json.
 
-    vision_config: a `SiglipVisionConfig` or its dict. `vision_use_head` is always off: the patches
-        are used, not a pooled vector.
+    vision_config: the config of a vision tower of a known family (see `vision_towers_tokenflex`),
+        or its dict. What does not change the patches is off: a head that pools them, for example.
     text_config: the config of any causal language model, or its dict with `model_type`.
     pool: how patches become n x n tokens, "adaptive" or "resize" (see `pooling_tokenflex`).
     projector_hidden_ratio: hidden width of the projector in multiples of the vision width; 3 in
         the released model.
     image_token_id: the id of <IMG_CONTEXT>, whose positions receive the image features.
-    image_mean, image_std: per channel, applied to pixels in 0..1.
+    image_mean, image_std: per channel, applied to pixels in 0..1; None for the family's.
 
     Raises ValueError for a vision config of another kind, a text config without a known
     `model_type`, and values out of range.
@@ -34,19 +34,17 @@ class TokenFlexConfig(PreTrainedConfig):
     pool: str = "adaptive"
     projector_hidden_ratio: int = 3
     image_token_id: int = -1
-    image_mean: list[float] | tuple[float, ...] = (0.5, 0.5, 0.5)
-    image_std: list[float] | tuple[float, ...] = (0.5, 0.5, 0.5)
+    image_mean: Any = None
+    image_std: Any = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        self.vision_config = _sub_config("vision_config", self.vision_config, VISION_MODEL_TYPE)
+        default = DEFAULT_FAMILY.model_type
+        self.vision_config = _sub_config("vision_config", self.vision_config, default)
         self.text_config = _sub_config("text_config", self.text_config, "qwen2")
-        if self.vision_config.model_type != VISION_MODEL_TYPE:
-            raise ValueError(
-                f"vision_config has model_type {self.vision_config.model_type!r}; give the "
-                f"vision_config of a SigLIP checkpoint's config.json, {VISION_MODEL_TYPE!r}"
-            )
-        self.vision_config.vision_use_head = False
-        self.image_mean, self.image_std = list(self.image_mean), list(self.image_std)
+        family = self.vision_family
+        self.vision_config = family.complete(self.vision_config)
+        self.image_mean = list(family.image_mean if self.image_mean is None else self.image_mean)
+        self.image_std = list(family.image_std if self.image_std is None else self.image_std)
         self._check()
         super().__post_init__(**kwargs)
 
@@ -62,11 +60,12 @@ class TokenFlexConfig(PreTrainedConfig):
                 f"image_mean is {self.image_mean}, image_std is {self.image_std}; "
                 "give three numbers each (red, green, blue), std above 0"
             )
-        if self.vision_config.image_size < self.vision_config.patch_size:
-            raise ValueError(
-                f"vision_config has image_size {self.vision_config.image_size} below its "
-                f"patch_size {self.vision_config.patch_size}; a tile must hold at least one patch"
-            )
+        self.vision_family.check(self.vision_config)
+
+    @property
+    def vision_family(self) -> VisionFamily:
+        """What is known of the vision tower's family."""
+        return vision_family(self.vision_config.model_type)
 
     @property
     def tile_size(self) -> int:
@@ -76,8 +75,7 @@ class TokenFlexConfig(PreTrainedConfig):
     @property
     def patch_grid(self) -> tuple[int, int]:
         """(rows, columns) of the vision tower's patches for one tile."""
-        side = self.vision_config.image_size // self.vision_config.patch_size
-        return side, side
+        return self.vision_family.patch_grid(self.vision_config)
 
     def check_image_token(self) -> None:
         """Raise ValueError unless the language model has the image token."""

@@ -1,4 +1,4 @@
-"""The vision-language model: SigLIP tower -> token-adaptive projector -> any causal language model.
+"""The vision-language model: vision tower -> token-adaptive projector -> any causal language model.
 
 B rows, L tokens, T tiles, C vision width, F projector width, D language width, V vocabulary.
 """
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel, SiglipVisionModel
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
 
@@ -104,7 +104,7 @@ class TokenFlexForConditionalGeneration(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         # Without the dtype a sub-model would follow the dtype its own config was saved with.
         dtype = torch.get_default_dtype()
-        self.vision_model = SiglipVisionModel._from_config(config.vision_config, dtype=dtype)
+        self.vision_model = config.vision_family.build(config.vision_config, dtype)
         self.projector = self._projector_class(
             config.vision_config.hidden_size,
             config.projector_hidden_ratio * config.vision_config.hidden_size,
@@ -253,7 +253,7 @@ class TokenFlexForConditionalGeneration(PreTrainedModel, GenerationMixin):
         mean = _per_channel(tuple(self.config.image_mean), pixel_values.device)
         std = _per_channel(tuple(self.config.image_std), pixel_values.device)
         pixels = ((pixel_values.float() / 255 - mean) / std).to(self.vision_model.dtype)
-        patches = self.vision_model(pixel_values=pixels).last_hidden_state  # [T, patches, C]
+        patches = self.config.vision_family.patches(self.vision_model, pixels)
         if isinstance(tile_sides, Tensor):
             tile_sides = tile_sides.cpu()
         return self.projector(patches, tile_sides)

@@ -5,6 +5,7 @@ a prompt has the ids it had in training, and text in a message cannot forge a ma
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,10 +23,11 @@ from .arguments_tokenflex import (
 )
 from .image_processing_tokenflex import flatten
 from .prompt_tokenflex import (
-    MARKERS,
+    SPECIAL_TOKENS,
     TURN_START,
     Piece,
     chatml_template,
+    encode_fast,
     encode_text,
     parse_prompt,
     protect,
@@ -63,11 +65,11 @@ class TokenFlexProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
         self.num_image_tokens, self.patches_per_side = num_image_tokens, patches_per_side
         side_of(num_image_tokens, patches_per_side)
-        tokenizer.add_tokens(list(MARKERS), special_tokens=True)
+        tokenizer.add_tokens(list(SPECIAL_TOKENS), special_tokens=True)
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = "<|im_end|>"
         self.image_token = "<IMG_CONTEXT>"
-        self._marker_ids = {m: tokenizer.convert_tokens_to_ids(m) for m in MARKERS}
+        self._marker_ids = {m: tokenizer.convert_tokens_to_ids(m) for m in SPECIAL_TOKENS}
         self.image_token_id = self._marker_ids[self.image_token]
 
     @property
@@ -180,6 +182,7 @@ class TokenFlexProcessor(ProcessorMixin):
 
     def _encode(self, prompt: Sequence[Piece], image_tokens: Any, name: str) -> list[int]:
         """Ids of a prompt; takes one count from `image_tokens` per image."""
+        encode, special = partial(encode_fast, self.tokenizer), set(self._marker_ids.values())
         ids: list[int] = []
         for piece in prompt:
             if piece.is_image:
@@ -188,7 +191,7 @@ class TokenFlexProcessor(ProcessorMixin):
             elif piece.is_marker:
                 ids.append(self._marker_ids[piece.text])
             else:
-                ids += encode_text(self.tokenizer, piece.text, self._marker_ids, name)
+                ids += encode_text(encode, piece.text, special, name)
         if len(ids) > self.tokenizer.model_max_length:
             raise ValueError(
                 f"{name} makes a prompt of {len(ids)} tokens, {ids.count(self.image_token_id)} of "
