@@ -1,5 +1,8 @@
 """Image files of every usual kind -> a correct RGB picture."""
 
+import struct
+import zlib
+from io import BytesIO
 from typing import BinaryIO
 
 import numpy as np
@@ -28,6 +31,10 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 _SWAPS_SIDES = (5, 6, 7, 8)
+_PNG = b"\x89PNG\r\n\x1a\n"
+_PNG_TEXT, _PNG_TEXTS = 1 << 20, 64 << 20
+"""Bytes of one text or colour profile, and of all, above which Pillow refuses a whole PNG."""
+_UNKNOWN_KIND = ("unsupported", "not supported", "unknown", "unrecognized", "cannot handle")
 _ORIENTATION_SOURCES = ("exif", "xmp", "Raw profile type exif", "XML:com.adobe.xmp")
 
 
@@ -42,7 +49,7 @@ def open_picture(file: BinaryIO, max_pixels: int = MAX_PIXELS) -> Image.Image:
     `max_pixels`; nearly anything else, which `reason` puts into words, for damage.
     """
     try:
-        image = Image.open(file, formats=FORMATS)
+        image = Image.open(_without_large_texts(file), formats=FORMATS)
     except Image.UnidentifiedImageError as error:
         length = file.seek(0, 2)
         file.seek(0)
@@ -52,6 +59,42 @@ def open_picture(file: BinaryIO, max_pixels: int = MAX_PIXELS) -> Image.Image:
         ) from error
     check_size(image.size, max_pixels)
     return image
+
+
+def _without_large_texts(file: BinaryIO) -> BinaryIO:
+    """The file from its beginning; a copy without them where texts of a PNG are too large."""
+    start, total, dropped = len(_PNG), 0, []
+    is_png = file.read(start) == _PNG
+    while is_png and len(head := file.read(8)) == 8:
+        length, kind = struct.unpack(">I4s", head)
+        end = start + length + 12
+        if kind in (b"tEXt", b"zTXt", b"iTXt", b"iCCP"):
+            size = _text_size(kind, file.read(length))
+            total += size
+            if size > _PNG_TEXT or total > _PNG_TEXTS:
+                dropped.append(slice(start, end))
+        start = file.seek(end)
+    file.seek(0)
+    if not dropped:
+        return file
+    data = bytearray(file.read())
+    for chunk in reversed(dropped):
+        del data[chunk]
+    return BytesIO(data)
+
+
+def _text_size(kind: bytes, chunk: bytes) -> int:
+    """Bytes of a PNG's text or profile, unpacked as far as `_PNG_TEXT` and one more."""
+    packed = chunk.partition(b"\0")[2]
+    if kind == b"iTXt":  # flag and method, then language, keyword and text
+        packed = packed[2:].split(b"\0", 2)[-1] if packed[:1] == b"\1" else b""
+    else:
+        packed = b"" if kind == b"tEXt" else packed[1:]
+    try:
+        unpacked = zlib.decompressobj().decompress(packed, _PNG_TEXT + 1)
+    except zlib.error:
+        return len(chunk)
+    return max(len(chunk), len(unpacked))
 
 
 def check_size(size: tuple[int, int], max_pixels: int = MAX_PIXELS) -> None:
@@ -75,7 +118,10 @@ def reason(error: Exception, max_pixels: int = MAX_PIXELS) -> str:
         return _too_large(f"{error}, which is", max_pixels)
     if isinstance(error, OSError) and error.errno is not None:  # the file's, not Pillow's
         return str(error)
-    return f"damaged or truncated image file: {str(error) or type(error).__name__}"
+    what = str(error) or type(error).__name__
+    if any(word in what.lower() for word in _UNKNOWN_KIND):
+        return f"an image of a kind that Pillow does not decode: {what}; save it as PNG or JPEG"
+    return f"damaged or truncated image file: {what}"
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:

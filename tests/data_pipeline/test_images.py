@@ -4,10 +4,10 @@ from io import BytesIO
 
 import numpy as np
 import pytest
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin
 
 from data_pipeline.errors import InputError
-from data_pipeline.images import decode_rgb, image_size
+from data_pipeline.images import decode_rgb, image_size, open_image
 from data_pipeline.processor.picture_tokenflex import FORMATS
 from tests.data_pipeline.image_files import png_header
 
@@ -255,3 +255,57 @@ def test_a_picture_that_was_turned_does_not_say_so_any_more(kind: str) -> None:
     Image.new("RGB", (8, 4)).save(buffer, kind, exif=exif)
     picture = decode_rgb(buffer.getvalue())
     assert picture.size == (4, 8) == ImageOps.exif_transpose(picture).size
+
+
+LARGE = 3 << 20  # Pillow takes texts and profiles of up to 1 MiB
+
+
+def png_with(texts: dict[str, str], zip: bool, international: bool = False, **options) -> bytes:
+    info = PngImagePlugin.PngInfo()
+    for name, text in texts.items():
+        if international:
+            info.add_itxt(name, text, "en", name, zip=zip)
+        else:
+            info.add_text(name, text, zip=zip)
+    file = BytesIO()
+    Image.new("RGB", (5, 3), (1, 2, 3)).save(file, "PNG", pnginfo=info, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        png_with({"workflow": "x" * LARGE}, zip=True),
+        png_with({"workflow": "x" * LARGE, "seed": "3"}, zip=True, international=True),
+        png_with({}, zip=False, icc_profile=bytes(LARGE)),
+        png_with({str(i): "x" * 1_000_000 for i in range(70)}, zip=True),
+    ],
+    ids=["zTXt", "iTXt", "iCCP", "many"],
+)
+def test_large_texts_of_a_png_are_no_damage(data: bytes) -> None:
+    with pytest.raises(ValueError, match=r"too large|Too much memory"):
+        Image.open(BytesIO(data))
+    for image in (decode_rgb(data), decode_rgb(text_after_the_pixels(data))):
+        assert image.size == (5, 3) and image.getpixel((4, 2)) == (1, 2, 3)
+    assert image_size(data) == (5, 3)
+
+
+def text_after_the_pixels(data: bytes) -> bytes:
+    """A PNG whose first 33 bytes are signature and header, the texts between the rest moved."""
+    pixels, end = data.index(b"IDAT") - 4, data.index(b"IEND") - 4
+    return data[:33] + data[pixels:end] + data[33:pixels] + data[end:]
+
+
+def test_small_texts_of_a_png_stay() -> None:
+    data = png_with({"note": "kept"}, zip=True, icc_profile=b"profile")
+    with open_image(data) as image:
+        assert image.info["note"] == "kept" and image.info["icc_profile"] == b"profile"
+
+
+def test_a_kind_of_file_that_pillow_does_not_decode_is_not_called_damaged() -> None:
+    file = BytesIO()
+    Image.new("RGB", (4, 4)).save(file, "BMP")
+    data = bytearray(file.getvalue())
+    data[30] = 9  # the compression
+    with pytest.raises(InputError, match=r"kind that Pillow does not decode.* PNG or JPEG"):
+        decode_rgb(bytes(data))
