@@ -63,7 +63,7 @@ test: setup
 	@$(MAKE) --no-print-directory extras || [ "$$REQUIRE_EXTRAS" != 1 ]
 	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	  bash tests/slurm/install.sh; bash tests/install_chromium.sh || true; fi
-	@PYTHON=$(PY) bash tests/run_all.sh $(ARGS)
+	@bash tests/run_all.sh $(PY) $(ARGS)
 
 test-fast: setup
 	$(PY) -m pytest -n logical --maxprocesses 4 --dist loadfile \
