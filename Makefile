@@ -21,7 +21,7 @@ help:
 	@echo "make chaos      ten faults of different kinds on a small run, about 3 minutes"
 	@echo "make pictures   draw the pictures of the README again"
 	@echo "make lint       ruff and mypy"
-	@echo "make setup      only the virtual environment"
+	@echo "make setup      only the virtual environment (VENV=.venv-3.13 PYTHON=python3.13: one more)"
 	@echo "make remote     also the stores that s3:// and gs:// are tested with"
 	@echo "make extras     environments beside it for the demo page and for lmms-eval"
 
@@ -46,14 +46,14 @@ $(VENV)/remote-installed: tests/requirements-remote.txt $(VENV)/installed
 	touch $@
 
 # What only some tests need, on top of the packages of $(VENV): gradio; lmms-eval's evaluator.
-EXTRAS := .venv-demo .venv-lmms
+EXTRAS := $(VENV)-demo $(VENV)-lmms
 extras: $(EXTRAS:=/installed)
 
-.venv-%/installed: tests/environments/%.txt $(VENV)/installed
-	$(PY) -m venv --clear .venv-$*
+$(VENV)-%/installed: tests/environments/%.txt $(VENV)/installed
+	$(PY) -m venv --clear $(VENV)-$*
 	$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
-	  > $$(echo .venv-$*/lib/python*/site-packages)/main.pth
-	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
+	  > $$(echo $(VENV)-$*/lib/python*/site-packages)/main.pth
+	$(VENV)-$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
 	touch $@
 
 pretrain: setup
@@ -63,7 +63,7 @@ test: setup
 	@$(MAKE) --no-print-directory extras || [ "$$REQUIRE_EXTRAS" != 1 ]
 	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	  bash tests/slurm/install.sh; bash tests/install_chromium.sh || true; fi
-	@PYTHON=$(PY) bash tests/run_all.sh $(ARGS)
+	@bash tests/run_all.sh $(PY) $(ARGS)
 
 test-fast: setup
 	$(PY) -m pytest -n logical --maxprocesses 4 --dist loadfile \

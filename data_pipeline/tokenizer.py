@@ -47,6 +47,7 @@ class Tokenizer(ABC):
         ).hexdigest()
         self.end_of_turn_id = self._special_ids["<|im_end|>"]
         self.source = source
+        self._text_name = f"a text for the tokenizer {source}"
 
     def __reduce__(self) -> tuple[Callable[[str], "Tokenizer"], tuple[str]]:
         """Pickled by where it comes from: the libraries' own pickling loses settings."""
@@ -72,8 +73,7 @@ class Tokenizer(ABC):
 
         InputError for text that is not valid Unicode (a lone surrogate from a JSON escape).
         """
-        name = f"a text for the tokenizer {self.source}"
-        return _encode_text(self._encode_raw, text, self._special_values, name)
+        return _encode_text(self._encode_raw, text, self._special_values, self._text_name)
 
 
 class HuggingFaceTokenizer(Tokenizer):

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
@@ -14,6 +15,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if not torch.cuda.is_available():
     # Without a GPU kernels run in Triton's interpreter, to be chosen before triton is imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# Not 200 ms for an example: beside other tests one takes longer now and then, whatever it does.
+hypothesis.settings.register_profile("side by side", deadline=None)
+hypothesis.settings.load_profile("side by side")
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All tests, as `make test` runs them, side by side: bash tests/run_all.sh [options of pytest]
+# All tests, as `make test` runs them, side by side: run_all.sh PYTHON [options of pytest]
 #
 # The Slurm tests mostly wait: they share three clusters, beside all the others. These leave the CPU
 # to them (nice), because it is the Slurm tests that have limits in seconds. What the Slurm tests
@@ -7,7 +7,8 @@
 
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
-python=${PYTHON:-.venv/bin/python}
+python=$1 # not from the environment, which the tests would inherit
+shift
 log=$(mktemp)
 trap 'kill $(jobs -p) 2>/dev/null; rm -f "$log"' EXIT
 trap 'exit 130' INT

@@ -35,8 +35,8 @@ def test_it_fails_if_a_run_failed_or_none_found_a_test(
     python = tmp_path / "python"
     python.write_text(PYTEST)
     python.chmod(0o755)
-    env = os.environ | {"PYTHON": str(python), "OTHERS": others, "SLURM": slurm}
-    command = ["bash", RUN_ALL, "-k", "name or other"]
+    env = os.environ | {"OTHERS": others, "SLURM": slurm}
+    command = ["bash", RUN_ALL, python, "-k", "name or other"]
     run = subprocess.run(command, env=env, capture_output=True, text=True)
     assert (run.returncode == 0) == good
     assert "<-m><slurm><-k><name or other>\n" in run.stdout

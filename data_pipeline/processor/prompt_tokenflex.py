@@ -31,6 +31,13 @@ _PIECE = re.compile(
 _INSIDE_SPECIAL = re.compile(
     "|".join(f"(?<={re.escape(t[0])})(?={re.escape(t[1:])})" for t in SPECIAL_TOKENS)
 )
+_OBJECT = (dict, Mapping)  # the first alone is found at once
+_MAY_FOLLOW = {
+    None: ("system", "user"),
+    "system": ("user",),
+    "user": ("assistant",),
+    "assistant": ("user",),
+}
 _IN_STRINGS = (TURN_START, TURN_END, IMAGE)
 
 _TEMPLATE = """\
@@ -205,7 +212,7 @@ def _check_unicode(text: str, name: str) -> None:
 
 def _content(turn: Any, where: str, stored: bool) -> Any:
     """A turn's content: a list, or a string where that may be."""
-    content = turn.get("content") if isinstance(turn, Mapping) else None
+    content = turn.get("content") if isinstance(turn, _OBJECT) else None
     if isinstance(content, list | tuple) or (isinstance(content, str) and not stored):
         return content
     found = f"its content is {kind_of(content)}" if isinstance(turn, Mapping) else kind_of(turn)
@@ -216,17 +223,17 @@ def _checked_role(role: Any, before: str | None, where: str) -> str:
     """A turn's role, which may follow the one before."""
     if role not in ("system", "user", "assistant"):
         raise ValueError(f"{where} has the role {_short(role)}, not system, user or assistant")
-    expected = {None: ("system", "user"), "user": ("assistant",)}.get(before, ("user",))
+    expected = _MAY_FOLLOW[before]
     if role not in expected:
         raise ValueError(
             f"{where} has the role {role!r} where {' or '.join(expected)} is expected: after "
             "an optional system turn, user and assistant alternate, the user first; merge turns"
         )
-    return str(role)
+    return role
 
 
 def _check_part(part: Any, role: str, where: str, stored: bool) -> None:
-    kind = part.get("type") if isinstance(part, Mapping) else None
+    kind = part.get("type") if isinstance(part, _OBJECT) else None
     if kind == "text" or stored:
         known = kind in ("text", "image") and isinstance(part.get(kind), str)
     else:

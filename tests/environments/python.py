@@ -7,17 +7,15 @@ from pathlib import Path
 
 import pytest
 
-_ROOT = Path(__file__).parents[2]
-
 
 def python_with(package: str, environment: str) -> str:
-    """This Python if it has the package, else that of .venv-`environment` (`make extras`).
+    """This Python if it has the package, else that of the environment beside (`make extras`).
 
     Without both the test is skipped, or fails if REQUIRE_EXTRAS=1 says otherwise.
     """
     if importlib.util.find_spec(package) is not None:
         return sys.executable
-    python = _ROOT / f".venv-{environment}" / "bin" / "python"
+    python = Path(f"{sys.prefix}-{environment}", "bin", "python")
     if (python.parents[1] / "installed").exists():
         return str(python)
     reason = f"{package} is not installed: run make extras"

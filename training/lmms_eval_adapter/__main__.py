@@ -9,8 +9,9 @@ call `lmms-eval`, the plugin variable does it:
 
     PYTHONPATH=path/of/this/checkout LMMS_EVAL_PLUGINS=training.lmms_eval_adapter lmms-eval ...
 
-lmms-eval has many requirements of its own: give it an environment of its own (`make extras` makes
-.venv-lmms, with what the evaluator itself needs and nothing for single benchmarks).
+lmms-eval has many requirements of its own: give it an environment of its own, with filelock < 4 for
+lmms-eval 0.7.3. `make extras` makes .venv-lmms with what the evaluator itself imports, enough for
+tasks whose code asks for nothing more.
 """
 
 from data_pipeline.cli import run_cli
