@@ -202,7 +202,8 @@ def test_every_link_leads_somewhere(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_module_exists(page: Path) -> None:
     for module in re.findall(r"python -m ([\w.]+)", page.read_text()):
-        assert importlib.util.find_spec(module), module
+        in_an_environment_of_its_own = module == "lmms_eval"  # make extras
+        assert in_an_environment_of_its_own or importlib.util.find_spec(module), module
 
 
 def test_every_page_of_docs_is_linked_and_links_back() -> None:
