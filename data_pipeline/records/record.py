@@ -97,9 +97,13 @@ def record_kind(record: Mapping[str, Any]) -> tuple[str, str]:
     if "question" in found:
         found.pop("caption", None)
     if not found:
-        known = ", ".join(name for names in KINDS.values() for name in names)
+        known = [name for names in KINDS.values() for name in names]
+        if empty := [key for key in record if str(key).lower() in known]:
+            raise InputError(f"{empty[0]!r} is {describe(record[empty[0]])}: nothing is said")
         keys = ", ".join(map(repr, record)) or "none"
-        raise InputError(f"the record has the keys {keys[:200]}, expected one of {known}")
+        raise InputError(
+            f"the record has the keys {keys[:200]}, expected one of {', '.join(known)}"
+        )
     return next(iter(found.items()))
 
 

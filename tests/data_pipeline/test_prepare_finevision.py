@@ -117,8 +117,8 @@ def test_an_image_needs_no_question(tmp_path: Path) -> None:
 
 
 FAULTS: dict[str, tuple[dict[str, Any], str]] = {
-    "no texts": ({"texts": []}, "the record has the keys"),
-    "texts is null": ({"texts": None}, "the record has the keys"),
+    "no texts": ({"texts": []}, "'texts' is an empty list"),
+    "texts is null": ({"texts": None}, "'texts' is null"),
     "turn is null": ({"texts": [*turns("a", "b"), None]}, "turn 1 of 2 is null"),
     "no question": ({"images": [], "texts": turns("", "b")}, "turn 0 has no user text"),
     "user is null": ({"texts": turns("a", "b", None, "c")}, "turn 2 has no user text"),
