@@ -117,7 +117,7 @@ def test_an_image_needs_no_question(tmp_path: Path) -> None:
 
 
 FAULTS: dict[str, tuple[dict[str, Any], str]] = {
-    "no texts": ({"texts": []}, "'texts' is an empty list"),
+    "no texts": ({"texts": []}, "'texts' is empty"),
     "texts is null": ({"texts": None}, "'texts' is null"),
     "turn is null": ({"texts": [*turns("a", "b"), None]}, "turn 1 of 2 is null"),
     "no question": ({"images": [], "texts": turns("", "b")}, "turn 0 has no user text"),
