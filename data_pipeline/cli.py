@@ -36,3 +36,11 @@ def at_least(smallest: int) -> "type[int]":
 
     Whole.__name__ = "integer"  # what argparse says is expected
     return Whole
+
+
+def storage_option(text: str) -> tuple[str, object]:
+    """A type for argparse: NAME=VALUE, the value as in YAML."""
+    import yaml
+
+    name, _, value = text.partition("=")
+    return name, yaml.safe_load(value)

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from data_pipeline.chat import ChatSettings
-from data_pipeline.cli import run_cli
+from data_pipeline.cli import run_cli, storage_option
 from data_pipeline.errors import InputError
 from data_pipeline.index.builder import build_index
 from data_pipeline.index.check import check_index
@@ -111,13 +111,6 @@ def _share(text: str) -> tuple[int, int]:
     return part, parts
 
 
-def _option(text: str) -> tuple[str, object]:
-    import yaml
-
-    name, _, value = text.partition("=")
-    return name, yaml.safe_load(value)
-
-
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m data_pipeline.index",
@@ -189,7 +182,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--storage-option",
-        type=_option,
+        type=storage_option,
         action="append",
         default=[],
         metavar="NAME=VALUE",

@@ -2,6 +2,7 @@
 
 python -m data_pipeline.prepare SRC OUT/                     # what SRC holds is told by its content
 python -m data_pipeline.prepare SRC.json --images DIR OUT/
+python -m data_pipeline.prepare hf://datasets/ORG/NAME OUT/   # parquet; s3://, gs://, https:// too
 python -m data_pipeline.prepare --format folder DIR OUT/
 python -m data_pipeline.prepare --format digits OUT/
 
@@ -30,7 +31,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.cli import run_cli
+from data_pipeline.cli import run_cli, storage_option
 from data_pipeline.errors import InputError
 from data_pipeline.prepare.shard_writer import REPORT_NAME, ShardLimits
 
@@ -41,7 +42,13 @@ DEMO_OPTIONS: dict[str, Any] = {
     "image_size": 32,
     "detail": None,
 }
-RECORD_OPTIONS: dict[str, Any] = {"images": None, "min_relevance": None, "map": [], "ignore": []}
+RECORD_OPTIONS: dict[str, Any] = {
+    "images": None,
+    "min_relevance": None,
+    "map": [],
+    "ignore": [],
+    "storage_option": [],
+}
 RECORD_FORMATS = ("records", "llava", "messages", "finevision")
 # Which options belong to which formats, with their defaults; those of all formats are not here.
 FORMAT_OPTIONS: dict[str, dict[str, Any]] = {
@@ -66,7 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--format", default="auto", choices=tuple(FORMAT_OPTIONS), help="(default: by content)"
     )
-    parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="[SRC] OUT")
+    parser.add_argument("paths", nargs="+", type=_path_or_url, metavar="PATH", help="[SRC] OUT")
     parser.add_argument(
         "--overwrite", action="store_true", help="replace what an earlier run wrote to OUT"
     )
@@ -103,6 +110,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--ignore", action="append", metavar="NAME", help="leave a key of the records unread"
     )
     records.add_argument(
+        "--storage-option",
+        type=storage_option,
+        action="append",
+        metavar="NAME=VALUE",
+        help="passed to fsspec where SRC is a URL: anon=true",
+    )
+    records.add_argument(
         "--min-relevance",
         type=int,
         metavar="N",
@@ -110,6 +124,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_demo_options(parser.add_argument_group("options of digits and grid"))
     return parser
+
+
+def _path_or_url(text: str) -> Path | str:
+    return text if "://" in text else Path(text)
 
 
 def _add_demo_options(demo: Any) -> None:
@@ -138,6 +156,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _format_options(args)
     limits = ShardLimits(args.samples_per_shard, args.shard_bytes)
     *sources, out = args.paths
+    if isinstance(out, str):
+        raise InputError(f"OUT is the URL {out}: shards are written to a local folder; copy them")
     expected = 0 if args.format in ("digits", "grid") else 1
     if len(sources) != expected:
         usage = "SRC OUT" if expected else "OUT"
@@ -171,24 +191,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _convert(
-    format: str, source: Path, out: Path, options: dict[str, Any], conversion: Any
+    format: str, source: Path | str, out: Path, options: dict[str, Any], conversion: Any
 ) -> dict[Path, dict[str, Any]]:
     """Convert a source; returns the report of every folder of shards that was written."""
     from data_pipeline.prepare.folder import prepare_folder
     from data_pipeline.prepare.from_records import prepare_records
     from data_pipeline.prepare.mixtures import prepare_mixture
     from data_pipeline.prepare.sources import FOLDER, MIXTURE, RECORDS, find_source
+    from data_pipeline.storage import Storage, StorageSettings
 
     images = options.pop("images", None)
     if images is not None and not images.is_dir():
         raise InputError(f"the image folder {images} does not exist; name it with --images")
     options |= {"renamed": _mapping(options.pop("map", [])), "ignored": options.pop("ignore", [])}
     kind = {"auto": None, "folder": FOLDER, "mixture": MIXTURE}.get(format, RECORDS)
-    found = find_source(source, kind, options["renamed"])
+    storage = Storage(StorageSettings(options=dict(options.pop("storage_option", []))))
+    found = find_source(source, kind, options["renamed"], storage)
     print(f"{source}: {found.what}")
-    if found.kind == FOLDER:
+    if found.kind == FOLDER and isinstance(source, Path):
         return {out: prepare_folder(source, out, conversion=conversion)}
-    if found.kind == MIXTURE:
+    if found.kind == MIXTURE and isinstance(source, Path):
         reports = prepare_mixture(source, out, images=images, conversion=conversion, **options)
         return {out / name: report for name, report in reports.items()}
     report = prepare_records(

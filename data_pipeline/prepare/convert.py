@@ -71,7 +71,7 @@ def convert(
     out: Path,
     *,
     total: int | None,
-    sources: Sequence[Path],
+    sources: Sequence[Path | str],
     conversion: Conversion,
     settings: Mapping[str, Any],
     passed_over: PassedOver | None = None,
@@ -83,7 +83,7 @@ def convert(
 
     Args:
         total: number of candidates for the progress bar, None if unknown.
-        sources: the inputs, which --overwrite must not delete.
+        sources: the inputs, paths or URLs; --overwrite must not delete them.
         settings: what goes into the report to name this run.
         passed_over: files of the sources that are no candidates.
 

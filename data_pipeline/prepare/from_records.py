@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from data_pipeline.draw import uniform_hash
 from data_pipeline.errors import InputError
 from data_pipeline.prepare.convert import Candidate, Conversion, Sample, Unwanted, convert
 from data_pipeline.prepare.picture_sources import find_picture, member_suffix
-from data_pipeline.prepare.record_files import Entry, count_entries, read_entries
+from data_pipeline.prepare.record_files import Entry, RemoteTable, count_entries, read_entries
 from data_pipeline.records import Record, parse_record, record_kind
 from data_pipeline.walk import PassedOver
 
@@ -47,10 +47,10 @@ _LOOKED_AT = 20  # records that tell what a source holds
 
 
 def prepare_records(
-    files: Sequence[Path],
+    files: Sequence[Path] | Sequence[RemoteTable],
     out: Path,
     *,
-    source: Path,
+    source: Path | str,
     format: str = "records",
     images: Path | None = None,
     renamed: Mapping[str, str] | None = None,
@@ -67,8 +67,8 @@ def prepare_records(
 
     Args:
         files: JSON, JSON lines, parquet or CSV, read one after the other.
-        source: what the user named: a file, or the folder of the files; format: as what.
-        images: the folder that pictures are named from; each file's own folder if None.
+        source: what the user named: a file, the folder of the files, or a URL; format: as what.
+        images: the folder that pictures are named from; each local file's own folder if None.
         renamed, ignored: see `parse_record`.
         min_relevance: leave out records whose `relevance_min` is below; those without stay.
         share: only these records of each file.
@@ -81,10 +81,9 @@ def prepare_records(
     if images is not None and not images.is_dir():
         raise InputError(f"the image folder {images} does not exist; name it with --images")
     counts = [count_entries(path) for path in files]
-    root = source if source.is_dir() else source.parent
     read = partial(_build, renamed=renamed or {}, ignored=ignored, min_relevance=min_relevance)
     return convert(
-        _candidates(files, root, images, read, share),
+        _candidates([(_inner(path, source), path) for path in files], images, read, share),
         out,
         total=sum(filter(None, counts)) if None not in counts else None,
         sources=[source, *([images] if images else [])],
@@ -101,7 +100,7 @@ def prepare_records(
     )
 
 
-def what_it_holds(path: Path, renamed: Mapping[str, str] | None = None) -> str | None:
+def what_it_holds(path: Path | RemoteTable, renamed: Mapping[str, str] | None = None) -> str | None:
     """What the first records of a file are told by: "turns", "question" or "caption"; else None."""
     entries = read_entries(path)
     for _, entry in zip(range(_LOOKED_AT), entries, strict=False):
@@ -115,12 +114,24 @@ def what_it_holds(path: Path, renamed: Mapping[str, str] | None = None) -> str |
     return None
 
 
+def _inner(path: Path | RemoteTable, source: Path | str) -> PurePosixPath:
+    """What tells a file from the others: its path in the folder, or its URL."""
+    if isinstance(path, RemoteTable):
+        return PurePosixPath(path.url.partition("://")[2])
+    root = Path(source)
+    return PurePosixPath(path.relative_to(root if root.is_dir() else root.parent))
+
+
 def _candidates(
-    files: Sequence[Path], root: Path, images: Path | None, read: Any, share: Share | None
+    files: Sequence[tuple[PurePosixPath, Path | RemoteTable]],
+    images: Path | None,
+    read: Any,
+    share: Share | None,
 ) -> Iterator[Candidate]:
+    """The records of files by their names."""
     alone = len(files) == 1
-    for path in files:
-        inner = path.relative_to(root)
+    for inner, path in files:
+        beside = path.parent if isinstance(path, Path) else None
         # The end of a long path tells more, and the number must not be cut off.
         stem = inner.with_suffix("").as_posix()[-54:]
         chosen = share.numbers(sum(1 for _ in read_entries(path))) if share else None
@@ -128,17 +139,17 @@ def _candidates(
             if chosen is not None and entry.number not in chosen:
                 yield Candidate(entry.where, partial(_leave_out, f"sampling_strategy {share}"))
                 continue
-            name = f"{stem}_{entry.number:08d}" if path.suffix.lower() == ".parquet" else None
+            name = f"{stem}_{entry.number:08d}" if inner.suffix.lower() == ".parquet" else None
             label = entry.where if alone and name is None else f"{inner}, {entry.where}"
             own = entry.value.get("id") if isinstance(entry.value, Mapping) else None
             label += f" (id {own!r:.80})" if own is not None else ""
-            yield Candidate(label, partial(read, entry, name, images or path.parent))
+            yield Candidate(label, partial(read, entry, name, images or beside))
 
 
 def _build(
     entry: Entry,
     name: str | None,
-    folder: Path,
+    folder: Path | None,
     *,
     renamed: Mapping[str, str],
     ignored: Sequence[str],
@@ -178,7 +189,7 @@ def _check_relevance(rating: Any, least: int) -> None:
         raise Unwanted(f"--min-relevance {least}")
 
 
-def _picture(source: Any, number: int, folder: Path) -> Path | bytes:
+def _picture(source: Any, number: int, folder: Path | None) -> Path | bytes:
     try:
         return find_picture(source, folder)
     except InputError as error:

@@ -12,15 +12,15 @@ from data_pipeline.images import open_image
 _EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "JPEG2000": "jp2"}
 
 
-def find_picture(source: Any, folder: Path) -> Path | bytes:
+def find_picture(source: Any, folder: Path | None) -> Path | bytes:
     """The file, or its bytes, of a picture that a record names.
 
     Args:
         source: bytes; a path, relative to `folder` or absolute inside it; or a data: URI.
-        folder: of the pictures; links inside it may lead elsewhere.
+        folder: of the pictures; links inside it may lead elsewhere. None: there is none.
 
     Raises:
-        InputError: a URL, a path that leads out of the folder, or a broken data: URI.
+        InputError: a URL, a path that leads out of the folder or has none, a broken data: URI.
     """
     if isinstance(source, bytes):
         return source
@@ -31,6 +31,8 @@ def find_picture(source: Any, folder: Path) -> Path | bytes:
         raise InputError(
             f"the image {name[:80]!r} is a URL; download it (img2dataset does) and name the file"
         )
+    if folder is None:
+        raise InputError(f"the image {name[:80]!r} is a path; name its folder with --images")
     path = _inside(name.removeprefix("file://"), folder)
     if "\\" in name and not path.is_file():  # written on Windows
         path = _inside(name.replace("\\", "/"), folder)

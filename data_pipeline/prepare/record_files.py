@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import InputError
+from data_pipeline.storage import Storage
 
 # Rows with their images are held at once so many at a time.
 BATCH_ROWS = 32
@@ -27,12 +28,38 @@ class Entry:
     fault: InputError | None = None
 
 
-def read_entries(path: Path) -> Iterator[Entry]:
+@dataclass(frozen=True)
+class RemoteTable:
+    """A parquet file behind a URL; read where it lies, a block at a time."""
+
+    url: str
+    storage: Storage
+
+    def __str__(self) -> str:
+        return self.url
+
+
+def find_tables(url: str, storage: Storage) -> list[RemoteTable]:
+    """The parquet files that a URL means: one, a pattern, or a folder and all below it.
+
+    InputError if there is none, or the store cannot be listed.
+    """
+    is_one = url.lower().endswith(".parquet") and "*" not in url
+    pattern = url if "*" in url else f"{url.rstrip('/')}/**/*.parquet"
+    urls = [url] if is_one else storage.glob(pattern)
+    if not urls:
+        raise InputError(f"{url} holds no parquet file, and only those are read from a URL")
+    return [RemoteTable(found, storage) for found in urls]
+
+
+def read_entries(path: Path | RemoteTable) -> Iterator[Entry]:
     """The records of a file, in order; what cannot be read comes as an entry with its fault.
 
     Raises:
         InputError: the file is missing, of another kind, or JSON that does not parse as a whole.
     """
+    if isinstance(path, RemoteTable):
+        return _parquet_rows(path)
     if not path.is_file():
         raise InputError(f"{path} is not a file; expected one of {', '.join(SUFFIXES)}")
     suffix = path.suffix.lower()
@@ -46,9 +73,9 @@ def read_entries(path: Path) -> Iterator[Entry]:
     raise InputError(f"{path} is no file of records: expected one of {', '.join(SUFFIXES)}{advice}")
 
 
-def count_entries(path: Path) -> int | None:
+def count_entries(path: Path | RemoteTable) -> int | None:
     """Number of records, where the file tells it at once; None if not, or if it is damaged."""
-    if path.suffix.lower() != ".parquet":
+    if isinstance(path, Path) and path.suffix.lower() != ".parquet":
         return None
     try:
         with open_parquet(path) as file:
@@ -57,7 +84,7 @@ def count_entries(path: Path) -> int | None:
         return None
 
 
-def open_parquet(path: Path) -> Any:
+def open_parquet(path: Path | RemoteTable) -> Any:
     """The ParquetFile; close it. InputError if it cannot be read, or pyarrow is missing."""
     try:
         import pyarrow.parquet  # only those who convert parquet need to have it
@@ -67,19 +94,21 @@ def open_parquet(path: Path) -> Any:
             "pyarrow"
         ) from error
     try:
+        if isinstance(path, RemoteTable):
+            return pyarrow.parquet.ParquetFile(path.storage.open(path.url))
         return pyarrow.parquet.ParquetFile(path, memory_map=True)
     except (OSError, pyarrow.ArrowException) as error:
         raise _unreadable(path, error) from error
 
 
-def _unreadable(path: Path, error: Exception) -> InputError:
+def _unreadable(path: Path | RemoteTable, error: Exception) -> InputError:
     return InputError(
         f"{path} cannot be read as parquet ({str(error).splitlines()[0]}); fetch it again, or take "
         "it out of the folder"
     )
 
 
-def _parquet_rows(path: Path) -> Iterator[Entry]:
+def _parquet_rows(path: Path | RemoteTable) -> Iterator[Entry]:
     number = 0
     try:
         file = open_parquet(path)

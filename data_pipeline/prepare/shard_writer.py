@@ -104,7 +104,7 @@ class SampleWriter:
 
 
 def staged_output(
-    out: Path, *, overwrite: bool = False, sources: Sequence[Path] = ()
+    out: Path, *, overwrite: bool = False, sources: Sequence[Path | str] = ()
 ) -> AbstractContextManager[Path]:
     """A folder that becomes `out` when the block ends without error, as in `written_aside`.
 
@@ -125,7 +125,7 @@ def write_report(folder: Path, report: Mapping[str, Any]) -> None:
     (folder / REPORT_NAME).write_text(json.dumps(report, indent=1) + "\n")
 
 
-def _check_replaceable(out: Path, overwrite: bool, sources: Sequence[Path]) -> None:
+def _check_replaceable(out: Path, overwrite: bool, sources: Sequence[Path | str]) -> None:
     if not out.exists():
         return
     if not out.is_dir():
@@ -143,7 +143,7 @@ def _check_replaceable(out: Path, overwrite: bool, sources: Sequence[Path]) -> N
             "not touch it. Choose another folder, or remove it yourself."
         )
     for source in sources:
-        if source.resolve().is_relative_to(out):
+        if isinstance(source, Path) and source.resolve().is_relative_to(out):
             raise InputError(
                 f"{source} lies inside {out}, which --overwrite would delete. "
                 "Choose another output folder."

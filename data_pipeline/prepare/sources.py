@@ -9,7 +9,8 @@ from data_pipeline.errors import InputError
 from data_pipeline.images import has_image_suffix
 from data_pipeline.prepare.folder import CAPTION_SUFFIXES
 from data_pipeline.prepare.from_records import what_it_holds
-from data_pipeline.prepare.record_files import JSON_SUFFIXES, SUFFIXES
+from data_pipeline.prepare.record_files import JSON_SUFFIXES, SUFFIXES, RemoteTable, find_tables
+from data_pipeline.storage import Storage
 from data_pipeline.walk import PassedOver, walk
 
 RECORDS, FOLDER, MIXTURE = "records", "folder", "mixture"
@@ -22,21 +23,31 @@ class Found:
     """kind: `RECORDS`, `FOLDER` or `MIXTURE`; files: of records; what: for people."""
 
     kind: str
-    files: Sequence[Path]
+    files: Sequence[Path] | Sequence[RemoteTable]
     what: str
     passed: PassedOver | None = None
 
 
 def find_source(
-    source: Path, kind: str | None = None, renamed: Mapping[str, str] | None = None
+    source: Path | str,
+    kind: str | None = None,
+    renamed: Mapping[str, str] | None = None,
+    storage: Storage | None = None,
 ) -> Found:
-    """What a file or folder holds.
+    """What a file, a folder or, if it is a string, a URL holds.
 
     kind: what it is known to hold; None: told by its content.
 
     Raises:
         InputError: nothing that is read, or several things: then they are listed.
     """
+    if isinstance(source, str):
+        if kind not in (None, RECORDS):
+            raise InputError(f"{source}: only records are read from a URL; download it first")
+        tables = find_tables(source, storage or Storage())
+        told = what_it_holds(tables[0], renamed)
+        what = f"{len(tables)} parquet files, records of {told or 'no known keys'}"
+        return Found(RECORDS, tables, what)
     if kind == FOLDER:
         return Found(FOLDER, [], "images with captions beside them")
     if source.is_file():

@@ -80,7 +80,7 @@ def _s3(folder: Path, stack: ExitStack) -> Store:
     keys = {"aws_access_key_id": "test", "aws_secret_access_key": "test"}
     client = boto3.client("s3", endpoint_url=upstream, region_name="us-east-1", **keys)
     client.create_bucket(Bucket="bucket")
-    for path in folder.glob("*.tar"):
+    for path in filter(Path.is_file, folder.iterdir()):
         client.put_object(Bucket="bucket", Key=f"set/{path.name}", Body=path.read_bytes())
     proxy = stack.enter_context(Proxy(upstream, (400, _EXPIRED_S3)))
     options = {
@@ -99,7 +99,7 @@ def _gs(folder: Path, stack: ExitStack) -> Store:
     emulator.start()
     stack.callback(emulator.stop)
     upstream = "http://{}:{}".format(*emulator._api._httpd.server_address[:2])
-    for path in folder.glob("*.tar"):
+    for path in filter(Path.is_file, folder.iterdir()):
         connection = http.client.HTTPConnection(upstream.removeprefix("http://"))
         connection.request("PUT", f"/bucket/set/{path.name}", path.read_bytes())
         assert connection.getresponse().status == 200
@@ -193,7 +193,7 @@ class HubHandler(Handler):
             return {"id": "org/name", "sha": "0" * 40, "siblings": [], "tags": []}
         if revision == "main":
             return []
-        files = sorted(self.owner.folder.glob("*.tar"))
+        files = sorted(path for path in self.owner.folder.iterdir() if path.is_file())
         folder = {"type": "directory", "path": "set", "oid": "0" * 40, "size": 0}
         entries = [
             {"type": "file", "path": f"set/{p.name}", "oid": p.name, "size": p.stat().st_size}

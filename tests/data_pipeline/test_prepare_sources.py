@@ -17,6 +17,7 @@ from data_pipeline.errors import InputError
 from data_pipeline.prepare.__main__ import main
 from data_pipeline.settings import DataConfig
 from tests.data_pipeline.shards import read_shards
+from tests.data_pipeline.stores import open_store
 
 ROOT = Path(__file__).parents[2]
 
@@ -186,3 +187,56 @@ def test_paths_of_pictures(tmp_path: Path) -> None:
     arguments = [str(tmp_path / "data.json"), str(tmp_path / "out")]
     assert main([*arguments, "--images", str(tmp_path / "link")]) == 0
     assert len(read_shards(tmp_path / "out")) == len(names)
+
+
+def table(path: Path, *answers: str, source: str | None = None) -> None:
+    data = picture(path.parent / "picture.png").read_bytes()
+    rows = [
+        {"image": {"bytes": None if source else data, "path": source}, "question": "?", "answer": a}
+        for a in answers
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), path)
+
+
+@pytest.mark.parametrize("below", ["", "/*.parquet", "/b.parquet"])
+@pytest.mark.parametrize("protocol", ["hf", "s3", "http"])
+def test_parquet_is_read_where_it_lies(protocol: str, below: str, tmp_path: Path) -> None:
+    """With a request that fails on the way; of HTTP only a file, since it lists nothing."""
+    if protocol == "http" and below != "/b.parquet":
+        pytest.skip("HTTP lists no files")
+    table(tmp_path / "store" / "a.parquet", "Red.", "")
+    table(tmp_path / "store" / "b.parquet", "Blue.")
+    with open_store(protocol, tmp_path / "store") as store:
+        options = [f"--storage-option={name}={json.dumps(v)}" for name, v in store.options.items()]
+        store.server.faults.extend(["", "503"])
+        status = main([f"{store.url}{below}", str(tmp_path / "out"), *options])
+    assert not store.server.faults
+    samples = read_shards(tmp_path / "out")
+    answers = [sample["json"]["messages"][1]["content"][0]["text"] for sample in samples]
+    assert answers == (["Blue."] if below == "/b.parquet" else ["Red.", "Blue."])
+    assert status == (0 if below == "/b.parquet" else 1)
+    assert all("0.png" in sample for sample in samples)
+    report = report_of(tmp_path / "out")
+    if below != "/b.parquet":
+        [skipped] = report["skipped"]
+        assert "a.parquet, row 1" in skipped["sample"] and "no answer" in skipped["reason"]
+
+
+def test_sources_behind_a_url_that_cannot_be_read(tmp_path: Path) -> None:
+    table(tmp_path / "store" / "a.parquet", "Red.", source="photos/a.png")
+    out = str(tmp_path / "out")
+    with open_store("hf", tmp_path / "store") as store:
+        options = [f"--storage-option={name}={json.dumps(v)}" for name, v in store.options.items()]
+        for url, message in (
+            (f"{store.url}/none.parquet", r"none\.parquet does not exist"),
+            (f"{store.url}/*.jsonl", "no parquet file"),
+            (f"{store.url}/a.parquet", "'photos/a.png' is a path; name its folder with --images"),
+        ):
+            with pytest.raises(InputError, match=message):
+                main([url, out, *options])
+        with pytest.raises(InputError, match=r"only records .* URL"):
+            main(["--format", "folder", store.url, out])
+        picture(tmp_path / "here" / "photos" / "a.png")
+        assert main([store.url, out, "--images", str(tmp_path / "here"), *options]) == 0
+    with pytest.raises(InputError, match="OUT is the URL s3://bucket/out"):
+        main([str(tmp_path), "s3://bucket/out"])
