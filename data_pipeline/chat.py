@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from data_pipeline.captions import parse_metadata
 from data_pipeline.errors import InputError, for_users
 from data_pipeline.media_claims import check_no_claim
 from data_pipeline.processor import prompt_tokenflex
@@ -128,15 +129,8 @@ def parse_sample(data: bytes) -> dict[str, Any]:
 
     InputError saying what is wrong with it, for any bytes whatever.
     """
-    try:
-        sample = json.loads(data.decode())
-    except UnicodeDecodeError as error:
-        raise InputError(f"the JSON is not UTF-8 ({error.reason} at byte {error.start})") from None
-    except RecursionError:
-        raise InputError("the JSON is nested too deeply") from None
-    except ValueError as error:  # malformed, or a number of thousands of digits
-        raise InputError(f"the JSON does not parse: {error}") from None
-    if not isinstance(sample, dict) or "messages" not in sample:
+    sample = parse_metadata(data)
+    if "messages" not in sample:
         raise InputError('the JSON is not an object with the key "messages"')
     if not isinstance(sample.get("metadata", {}), dict):
         raise InputError(f'"metadata" is {kind_of(sample["metadata"])}, not an object')

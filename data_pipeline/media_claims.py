@@ -8,8 +8,7 @@ model to answer about what it was never shown. What an assistant says is always 
 import re
 
 from data_pipeline.errors import InputError
-
-PLACEHOLDER = "<image>"
+from data_pipeline.processor.prompt_tokenflex import IMAGE as PLACEHOLDER
 
 # Placeholders of other trainers and models; lower case, as they are compared without regard to it.
 _CLAIMS = re.compile(

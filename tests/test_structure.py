@@ -19,7 +19,7 @@ MAY_IMPORT = {
 # The files and folders of data_pipeline from the ground up: each imports what stands before it.
 DATA_PIPELINE = (
     *("errors", "files", "machine", "text_table", "plotting", "cli", "config_file", "draw"),
-    *("walk", "media_claims", "processor", "tokenizer", "captions", "records"),
+    *("walk", "processor", "media_claims", "tokenizer", "captions", "records"),
     *("tiling", "images", "decode", "chat", "storage", "index", "mixture", "balance", "plan"),
     *("loss_weighting", "batch", "loader", "settings", "corpus"),
     *("prepare", "stats", "inspect", "bench"),

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from data_pipeline.errors import InputError
-from data_pipeline.media_claims import PLACEHOLDER
+from data_pipeline.processor.prompt_tokenflex import IMAGE as PLACEHOLDER
 from data_pipeline.records import vocabulary
 from data_pipeline.records.turns import (
     Picture,

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from data_pipeline.errors import InputError
-from data_pipeline.media_claims import PLACEHOLDER
+from data_pipeline.processor.prompt_tokenflex import IMAGE as PLACEHOLDER
 from data_pipeline.records import vocabulary
 
 

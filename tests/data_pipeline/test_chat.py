@@ -243,7 +243,8 @@ def test_parse_sample() -> None:
         (b'{"messages": ' + b"1" * 5000 + b"}", "does not parse"),
         (b"\xff\xfe", "not UTF-8 (invalid start byte at byte 0)"),
         (b"[" * 200_000, "nested too deeply"),
-        (b"[]", 'not an object with the key "messages"'),
+        (b"[]", "not an object"),
+        (b'{"caption": "a"}', 'not an object with the key "messages"'),
         (b'{"messages": []}', "an empty list"),
         (json.dumps({**sample, "metadata": []}).encode(), '"metadata" is an empty list'),
     ]:

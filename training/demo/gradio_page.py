@@ -9,10 +9,11 @@ from PIL import Image, ImageDraw
 
 from data_pipeline.errors import InputError
 from data_pipeline.processor.image_processing_tokenflex import load_rgb
+from data_pipeline.processor.prompt_tokenflex import IMAGE as PLACEHOLDER
 from data_pipeline.processor.tiling_tokenflex import count_tiles, grid_for
 from training.generate import LoadedModel, generate_answer
 from training.generate.answer import prepare_messages, stats_line
-from training.generate.conversation import PLACEHOLDER, user_message
+from training.generate.conversation import user_message
 
 _TILE_COLOUR, _TOKEN_COLOUR = (255, 90, 0), (0, 200, 255)
 _SHOWN_PIXELS = 720  # longer side of the picture with the grid

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import InputError
+from data_pipeline.processor.prompt_tokenflex import IMAGE as PLACEHOLDER
 from training.generate.loaded_model import LoadedModel
-
-PLACEHOLDER = "<image>"
 
 
 def user_message(prompt: str, images: Sequence[Any]) -> dict[str, Any]:
