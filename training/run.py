@@ -17,6 +17,8 @@ from data_pipeline.mixture import DatasetSettings
 from data_pipeline.plan import PLAN_VERSION, EvaluationPlan, LeftOut, PlanState
 from data_pipeline.prepare import prepare_demo
 from data_pipeline.settings import PrepareSettings
+from data_pipeline.stats.advice import advice
+from data_pipeline.stats.placed import Placed
 from data_pipeline.storage import Storage
 from data_pipeline.tokenizer import load_tokenizer
 from kernels import implementation
@@ -177,11 +179,20 @@ class Run:
                 "warning: this processor is tens of times slower in bf16 than in fp32; set "
                 "train.precision=fp32, or auto to leave it to the machine"
             )
+        self.advise()
         if bad := self.mixture.bad:
             self.say(
                 f"warning: the index left out {len(bad)} bad samples, the first "
                 f"{bad[0].shard}:{bad[0].key}: {bad[0].reason}"
             )
+
+    def advise(self) -> None:
+        """Say what would help if the plan's first window fills its packs badly."""
+        if not self.ranks.is_main:
+            return
+        window = next(self.planner.windows(), None)
+        if window and window.num_steps and (text := advice(Placed.of([window]), self.config.data)):
+            self.say(f"warning: {text}; see python -m data_pipeline.stats plan")
 
     def data_ended(self, step: int, state: PlanState) -> None:
         """Say that no step follows this one, and which samples the end of the data left out."""

@@ -20,6 +20,7 @@ from data_pipeline.plan.parts import LeftOut, WindowPlan
 from data_pipeline.plan.planner import Planner
 from data_pipeline.plotting import BLUE, picture
 from data_pipeline.settings import DataSettings
+from data_pipeline.stats.advice import advice
 from data_pipeline.stats.placed import Placed
 from data_pipeline.text_table import text_table
 
@@ -130,6 +131,7 @@ def table(statistics: PlanStatistics, data: DataSettings, corpus: Corpus) -> lis
             f"{100 * measures.efficiency:.2f} % of the FLOPs' time, if ranks wait for the "
             f"slowest; {100 * measures.efficiency_bound:.2f} % can be reached",
         ),
+        *([("advice", text)] if (text := advice(placed, data)) else []),
         (
             "steps alike",
             f"tiles per sample vary by {measures.tiles_per_sample_cv:.3f} over steps, "

@@ -137,3 +137,11 @@ def test_both_commands_are_named(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
         main(["simulate", "--help"])
     assert "data_pipeline.stats simulate" in capsys.readouterr().out
+
+
+def test_advice_where_packs_stay_part_empty(config: str, capsys: pytest.CaptureFixture) -> None:
+    lines = stats(capsys, config, "data.pack.max_tokens=500")
+    padding = float(lines["padding"].strip(" %\n"))
+    assert f"padding is {padding:.1f} %" in lines["advice"]
+    assert "data.pack.max_tokens=" in lines["advice"]
+    assert "advice" not in stats(capsys, config, "data.pack.max_tokens=8192")
