@@ -158,6 +158,19 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="index only part K of N (from 0), for several machines at a time; a run without it "
         "publishes the index (slurm/index.sh does both)",
     )
+    _add_checks(parser)
+    parser.add_argument(
+        "--storage-option",
+        type=storage_option,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="passed to fsspec, as data.storage.options in training: anon=true",
+    )
+    return parser.parse_args(arguments)
+
+
+def _add_checks(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--decode",
         action="store_true",
@@ -180,15 +193,6 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="read every member and compare it with the index; nothing is written, exit status 2 "
         "if anything differs",
     )
-    parser.add_argument(
-        "--storage-option",
-        type=storage_option,
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="passed to fsspec, as data.storage.options in training: anon=true",
-    )
-    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """One sample of a shard -> its row of the index, or the fault for which it is left out."""
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from data_pipeline.captions import caption_messages, caption_of_metadata, caption_of_text
@@ -84,8 +84,14 @@ class SampleReader:
                 "media that is not read",
                 f"there is a member {key}.{media[0]}, and only pictures are read; leave it out",
             )
+        # Outside: a store that fails says nothing about the sample.
+        texts = {
+            name: self._read_text(member)
+            for name in ("json", "txt")
+            if (member := group.find(name)) is not None
+        }
         try:
-            text = self._text(key, group)
+            text = _text(key, group, texts)
             # Checks the messages too, which the rest relies on.
             tokens = tokenize_chat(text.messages, self._tokenizer, self._chat)
         except SampleFault:
@@ -102,61 +108,10 @@ class SampleReader:
             unused_images=len({group.members[n].offset for n in _pictures(group)} - used),
         )
 
-    def _text(self, key: str, group: SampleMembers) -> _Text:
-        """What is learned from a sample: messages or a record, else a caption in txt or JSON."""
-        json, txt = group.find("json"), group.find("txt")
-        data, content = b"", None
-        if json is not None:
-            data = self._read_text(json)
-            try:
-                content = parse_json(data)
-            except InputError:
-                if txt is None:
-                    raise
-            if content is not None and any(name in content for name in _TOLD_BY):
-                return _of_json(json, data, content, key, group)
-        pictures = _plain_pictures(group)
-        if json is None and (txt is None or not pictures):
-            beside = ", ".join(group.members)
-            missing = f"{key}.json" if not pictures else f"{key}.json or {key}.txt"
-            raise SampleFault("no text member", f"there is no member {missing} beside {beside}")
-        if not pictures:
-            raise InputError(
-                'the JSON has no "messages", and there is no image it could be the caption of'
-            )
-        if len(pictures) > 1:
-            raise InputError(f"there is one caption for several images: {', '.join(pictures)}")
-        return self._caption(txt, json, data, content, pictures)
-
-    def _caption(
-        self,
-        txt: Member | None,
-        json: Member | None,
-        data: bytes,
-        content: dict[str, Any] | None,
-        pictures: Sequence[str],
-    ) -> _Text:
-        """The caption in txt, or that in JSON where txt has none that is usable."""
-        problem: InputError | None = None
-        if txt is not None:
-            try:
-                text = self._read_text(txt)
-                messages = caption_messages(CAPTIONED_IMAGE, caption_of_text(text))
-                return _Text(CAPTION_TEXT, txt, text, messages, pictures)
-            except InputError as error:
-                problem = error
-        if json is None or content is None:
-            assert problem is not None, "one of the members is there"
-            raise problem
-        try:
-            messages = caption_messages(CAPTIONED_IMAGE, caption_of_metadata(content))
-        except InputError as error:
-            raise problem or error from error
-        return _Text(CAPTION_JSON, json, data, messages, pictures)
-
     def _read_text(self, member: Member) -> bytes:
         if member.size > _MAX_TEXT_BYTES:
-            raise InputError(f"the text has {member.size} bytes, more than {_MAX_TEXT_BYTES}")
+            size = f"the text has {member.size} bytes, more than {_MAX_TEXT_BYTES}"
+            raise SampleFault("unusable text", size)
         return self._reader.read(member.offset, member.size)
 
     def _image(self, key: str, group: SampleMembers, name: str) -> ImageRow:
@@ -174,6 +129,57 @@ class SampleReader:
         except InputError as error:
             raise SampleFault("unreadable image", f"image {name!r}: {error}") from error
         return ImageRow(member.offset, member.size, zlib.crc32(data), width, height)
+
+
+def _text(key: str, group: SampleMembers, texts: Mapping[str, bytes]) -> _Text:
+    """What is learned from a sample: messages or a record, else a caption in txt or JSON."""
+    json, txt = group.find("json"), group.find("txt")
+    data, content = texts.get("json", b""), None
+    if json is not None:
+        try:
+            content = parse_json(data)
+        except InputError:
+            if txt is None:
+                raise
+        if content is not None and any(name in content for name in _TOLD_BY):
+            return _of_json(json, data, content, key, group)
+    pictures = _plain_pictures(group)
+    if json is None and (txt is None or not pictures):
+        beside = ", ".join(group.members)
+        missing = f"{key}.json" if not pictures else f"{key}.json or {key}.txt"
+        raise SampleFault("no text member", f"there is no member {missing} beside {beside}")
+    if not pictures:
+        raise InputError(
+            'the JSON has no "messages", and there is no image it could be the caption of'
+        )
+    if len(pictures) > 1:
+        raise InputError(f"there is one caption for several images: {', '.join(pictures)}")
+    return _caption(txt, json, texts, content, pictures)
+
+
+def _caption(
+    txt: Member | None,
+    json: Member | None,
+    texts: Mapping[str, bytes],
+    content: dict[str, Any] | None,
+    pictures: Sequence[str],
+) -> _Text:
+    """The caption in txt, or that in JSON where txt has none that is usable."""
+    problem: InputError | None = None
+    if txt is not None:
+        try:
+            messages = caption_messages(CAPTIONED_IMAGE, caption_of_text(texts["txt"]))
+            return _Text(CAPTION_TEXT, txt, texts["txt"], messages, pictures)
+        except InputError as error:
+            problem = error
+    if json is None or content is None:
+        assert problem is not None, "one of the members is there"
+        raise problem
+    try:
+        messages = caption_messages(CAPTIONED_IMAGE, caption_of_metadata(content))
+    except InputError as error:
+        raise problem or error from error
+    return _Text(CAPTION_JSON, json, texts["json"], messages, pictures)
 
 
 def _of_json(

@@ -11,7 +11,11 @@ import webdataset
 from PIL import Image
 
 from data_pipeline.chat import ChatSettings
+from data_pipeline.errors import InputError
 from data_pipeline.index import Index, build_index, load_index
+from data_pipeline.index.index_shard import index_shard
+from data_pipeline.index.tar import ShardFault
+from data_pipeline.storage import ReadAhead, Shard, Storage
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer
 from tests.data_pipeline.small_tokenizers import save_sentencepiece
 
@@ -209,3 +213,30 @@ def test_pictures_that_do_not_decode(tmp_path: Path, tokenizer: Tokenizer) -> No
     # What was decoded once is not decoded again, nor forgotten.
     build_index(str(tmp_path), tokenizer, CHAT)
     assert load_index(str(tmp_path), tokenizer, CHAT).fingerprint == index.fingerprint
+
+
+def test_a_store_that_fails_is_no_fault_of_a_sample(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At whichever read: the run ends, and nothing is left out."""
+    captioned = {"jpg": picture(), "json": {"caption": "Red."}, "txt": b"Red."}
+    index_of(tmp_path, tokenizer, {"a": RECORDS["llava"], "b": captioned})
+    read, reads, failing = ReadAhead.read, 0, -1
+
+    def fail(self: ReadAhead, offset: int, size: int) -> bytes:
+        nonlocal reads
+        reads += 1
+        if reads - 1 == failing:
+            raise InputError("the store does not answer")
+        return read(self, offset, size)
+
+    monkeypatch.setattr(ReadAhead, "read", fail)
+    shard = Shard(str(tmp_path / "0.tar"))
+    assert not index_shard(shard, tokenizer, CHAT, Storage())[0].bad
+    total = reads
+    assert total > 10
+    for number in range(total):
+        reads, failing = 0, number
+        with pytest.raises(InputError, match="does not answer") as caught:
+            index_shard(shard, tokenizer, CHAT, Storage())
+        assert not isinstance(caught.value, ShardFault)
