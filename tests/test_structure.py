@@ -19,8 +19,19 @@ MAY_IMPORT = {
 # The files and folders of data_pipeline from the ground up: each imports what stands before it.
 DATA_PIPELINE = (
     *("errors", "files", "machine", "text_table", "plotting", "cli", "config_file", "draw"),
-    *("walk", "processor", "media_claims", "tokenizer", "captions", "records"),
-    *("tiling", "images", "decode", "chat", "storage", "index", "mixture", "balance", "plan"),
+    *("walk", "processor", "media_claims", "tokenizer", "captions"),
+    *(
+        "tiling",
+        "images",
+        "records",
+        "decode",
+        "chat",
+        "storage",
+        "index",
+        "mixture",
+        "balance",
+        "plan",
+    ),
     *("loss_weighting", "batch", "loader", "settings", "corpus"),
     *("prepare", "stats", "inspect", "bench"),
 )

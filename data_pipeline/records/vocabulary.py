@@ -5,6 +5,8 @@ compared without regard to case. Sources: the data formats of LLaVA, LLaVA-NeXT,
 ms-swift, LLaMA-Factory, TRL, FineVision, The Cauldron, VQAv2, ImageFolder (Hugging Face datasets).
 """
 
+from data_pipeline.images import IMAGE_SUFFIXES
+
 TURNS = ("messages", "conversations", "conversation", "texts")
 QUESTION = ("question", "query", "prompt", "instruction", "problem")
 ANSWER = ("answer", "response", "output", "completion", "solution", "multiple_choice_answer")
@@ -29,7 +31,8 @@ MEDIA = (
 """Media that the model cannot take."""
 UNREAD = (
     *("tools", "functions", "tool_calls", "function_call", "history", "chosen", "rejected"),
-    *("reasoning_content", "thinking", "prefix", "suffix"),
+    *("rejected_response", "rejected_messages", "rejected_images", "reasoning_content"),
+    *("thinking", "prefix", "suffix", "context", "passage", "hint"),
 )
 """Texts that other trainers put into the prompt or learn from, and this one does not."""
 LOSS = ("weight", "loss", "loss_weight", "train", "trainable", "loss_mask", "loss_scale")
@@ -44,7 +47,7 @@ ROLES = {
 }
 
 MEDIA_SUFFIXES = (
-    *(".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2"),
+    *(*sorted(IMAGE_SUFFIXES), ".heic", ".heif", ".jxl", ".svg", ".pdf"),
     *(".mp4", ".avi", ".mkv", ".mov", ".webm", ".wav", ".mp3", ".flac", ".ogg", ".m4a"),
 )
 """A value that ends in one of these names a media file, whatever its key."""
