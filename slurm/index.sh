@@ -33,7 +33,8 @@ with 32 processes each:
         --index-dir /data/index/set --tokenizer Qwen/Qwen2.5-7B-Instruct
 
 All nodes must see the folder of the index. The log is index-<job id>.out. Exit code 0: the index is
-published; 2: a setting or a shard is wrong. After that, or a time limit, submit the same again: what
+published; 1: so it is, but more than --max-bad-fraction was left out; 2: a setting is wrong, or with
+--strict a shard. After that, or a time limit, submit the same again: what
 is finished is kept. No GPU is needed. `python -m data_pipeline.index --help` lists the options.
 
 From the environment:

@@ -82,9 +82,11 @@ def _verdict(index: Index, most: float) -> int:
     share = max(samples / (samples + len(index)), broken / len(index.shards))
     if share <= most:
         return 0
+    first = index.bad[0]
     print(
         f"error: {100 * share:.3g} % of the samples or shards cannot be used, more than "
-        f"--max-bad-fraction {most}; the manifest names them. The index is written",
+        f"--max-bad-fraction {most}; the manifest names them, the first {first.shard}:{first.key}: "
+        f"{first.reason}. The index is written",
         file=sys.stderr,
     )
     return TOO_MANY_LEFT_OUT

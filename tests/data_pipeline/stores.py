@@ -71,12 +71,14 @@ def _http(folder: Path, stack: ExitStack) -> Store:
 
 def _s3(folder: Path, stack: ExitStack) -> Store:
     import boto3
+    from moto.moto_api._internal.models import moto_api_backend
     from moto.moto_server.threaded_moto_server import ThreadedMotoServer
 
     emulator = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     emulator.start()
     stack.callback(emulator.stop)
     upstream = "http://{}:{}".format(*emulator.get_host_and_port())
+    moto_api_backend.reset()  # all servers of a process have the same buckets
     keys = {"aws_access_key_id": "test", "aws_secret_access_key": "test"}
     client = boto3.client("s3", endpoint_url=upstream, region_name="us-east-1", **keys)
     client.create_bucket(Bucket="bucket")

@@ -151,7 +151,7 @@ FAULTS: dict[str, tuple[Any, str]] = {
     "folder": (entry(image="."), "cannot be read"),
     "zero byte": (entry(image="a\0.png"), "cannot be read"),
     "image is a number": (entry(image=3), "expected a file name, a URL or bytes"),
-    "no conversation": (entry(conversations=[]), "expected one of messages, conversations"),
+    "no conversation": (entry(conversations=[]), "'conversations' is empty"),
     "turns are no list": (entry(conversations="hello"), "expected a list of turns"),
     "value is a number": (entry(conversations=[{"from": "human", "value": 1}]), "expected a text"),
     "not an object": ("hello", "of type str, expected an object"),

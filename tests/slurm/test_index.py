@@ -43,25 +43,41 @@ def test_tasks_share_the_shards_and_the_index_is_published(
     for k in range(5):
         write_shard(train / f"{k}.tar", [ordinary(4 * k + j) for j in range(4)])
     broken = train / "9.tar"
-    broken.write_bytes(b"")
+    broken.symlink_to(tmp_path / "nowhere.tar")
     environment = {"PYTHON": sys.executable}
 
-    def submit() -> int:
-        return cluster.submit(INDEX, train, "--tokenizer", model, nodes=2, env=environment)
+    def submit(*options: str) -> int:
+        arguments = (INDEX, train, "--tokenizer", model, *options)
+        return cluster.submit(*arguments, nodes=2, env=environment)
 
-    # A broken shard: the others are kept, nothing is published.
+    # A shard that is not there: a task fails, what the other finished is kept.
     ended = cluster.wait(submit(), timeout=120, state="FAILED")
-    assert ended.exit_code == 2 and "9.tar is empty" in ended.log
+    assert ended.exit_code == 2 and "9.tar does not exist" in ended.log
     assert "nothing is published" in ended.log and "share 0/2 is done" in ended.log
     assert not (train / "index" / "manifest.json").exists()
-    kept = {path: path.stat().st_mtime_ns for path in train.glob("index/partial/*.npz")}
+
+    # A broken shard, strictly: the others are kept, nothing is published.
+    broken.unlink()
+    broken.write_bytes(b"")
+    ended = cluster.wait(submit("--strict"), timeout=120, state="FAILED")
+    assert ended.exit_code == 2 and "9.tar is empty" in ended.log
+    assert "share 0/2 is done" in ended.log and "share 1/2 is done" in ended.log
+    assert not (train / "index" / "manifest.json").exists()
+    kept = {path: path.stat().st_mtime_ns for path in train.glob("index/partial/[0-4].npz")}
     assert len(kept) == 5
+
+    # Otherwise it is left out, and the job says that this was much.
+    ended = cluster.wait(submit(), timeout=120, state="FAILED")
+    assert ended.exit_code == 1 and "9.tar is empty" in ended.log
+    assert "--max-bad-fraction" in ended.log and "6 shards, 20 samples" in ended.log
+    [bad] = load_index(str(train), load_tokenizer(model), ChatSettings()).bad
+    assert bad.shard == "9.tar" and "is empty" in bad.reason
 
     broken.unlink()
     log = cluster.wait(submit(), timeout=120).log
     assert "share 0/2 is done" in log and "share 1/2 is done" in log
     assert "5 shards, 20 samples" in log and f"index: {train}/index/manifest.json" in log
-    published = {path.name: path.stat().st_mtime_ns for path in train.glob("index/*.npz")}
+    published = {path.name: path.stat().st_mtime_ns for path in train.glob("index/[0-4].npz")}
     assert published == {path.name: time for path, time in kept.items()}
     index = load_index(str(train), load_tokenizer(model), ChatSettings())
     assert [len(index.read_images(i)) for i in range(20)] == [i % 3 for i in range(20)]
