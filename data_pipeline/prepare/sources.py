@@ -87,9 +87,11 @@ def _of_folder(source: Path, kind: str | None, renamed: Mapping[str, str] | None
             candidates[f"records in {path.relative_to(source)}"] = [path]
     if not candidates:
         suffixes = ", ".join(sorted({path.suffix.lower() or "no suffix" for path in files}))
+        shards = ": shards, which python -m data_pipeline.index takes as they are"
         raise InputError(
             f"{source} holds nothing that is read: no {', '.join(SUFFIXES)} and no captioned images"
-            f" among {len(files)} files ({suffixes or 'none'})"
+            f" among {len(files)} files ({suffixes or 'none'}"
+            f"{shards if '.tar' in suffixes.split(', ') else ''})"
         )
     if len(candidates) > 1:
         raise InputError(

@@ -222,6 +222,12 @@ def test_parquet_is_read_where_it_lies(protocol: str, below: str, tmp_path: Path
         assert "a.parquet, row 1" in skipped["sample"] and "no answer" in skipped["reason"]
 
 
+def test_shards_are_for_the_index(tmp_path: Path) -> None:
+    (tmp_path / "0.tar").write_bytes(bytes(10240))
+    with pytest.raises(InputError, match=r"\.tar: shards, which .*data_pipeline\.index"):
+        main([str(tmp_path), str(tmp_path / "out")])
+
+
 def test_sources_behind_a_url_that_cannot_be_read(tmp_path: Path) -> None:
     table(tmp_path / "store" / "a.parquet", "Red.", source="photos/a.png")
     out = str(tmp_path / "out")
