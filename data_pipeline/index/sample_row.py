@@ -147,7 +147,9 @@ def _text(key: str, group: SampleMembers, texts: Mapping[str, bytes]) -> _Text:
     if json is None and (txt is None or not pictures):
         beside = ", ".join(group.members)
         missing = f"{key}.json" if not pictures else f"{key}.json or {key}.txt"
-        raise SampleFault("no text member", f"there is no member {missing} beside {beside}")
+        dotted = any("." in name for name in group.members)
+        hint = "; a key ends at the first dot of a member's name" if dotted else ""
+        raise SampleFault("no text member", f"there is no member {missing} beside {beside}{hint}")
     if not pictures:
         raise InputError(
             'the JSON has no "messages", and there is no image it could be the caption of'

@@ -96,7 +96,10 @@ def group_samples(
 
 def _add(group: SampleMembers, folder: str, suffix: str, member: Member) -> None:
     if not member.regular:
-        group.problem = f"the member {member.name!r} is a link or a special file"
+        group.problem = (
+            f"the member {member.name!r} is a link or a special file; write the tar with "
+            "--dereference --hard-dereference"
+        )
     elif member.name.startswith("/") or ".." in folder.split("/"):
         group.problem = f"the member name {member.name!r} is absolute or leads out of the folder"
     elif suffix in group.members:
