@@ -41,8 +41,8 @@ class Store:
     options: dict[str, Any] = field(default_factory=dict)
 
     def storage(self, **settings: Any) -> Storage:
-        """With quick retries."""
-        quick = {"attempts": 4, "backoff_s": 0.001, "timeout_s": 5, "deadline_s": 20}
+        """With quick retries; the first request of a driver loads it, which may take long."""
+        quick = {"attempts": 4, "backoff_s": 0.001, "timeout_s": 30, "deadline_s": 90}
         return Storage(StorageSettings(**{**quick, "options": self.options, **settings}))
 
 

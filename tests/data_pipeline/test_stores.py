@@ -193,7 +193,7 @@ def test_what_is_not_there_is_named(store: Store) -> None:
 def test_reads_past_the_end(store: Store, folder: Path) -> None:
     size = (folder / "shard-000000.tar").stat().st_size
     for offset in (size - 3, size + 99):
-        storage = store.storage(timeout_s=30, deadline_s=60)
+        storage = store.storage()
         with pytest.raises(InputError, match=r"000000\.tar (ends inside|is shorter than it was)"):
             storage.read(first(store), offset, 4)
         assert storage.counts.retries == 0

@@ -160,7 +160,12 @@ def test_a_cancelled_job_stays_cancelled(cluster: Cluster, stand_in: dict[str, s
 @pytest.mark.parametrize(
     ("program", "starts", "code", "message"),
     [
-        ("((SLURM_PROCID)) && sleep 0.5; exit 7", 4, 7, "3 restarts in a row saved no checkpoint"),
+        (
+            "sleep 1; ((SLURM_PROCID)) && sleep 0.5; exit 7",
+            4,
+            7,
+            "3 restarts in a row saved no checkpoint",
+        ),
         ("((SLURM_PROCID)) && sleep 60; sleep 0.5; exit 2", 1, 2, ""),
         ("((SLURM_PROCID)) || sleep 60; sleep 0.5; exit 2", 1, 2, ""),
         ("((SLURM_PROCID)) || sleep 60; exit 76", 4, 76, "3 restarts in a row saved no checkpoint"),

@@ -32,7 +32,7 @@ def undisturbed(
 
 def remote(store: Store, url: str, index_dir: Path) -> list[str]:
     """Overrides for shards in a store."""
-    settings = {"attempts": 6, "backoff_s": 0.01, "timeout_s": 5, "options": store.options}
+    settings = {"attempts": 6, "backoff_s": 0.01, "timeout_s": 30, "options": store.options}
     names = [f"data.shards=[{url}]", f"data.index_dir={index_dir}"]
     return [*SETTINGS, *names, f"data.storage={json.dumps(settings)}"]
 
