@@ -55,7 +55,8 @@ def member_suffix(number: int, picture: Path | bytes) -> str:
 
 def _inside(name: str, folder: Path) -> Path:
     """The path, without "..", of a name that must lie in the folder, or where it links to."""
-    for root in (os.path.abspath(folder), os.path.realpath(folder)):  # noqa: PTH100
+    for absolute in (os.path.abspath, os.path.realpath):
+        root = absolute(folder)
         path = Path(os.path.normpath(os.path.join(root, name)))  # noqa: PTH118
         if path.is_relative_to(root):
             return path
