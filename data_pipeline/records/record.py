@@ -241,26 +241,31 @@ def _parts(turn: Turn, shown: list[Picture]) -> list[dict[str, str]]:
     return parts
 
 
+_READ = frozenset(
+    (
+        *(*vocabulary.TURNS, *vocabulary.QUESTION, *vocabulary.ANSWER, *vocabulary.CHOICES),
+        *(*vocabulary.IMAGES, *vocabulary.SYSTEM, *vocabulary.LOSS, *vocabulary.MORE_QUESTION),
+        *(*vocabulary.MEDIA, *vocabulary.UNREAD),
+    )
+)
+"""Keys that are read or refused; the others are metadata."""
+
+
 def _metadata(
     record: Mapping[str, Any], turns: Sequence[Turn], has_images: bool, told_by: str
 ) -> dict[str, Any]:
     """The keys without content; InputError for one whose value names media that nothing shows."""
-    read = {
-        told_by.lower(),
-        *(*vocabulary.TURNS, *vocabulary.QUESTION, *vocabulary.ANSWER, *vocabulary.CHOICES),
-        *(*vocabulary.IMAGES, *vocabulary.SYSTEM, *vocabulary.LOSS, *vocabulary.MORE_QUESTION),
-        *(*vocabulary.MEDIA, *vocabulary.UNREAD),
-    }
     kept: dict[str, Any] = {}
     for key, value in record.items():
-        if is_absent(value) or str(key).lower() in read:
+        name = str(key).lower()
+        if is_absent(value) or name in _READ or name == told_by.lower():
             continue
         if holds_bytes(value) or (not has_images and names_media(value)):
             raise InputError(
                 f"the record has {key!r}, which is or names media that no turn shows; give --map "
                 f"image={key} if it is the picture, or --ignore {key}"
             )
-        if str(key).lower() == "metadata" and isinstance(value, Mapping):
+        if name == "metadata" and isinstance(value, Mapping):
             kept |= value
         else:
             kept[str(key)] = value

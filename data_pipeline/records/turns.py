@@ -26,6 +26,9 @@ class Turn:
     metadata: dict[str, Any] = field(default_factory=dict)
 
 
+_WATCHED = frozenset((*vocabulary.LOSS, *vocabulary.MEDIA, *vocabulary.UNREAD))
+
+
 def is_absent(value: Any) -> bool:
     """Whether a value says that there is nothing: null, NaN, "", an empty list or object."""
     if isinstance(value, float):
@@ -38,7 +41,11 @@ def first_of(record: Mapping[str, Any], names: Sequence[str], what: str) -> tupl
 
     Keys are compared without regard to case. InputError, naming them, if several do.
     """
-    found = {k: v for k, v in record.items() if _lower(k) in names and not is_absent(v)}
+    found = {
+        key: value
+        for key, value in record.items()
+        if isinstance(key, str) and key.lower() in names and not is_absent(value)
+    }
     if len(found) > 1:
         raise InputError(
             f"{' and '.join(map(repr, found))} both hold {what}; leave one of them, or say with "
@@ -88,6 +95,8 @@ def check_switches(record: Mapping[str, Any], where: str) -> None:
     """InputError for a key that switches off or weighs what is learned, or that is not read."""
     for key, value in record.items():
         name = _lower(key)
+        if name not in _WATCHED:
+            continue
         if name in vocabulary.LOSS and _switches(value):
             raise InputError(
                 f"{where} has {key!r}: {str(value)[:40]}, but every assistant turn is learned "
