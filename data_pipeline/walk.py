@@ -64,7 +64,7 @@ def _files(
     seen = seen if seen is not None else {os.path.realpath(folder)}
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         path = Path(entry.path)
-        hidden = entry.name.startswith(".") or entry.name in LEFT_BEHIND
+        hidden = is_left_behind(entry.name)
         if entry.is_dir():
             real = os.path.realpath(path)
             if real in seen:

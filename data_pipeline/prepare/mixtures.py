@@ -39,10 +39,11 @@ def prepare_mixture(
     """Convert every dataset of a list to `out`/NAME, and write `out`/mixture.yaml.
 
     The YAML is a `data.datasets` section: each dataset weighs its samples times its repeats.
-    Returns the reports by name. Datasets that are there already are kept (run again to go on).
+    Returns the reports by name. Each dataset is converted whole or not at all, one after the other.
 
     Raises:
-        InputError: the list or one of its datasets cannot be used.
+        InputError: the list or one of its datasets cannot be used, or one is there already and
+            may not be overwritten.
     """
     datasets = read_list(source, images)
     reports: dict[str, Any] = {}
