@@ -6,6 +6,8 @@ import numpy as np
 import numpy.typing as npt
 
 Ints = npt.NDArray[np.int64]
+Caps = tuple[int | None, ...]
+"""What a pack can hold of tokens, FLOPs and tiles; None where nothing caps it."""
 
 _MEAN_BITS = 20  # a mean pack's load is 2^20: fine against a sample, small enough for `order_by`
 _SMALLEST_ROUND = 16  # a round deals to at least 1 / this many of the packs
@@ -50,6 +52,14 @@ class Packs:
         self.items[pack, place] = self.items[pack, last]
         self.items[pack, last] = empty
         self.widen()
+
+    def fits(self, caps: Caps, pack: Ints, comes: Ints, goes: Ints) -> npt.NDArray[np.bool_]:
+        """Whether packs stay within the caps when one sample comes and one goes; [N]."""
+        fits = np.ones(len(pack), dtype=bool)
+        for value, load, cap in zip(self.values, self.loads, caps, strict=True):
+            if cap is not None:
+                fits &= load[pack] + value[comes] - value[goes] <= cap
+        return fits
 
     def pack_of(self) -> Ints:
         """The pack of every sample, -1 where it is in none; int64 [S]."""

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from data_pipeline.balance.deal import Ints, Packs, order_by
+from data_pipeline.balance.deal import Caps, Ints, Packs, order_by
 
 Floats = npt.NDArray[np.float32]
 
@@ -40,7 +40,7 @@ class Exchange:
         seed: which places are looked at, and who meets whom where nothing else decides.
     """
 
-    def __init__(self, packs: Packs, caps: tuple[int | None, ...], seed: int) -> None:
+    def __init__(self, packs: Packs, caps: Caps, seed: int) -> None:
         self._packs, self._caps, self._turn = packs, caps, seed << 16
         self._num_packs = len(packs.items)
         self._tolerance = list(_TOLERANCE[: len(caps)])
@@ -127,9 +127,8 @@ class Exchange:
         left_place, right_place = places[0][rows, best_left], places[1][rows, best_right]
         left_item, right_item = items[0][rows, best_left], items[1][rows, best_right]
         if capped:
-            fits = self._fits(left, right_item, left_item) & self._fits(
-                right, left_item, right_item
-            )
+            fits = self._packs.fits(self._caps, left, right_item, left_item)
+            fits &= self._packs.fits(self._caps, right, left_item, right_item)
             left, left_place, left_item = left[fits], left_place[fits], left_item[fits]
             right, right_place, right_item = right[fits], right_place[fits], right_item[fits]
         self._packs.set_place(left, left_place, right_item)
@@ -148,7 +147,7 @@ class Exchange:
             moved = (from_left - gap[:, None])[:, :, None] - from_right[:, None, :]  # [N, m, m]
             if capped and cap is not None:
                 # What may go left to right until right is full, and back until left is. Half a
-                # token more: float32 rounds, and `_fits` checks in integers.
+                # token more: float32 rounds, and `fits` checks in integers.
                 most = ((cap - load[right] + 0.5) * scale).astype(np.float32) - gap
                 least = ((load[left] - cap - 0.5) * scale).astype(np.float32) - gap
                 over = (moved > most[:, None, None]) | (moved < least[:, None, None])
@@ -158,14 +157,6 @@ class Exchange:
             after = moved
             before += gap * gap
         return after.reshape(len(left), -1), before
-
-    def _fits(self, pack: Ints, comes: Ints, goes: Ints) -> npt.NDArray[np.bool_]:
-        """Whether packs stay within the caps when one sample comes and one goes; [N]."""
-        fits = np.ones(len(pack), dtype=bool)
-        for value, load, cap in zip(self._packs.values, self._packs.loads, self._caps, strict=True):
-            if cap is not None:
-                fits &= load[pack] + value[comes] - value[goes] <= cap
-        return fits
 
     def _quantities(self) -> Iterator[tuple[Floats, Ints, float, int | None]]:
         yield from zip(self._values, self._packs.loads, self._scale, self._caps, strict=True)

@@ -5,11 +5,8 @@ from bisect import bisect_left, insort
 import numpy as np
 import numpy.typing as npt
 
-from data_pipeline.balance.deal import Ints, Packs
+from data_pipeline.balance.deal import Caps, Ints, Packs
 from data_pipeline.errors import InputError
-
-Caps = tuple[int | None, ...]
-"""What a pack can hold of tokens, FLOPs and tiles; None where nothing caps it."""
 
 _MOST_TRIES = 64  # packs looked at for one that has room for the tiles too
 

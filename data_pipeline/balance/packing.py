@@ -15,9 +15,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from data_pipeline.balance.deal import Ints, deal
+from data_pipeline.balance.deal import Caps, Ints, deal
 from data_pipeline.balance.exchange import Exchange
-from data_pipeline.balance.fit import Caps, best_fit_decreasing, evict, gather
+from data_pipeline.balance.fit import best_fit_decreasing, evict, gather
+from data_pipeline.balance.swap import swap_alike
 from data_pipeline.balance.validation import check_budget, checked_values
 from data_pipeline.draw import uniform_hash
 from data_pipeline.errors import InputError
@@ -114,6 +115,7 @@ def _whole_steps(values: Ints, caps: Caps, per_step: int, first: int, seed: int)
                 continue
             evict(packs, caps, first)
             exchange.touch_up()
+            swap_alike(packs, caps, per_step)
             pack[:taken] = packs.pack_of()
         left = np.flatnonzero(pack < 0)
         if not _fit_into(values[:, left], caps, per_step):
@@ -164,6 +166,7 @@ def _fitted(values: Ints, caps: Caps, per_step: int, first: int, seed: int) -> I
     number[np.argsort(rank, kind="stable")[:keep]] = np.arange(keep)
     packs = gather(values, number[pack], keep)
     Exchange(packs, caps, seed).level(capped=True)
+    swap_alike(packs, caps, per_step)
     return packs.pack_of()
 
 
