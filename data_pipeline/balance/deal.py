@@ -43,7 +43,8 @@ class Packs:
         """Put samples (or S: nothing) at places of distinct packs; loads and counts follow."""
         before = self.items[pack, place]
         self.items[pack, place] = item
-        self.loads[:, pack] += self.values[:, item] - self.values[:, before]
+        for value, load in zip(self.values, self.loads, strict=True):
+            load[pack] += value[item] - value[before]
         empty = self.num_samples
         self.count[pack] += (item != empty).astype(np.int64) - (before != empty)
         gone = (item == empty) & (before != empty)

@@ -3,7 +3,8 @@
 All packs of several steps are planned at once, so that every pack of every step gets about the
 same tokens and the same FLOPs. Samples are dealt largest first and then exchanged between packs
 until these are alike (`deal`, `exchange`); where samples are so large that this cannot fit, best
-fit decreasing makes the packs and exchanges only level them (`fit`). Packs go to steps by chance:
+fit decreasing makes the packs and exchanges only level them (`fit`). Where steps would still wait
+for their slowest pack, samples of like length are swapped (`swap`). Packs go to steps by chance:
 they are alike in load, and sorting them would give steps of one kind of sample.
 
 All decisions are made in integers or in single floating-point operations on arrays, whose results

@@ -33,6 +33,7 @@ def measure(quick: bool) -> dict[str, Any]:
     windows = 2 if quick else 6
     cases = [(mix, length, _PACKS_PER_STEP) for mix in MIXES for length in (8192, 16384)]
     cases += [("standard", 8192, packs) for packs in (1, 8, 1024)]
+    cases += [("many_images", 16384, 8), ("many_images", 32768, _PACKS_PER_STEP)]
     found = {}
     for mix, max_tokens, packs in tqdm(cases, "planner", disable=None, leave=False):
         budget = PackBudget(max_tokens, packs, seed=_SEED)

@@ -23,7 +23,7 @@ from data_pipeline.plan.streams import Stream
 from data_pipeline.plan.window_samples import Drawn, WindowSamples, draw, gather
 from data_pipeline.tiling import TilingSettings
 
-PLAN_VERSION = 2
+PLAN_VERSION = 3
 """Raise it when the same data and settings would be planned differently: no resume across it."""
 
 

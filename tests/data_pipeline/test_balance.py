@@ -149,14 +149,16 @@ def test_any_number_of_packs_per_step(packs_per_step: int) -> None:
 @pytest.mark.parametrize(
     ("mix", "max_tokens", "efficiency"),
     [
-        ("text_heavy", 8192, 0.96),
+        ("text_heavy", 8192, 0.975),
         ("text_heavy", 16384, 0.98),
-        ("single_image", 8192, 0.97),
+        ("single_image", 8192, 0.98),
         ("single_image", 16384, 0.985),
         ("long_text", 8192, 0.87),
         ("long_text", 16384, 0.77),
-        ("many_images", 8192, 0.77),
-        ("many_images", 16384, 0.88),
+        ("many_images", 8192, 0.81),
+        ("many_images", 12288, 0.90),
+        ("many_images", 16384, 0.96),
+        ("many_images", 24576, 0.98),
         ("bimodal", 8192, 0.64),
         ("equal", 8192, 0.99),
     ],
@@ -292,7 +294,7 @@ def test_the_same_plan_on_every_machine() -> None:
         keep = tokens <= max_tokens
         cost = DEFAULT_COST.flops(tokens[keep], tiles[keep])
         digest.update(balance(tokens[keep], tiles[keep], cost, max_tokens, 16).pack.tobytes())
-    assert digest.hexdigest()[:16] == "1943d8f64a490420"
+    assert digest.hexdigest()[:16] == "0960237d87e3c008"
 
 
 @pytest.mark.parametrize(
