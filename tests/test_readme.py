@@ -305,8 +305,9 @@ def test_the_reliability_table_is_the_record() -> None:
 
 def test_the_data_tables_are_the_record() -> None:
     pages = prose()
-    record = json.loads((ROOT / "data_pipeline/results/bench.json").read_text())["results"]
-    mixes = record["planner"]["mixes"]
+    results = ROOT / "data_pipeline/results"
+    record = json.loads((results / "bench.json").read_text())["results"]
+    mixes = json.loads((results / "planner.json").read_text())["results"]["planner"]["mixes"]
     short, long = (mixes[f"standard, {tokens} tokens, 64 packs"] for tokens in (8192, 16384))
     rows = (
         ("tokens, max / mean over a step's packs", "tokens_max_over_mean", ".3f", 1, ""),
@@ -318,6 +319,13 @@ def test_the_data_tables_are_the_record() -> None:
     for label, key, form, unit, suffix in rows:
         cells = " | ".join(f"{unit * mix[key]:{form}}{suffix}" for mix in (short, long))
         assert f"| {label} | {cells} |" in pages
+    many = ("8192 tokens, 64", "16384 tokens, 64", "32768 tokens, 64", "16384 tokens, 8")
+    large = [mixes[f"many_images, {case} packs"] for case in many]
+    cells = " | ".join(f"{mix['efficiency']:.3f}" for mix in large)
+    assert f"| efficiency | {cells} |" in pages
+    assert f"above {large[0]['efficiency_bound']:.3f}" in pages
+    heavy = mixes["text_heavy, 8192 tokens, 64 packs"]["efficiency"]
+    assert f"text only, efficiency in 8192 tokens is {heavy:.3f}" in pages
     loader, startup, index = (record[name] for name in ("loader", "startup", "index"))
     rates = (
         index[f"samples_per_s_per_core {what} {tokenizer}"] / 1000
@@ -332,13 +340,13 @@ def test_the_data_tables_are_the_record() -> None:
     )
     ratios = loader["ratio"], loader["pillow_ratio"]
     assert ("{:.1f} times as fast; with Pillow's resizing {:.1f} times".format(*ratios)) in pages
-    large = loader["cpu_ms_per_large_photo"]
+    photo = loader["cpu_ms_per_large_photo"]
     for way, text in (
         ("reduced, torch resizes", "ms at a reduced JPEG scale"),
         ("full, torch resizes", "ms in full"),
         ("usual way", "ms with Pillow"),
     ):
-        assert f"{large[way]:.0f} {text}" in pages
+        assert f"{photo[way]:.0f} {text}" in pages
     seconds = startup["first_batch_s"], startup["resumed_first_batch_s"]
     assert "{:.1f} s, on resume {:.1f} s".format(*seconds) in pages
     assert startup["samples"] == 1_000_000
