@@ -39,7 +39,7 @@ def digits_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small digits corpus with its index: train/, eval/, tokenizer.model."""
     from data_pipeline.chat import ChatSettings
     from data_pipeline.index import build_index
-    from data_pipeline.prepare import prepare_demo
+    from data_pipeline.prepare.demo_corpus import prepare_demo
     from data_pipeline.tokenizer import load_tokenizer
 
     out = tmp_path_factory.mktemp("corpus") / "digits"

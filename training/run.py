@@ -15,7 +15,7 @@ from data_pipeline.index import build_index
 from data_pipeline.loader import PackBuilder, PackedBatch, StepLoader
 from data_pipeline.mixture import DatasetSettings
 from data_pipeline.plan import PLAN_VERSION, EvaluationPlan, LeftOut, PlanState
-from data_pipeline.prepare import prepare_demo
+from data_pipeline.prepare.demo_corpus import prepare_demo
 from data_pipeline.settings import PrepareSettings
 from data_pipeline.stats.advice import advice
 from data_pipeline.stats.placed import Placed

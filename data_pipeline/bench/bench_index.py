@@ -20,7 +20,7 @@ from data_pipeline.index.columns import OF_IMAGES, OF_SAMPLES, ShardColumns, sav
 from data_pipeline.index.header import SCHEMA, ShardHeader
 from data_pipeline.index.index_files import find_index_files
 from data_pipeline.index.index_shard import index_shard
-from data_pipeline.prepare import prepare_demo
+from data_pipeline.prepare.demo_corpus import prepare_demo
 from data_pipeline.prepare.shard_writer import ShardLimits
 from data_pipeline.storage import Storage
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece

@@ -14,7 +14,7 @@ from data_pipeline.index.columns import load_columns, save_columns
 from data_pipeline.index.index_files import find_index_files
 from data_pipeline.loader import StepLoader
 from data_pipeline.plan import PlanState
-from data_pipeline.prepare import prepare_demo
+from data_pipeline.prepare.demo_corpus import prepare_demo
 from data_pipeline.settings import DataSettings
 from data_pipeline.storage import Storage
 from data_pipeline.tokenizer import load_tokenizer

@@ -11,7 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from data_pipeline.errors import InputError
-from data_pipeline.images import image_size
+from data_pipeline.image_header import read_image_size
 from data_pipeline.prepare.shard_writer import (
     SampleWriter,
     ShardLimits,
@@ -138,14 +138,14 @@ def reasons(texts: Iterable[str]) -> list[tuple[str, int]]:
 def _read_image(image: Path | bytes) -> bytes:
     """The file's bytes, after a look at the header: what cannot be an image stops here."""
     if isinstance(image, bytes):
-        image_size(image)
+        read_image_size(image)
         return image
     try:
         data = image.read_bytes()
     except (OSError, ValueError) as error:
         raise InputError(f"the image {image} cannot be read: {error}") from error
     try:
-        image_size(data)
+        read_image_size(data)
     except InputError as error:
         raise InputError(f"{image}: {error}") from error
     return data

@@ -2,13 +2,12 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+import tarfile
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from webdataset import ShardWriter
 
 from data_pipeline.errors import InputError
 from data_pipeline.files import written_aside
@@ -37,28 +36,22 @@ class SampleWriter:
     The bytes written depend on the samples only: tar headers carry no time and no user.
     """
 
+    # Not webdataset's ShardWriter: it brings in torch, a second or two before the first sample, and
+    # with a fixed time it writes two more blocks for each member.
     def __init__(self, folder: Path, limits: ShardLimits) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        pattern = str(folder.resolve()).replace("%", "%%") + "/%06d.tar"
-        self._shards = ShardWriter(
-            pattern,
-            maxcount=limits.samples,
-            maxsize=limits.num_bytes,
-            verbose=0,
-            encoder=False,
-            mtime=0.0,
-            user="",
-            group="",
-        )
+        self._folder, self._limits = folder, limits
         self._times_used: dict[str, int] = {}
         self.num_samples = 0
         self.num_images = 0
+        self._num_shards = 0
+        self._begin_shard()
 
     def __enter__(self) -> "SampleWriter":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._shards.close()
+        self._end_shard()
 
     def write(
         self,
@@ -86,10 +79,34 @@ class SampleWriter:
         except UnicodeEncodeError as error:
             raise InputError(f"a text is not valid Unicode: {error.reason}") from error
         key = self._unique_key(name)
-        self._shards.write({"__key__": key, **images, "json": text})
+        self._write_members(key, sorted({**images, "json": text}.items()))
         self.num_samples += 1
         self.num_images += len(images)
         return key
+
+    def _begin_shard(self) -> None:
+        self._shard = (self._folder / f"{self._num_shards:06d}.tar").open("wb")
+        self._num_shards += 1
+        self._shard_samples = self._shard_bytes = 0
+
+    def _end_shard(self) -> None:
+        with self._shard as file:  # two empty blocks, up to a whole record
+            end = file.tell() + 2 * tarfile.BLOCKSIZE
+            file.truncate(end + -end % tarfile.RECORDSIZE)
+
+    def _write_members(self, key: str, members: Iterable[tuple[str, bytes]]) -> None:
+        limits = self._limits
+        if self._shard_samples >= limits.samples or self._shard_bytes >= limits.num_bytes:
+            self._end_shard()
+            self._begin_shard()
+        self._shard_samples += 1
+        for suffix, data in members:
+            info = tarfile.TarInfo(f"{key}.{suffix}")
+            info.size, info.mode = len(data), 0o444
+            self._shard.write(info.tobuf(tarfile.USTAR_FORMAT))
+            self._shard.write(data)
+            self._shard.write(bytes(-len(data) % tarfile.BLOCKSIZE))
+            self._shard_bytes += len(data)
 
     def _unique_key(self, name: str) -> str:
         """`name` with only letters, digits, "-" and "_" of ASCII, and a number if it is taken."""

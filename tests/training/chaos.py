@@ -26,7 +26,7 @@ from tqdm import tqdm
 from data_pipeline.chat import ChatSettings
 from data_pipeline.index import build_index
 from data_pipeline.machine import measured_on
-from data_pipeline.prepare import prepare_demo
+from data_pipeline.prepare.demo_corpus import prepare_demo
 from data_pipeline.text_table import text_table
 from data_pipeline.tokenizer import load_tokenizer
 from tests.training.chaos_faults import FAULTS, Fault
