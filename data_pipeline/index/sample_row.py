@@ -9,9 +9,9 @@ from data_pipeline.captions import parse_metadata as parse_json
 from data_pipeline.chat import ChatSettings, check_messages, image_names, tokenize_chat
 from data_pipeline.decode import check_decodes
 from data_pipeline.errors import InputError
+from data_pipeline.image_header import read_image_size
 from data_pipeline.images import has_image_suffix
 from data_pipeline.index.columns import CAPTION_JSON, CAPTION_TEXT, CHAT, RECORD
-from data_pipeline.image_header import read_image_size
 from data_pipeline.index.prompts import remembering
 from data_pipeline.index.sample import CAPTIONED_IMAGE, chat_messages, is_chat, read_record
 from data_pipeline.index.tar import Member, SampleMembers

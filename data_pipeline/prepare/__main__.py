@@ -218,6 +218,7 @@ def _convert(
         out,
         source=source,
         images=images,
+        begun=found.begun,
         passed_over=found.passed,
         conversion=conversion,
         format=format,

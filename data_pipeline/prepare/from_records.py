@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -57,6 +58,7 @@ def prepare_records(
     ignored: Sequence[str] = (),
     min_relevance: int | None = None,
     share: Share | None = None,
+    begun: Iterator[Entry] | None = None,
     passed_over: PassedOver | None = None,
     conversion: Conversion,
 ) -> dict[str, Any]:
@@ -72,6 +74,7 @@ def prepare_records(
         renamed, ignored: see `parse_record`.
         min_relevance: leave out records whose `relevance_min` is below; those without stay.
         share: only these records of each file.
+        begun: all records of the first file, where it was opened already.
         passed_over: files of the source that are not read, for the report.
 
     Raises:
@@ -83,7 +86,7 @@ def prepare_records(
     counts = [count_entries(path) for path in files]
     read = partial(_build, renamed=renamed or {}, ignored=ignored, min_relevance=min_relevance)
     return convert(
-        _candidates([(_inner(path, source), path) for path in files], images, read, share),
+        _candidates([(_inner(path, source), path) for path in files], images, read, share, begun),
         out,
         total=sum(filter(None, counts)) if None not in counts else None,
         sources=[source, *([images] if images else [])],
@@ -100,18 +103,26 @@ def prepare_records(
     )
 
 
-def what_it_holds(path: Path | RemoteTable, renamed: Mapping[str, str] | None = None) -> str | None:
-    """What the first records of a file are told by: "turns", "question" or "caption"; else None."""
-    entries = read_entries(path)
-    for _, entry in zip(range(_LOOKED_AT), entries, strict=False):
-        if isinstance(entry.value, Mapping):
-            taken = {to: entry.value.get(key) for to, key in (renamed or {}).items()}
-            try:
-                kind, key = record_kind({**entry.value, **taken})
-            except InputError:
-                continue
-            return f"{kind} (under {key!r})"
-    return None
+def what_it_holds(
+    entries: Iterator[Entry], renamed: Mapping[str, str] | None = None
+) -> tuple[str | None, Iterator[Entry]]:
+    """What records are told by: "turns", "question", "caption" or None; and the same records.
+
+    The first ones tell it, and are read only once.
+    """
+    first = list(islice(entries, _LOOKED_AT))
+    told = next(filter(None, (_told_by(entry.value, renamed or {}) for entry in first)), None)
+    return told, chain(first, entries)
+
+
+def _told_by(record: Any, renamed: Mapping[str, str]) -> str | None:
+    if not isinstance(record, Mapping):
+        return None
+    try:
+        kind, key = record_kind({**record, **{to: record.get(key) for to, key in renamed.items()}})
+    except InputError:
+        return None
+    return f"{kind} (under {key!r})"
 
 
 def _inner(path: Path | RemoteTable, source: Path | str) -> PurePosixPath:
@@ -127,6 +138,7 @@ def _candidates(
     images: Path | None,
     read: Any,
     share: Share | None,
+    begun: Iterator[Entry] | None,
 ) -> Iterator[Candidate]:
     """The records of files by their names."""
     alone = len(files) == 1
@@ -135,7 +147,8 @@ def _candidates(
         # The end of a long path tells more, and the number must not be cut off.
         stem = inner.with_suffix("").as_posix()[-54:]
         chosen = share.numbers(sum(1 for _ in read_entries(path))) if share else None
-        for entry in read_entries(path):
+        entries, begun = begun or read_entries(path), None
+        for entry in entries:
             if chosen is not None and entry.number not in chosen:
                 yield Candidate(entry.where, partial(_leave_out, f"sampling_strategy {share}"))
                 continue

@@ -3,7 +3,7 @@
 import base64
 import binascii
 import os
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import InputError
@@ -48,7 +48,7 @@ def member_suffix(number: int, picture: Path | bytes) -> str:
         with open_image(picture) as image:
             kind = image.format or "image"
         return f"{number}.{_EXTENSIONS.get(kind, kind.lower())}"
-    extension = PurePosixPath(picture).suffix[1:].lower()
+    extension = picture.suffix[1:].lower()
     usable = extension.isascii() and extension.isalnum() and len(extension) <= 8
     return f"{number}.{extension if usable else 'image'}"
 
@@ -57,9 +57,9 @@ def _inside(name: str, folder: Path) -> Path:
     """The path, without "..", of a name that must lie in the folder, or where it links to."""
     for absolute in (os.path.abspath, os.path.realpath):
         root = absolute(folder)
-        path = Path(os.path.normpath(os.path.join(root, name)))  # noqa: PTH118
-        if path.is_relative_to(root):
-            return path
+        path = os.path.normpath(os.path.join(root, name))  # noqa: PTH118
+        if f"{path}/".startswith(f"{root.rstrip('/')}/"):
+            return Path(path)
     raise InputError(
         f"the image {name[:200]!r} leads out of the image folder {folder}; name the folder that "
         "holds it with --images"

@@ -1,7 +1,7 @@
 """What a source holds, told by its content: records, captioned images, a list of datasets."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +9,14 @@ from data_pipeline.errors import InputError
 from data_pipeline.images import has_image_suffix
 from data_pipeline.prepare.folder import CAPTION_SUFFIXES
 from data_pipeline.prepare.from_records import what_it_holds
-from data_pipeline.prepare.record_files import JSON_SUFFIXES, SUFFIXES, RemoteTable, find_tables
+from data_pipeline.prepare.record_files import (
+    JSON_SUFFIXES,
+    SUFFIXES,
+    Entry,
+    RemoteTable,
+    find_tables,
+    read_entries,
+)
 from data_pipeline.storage import Storage
 from data_pipeline.walk import PassedOver, walk
 
@@ -20,12 +27,16 @@ _METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 @dataclass(frozen=True)
 class Found:
-    """kind: `RECORDS`, `FOLDER` or `MIXTURE`; files: of records; what: for people."""
+    """kind: `RECORDS`, `FOLDER` or `MIXTURE`; files: of records; what: for people.
+
+    begun: all records of the first file, which is open already.
+    """
 
     kind: str
     files: Sequence[Path] | Sequence[RemoteTable]
     what: str
     passed: PassedOver | None = None
+    begun: Iterator[Entry] | None = None
 
 
 def find_source(
@@ -45,9 +56,7 @@ def find_source(
         if kind not in (None, RECORDS):
             raise InputError(f"{source}: only records are read from a URL; download it first")
         tables = find_tables(source, storage or Storage())
-        told = what_it_holds(tables[0], renamed)
-        what = f"{len(tables)} parquet files, records of {told or 'no known keys'}"
-        return Found(RECORDS, tables, what)
+        return _records(tables, f"{len(tables)} parquet files, ", renamed)
     if kind == FOLDER:
         return Found(FOLDER, [], "images with captions beside them")
     if source.is_file():
@@ -60,8 +69,17 @@ def find_source(
 def _of_file(source: Path, kind: str | None, renamed: Mapping[str, str] | None) -> Found:
     if kind == MIXTURE or (kind is None and is_mixture(source)):
         return Found(MIXTURE, [source], "a list of datasets")
-    told = what_it_holds(source, renamed)
-    return Found(RECORDS, [source], f"records of {told or 'no known keys'}")
+    return _records([source], "", renamed)
+
+
+def _records(
+    files: Sequence[Path] | Sequence[RemoteTable],
+    what: str,
+    renamed: Mapping[str, str] | None,
+    passed: PassedOver | None = None,
+) -> Found:
+    told, begun = what_it_holds(read_entries(files[0]), renamed)
+    return Found(RECORDS, files, f"{what}records of {told or 'no known keys'}", passed, begun)
 
 
 def _of_folder(source: Path, kind: str | None, renamed: Mapping[str, str] | None) -> Found:
@@ -103,8 +121,7 @@ def _of_folder(source: Path, kind: str | None, renamed: Mapping[str, str] | None
     for path in sorted({*files} - {*chosen}):
         if not (metadata and has_image_suffix(path.name)):
             passed.add(path, source)
-    told = what_it_holds(chosen[0], renamed)
-    return Found(RECORDS, chosen, f"{what}, records of {told or 'no known keys'}", passed)
+    return _records(chosen, f"{what}, ", renamed, passed)
 
 
 def is_mixture(path: Path) -> bool:

@@ -14,11 +14,12 @@ from data_pipeline.processor.prompt_tokenflex import IMAGE as PLACEHOLDER
 from data_pipeline.records import vocabulary
 from data_pipeline.records.turns import (
     Picture,
+    Present,
     Turn,
     check_switches,
     describe,
     first_of,
-    is_absent,
+    present,
     read_turns,
     sources_of,
 )
@@ -66,16 +67,17 @@ def parse_record(
     if not isinstance(record, Mapping):
         raise InputError(f"the record is {describe(record)}, expected an object")
     record = _renamed({k: v for k, v in record.items() if k not in ignored}, renamed or {})
-    check_switches(record, "the record")
-    kind, key = record_kind(record)
-    named = first_of(record, vocabulary.IMAGES, "the pictures")
+    held = present(record)
+    check_switches(held, "the record")
+    kind, key = _kind(record, held)
+    named = first_of(held, vocabulary.IMAGES, "the pictures")
     if images is None:
         images = sources_of(named[1], repr(named[0])) if named else []
     turns = {"turns": _of_turns, "question": _of_question, "caption": _of_caption}[kind](
-        record, key, len(images)
+        held, key, record[key], len(images)
     )
-    _add_system(turns, record)
-    metadata = _metadata(record, turns, bool(images), key)
+    _add_system(turns, held)
+    metadata = _metadata(held, turns, bool(images), key)
     shown = _place(turns, list(images))
     messages = [{"role": turn.role, "content": _parts(turn, shown)} for turn in turns]
     return Record(messages, [picture.source for picture in shown], metadata)
@@ -83,9 +85,13 @@ def parse_record(
 
 def record_kind(record: Mapping[str, Any]) -> tuple[str, str]:
     """(kind, key) that a record is told by; InputError, with the keys, if none or several do."""
+    return _kind(record, present(record))
+
+
+def _kind(record: Mapping[str, Any], held: Present) -> tuple[str, str]:
     found = {}
     for kind, names in KINDS.items():
-        if (key := first_of(record, names, "what is said")) is not None:
+        if (key := first_of(held, names, "what is said")) is not None:
             found[kind] = key[0]
     if "turns" in found:
         found.pop("caption", None)  # a text beside the turns is theirs, or metadata
@@ -116,37 +122,37 @@ def _renamed(record: Mapping[str, Any], renamed: Mapping[str, str]) -> dict[str,
     return {**rest, **{to: record[key] for to, key in renamed.items()}}
 
 
-def _of_turns(record: Mapping[str, Any], key: str, images: int) -> list[Turn]:
-    return read_turns(record[key], key)
+def _of_turns(held: Present, key: str, turns: Any, images: int) -> list[Turn]:
+    return read_turns(turns, key)
 
 
-def _of_question(record: Mapping[str, Any], key: str, images: int) -> list[Turn]:
-    if isinstance(record[key], list | tuple):  # TRL: prompt and completion are turns
-        found = first_of(record, vocabulary.ANSWER, "the answer")
-        return read_turns([*record[key], *(found[1] if found else ())], key)
-    question = _text(record[key], key)
-    more = first_of(record, vocabulary.MORE_QUESTION, "more of the question")
+def _of_question(held: Present, key: str, asked: Any, images: int) -> list[Turn]:
+    if isinstance(asked, list | tuple):  # TRL: prompt and completion are turns
+        found = first_of(held, vocabulary.ANSWER, "the answer")
+        return read_turns([*asked, *(found[1] if found else ())], key)
+    question = _text(asked, key)
+    more = first_of(held, vocabulary.MORE_QUESTION, "more of the question")
     if more:
         question = f"{question}\n{_text(more[1], more[0])}"
-    choices = first_of(record, vocabulary.CHOICES, "the choices")
+    choices = first_of(held, vocabulary.CHOICES, "the choices")
     options = _options(choices[1], choices[0]) if choices else []
-    answer = _answer(record, options)
+    answer = _answer(held, options)
     lines = [f"{_LETTERS[number]}. {option}" for number, option in enumerate(options)]
     turns = [{"role": "user", "content": "\n".join([question, *lines])}]
     return read_turns([*turns, {"role": "assistant", "content": answer}], key)
 
 
-def _of_caption(record: Mapping[str, Any], key: str, images: int) -> list[Turn]:
+def _of_caption(held: Present, key: str, said: Any, images: int) -> list[Turn]:
     if images != 1:
         raise InputError(f"{key!r} is the caption of one picture, and there are {images}")
-    caption = _text(record[key], key).strip()
+    caption = _text(said, key).strip()
     return [Turn("user", [CAPTION_PROMPT]), Turn("assistant", [caption])]
 
 
-def _answer(record: Mapping[str, Any], options: list[str]) -> str:
-    found = first_of(record, vocabulary.ANSWER, "the answer")
+def _answer(held: Present, options: list[str]) -> str:
+    found = first_of(held, vocabulary.ANSWER, "the answer")
     if found is None:
-        found = first_of(record, vocabulary.ANSWERS, "the answers")
+        found = first_of(held, vocabulary.ANSWERS, "the answers")
         if found is None:
             raise InputError(f"there is no answer: expected one of {', '.join(vocabulary.ANSWER)}")
         given = found[1] if isinstance(found[1], list | tuple) else [found[1]]
@@ -191,8 +197,8 @@ def _text(value: Any, key: str) -> str:
     return value
 
 
-def _add_system(turns: list[Turn], record: Mapping[str, Any]) -> None:
-    found = first_of(record, vocabulary.SYSTEM, "the system text")
+def _add_system(turns: list[Turn], held: Present) -> None:
+    found = first_of(held, vocabulary.SYSTEM, "the system text")
     if found is None:
         return
     text = _text(found[1], found[0])
@@ -252,14 +258,12 @@ _READ = frozenset(
 
 
 def _metadata(
-    record: Mapping[str, Any], turns: Sequence[Turn], has_images: bool, told_by: str
+    held: Present, turns: Sequence[Turn], has_images: bool, told_by: str
 ) -> dict[str, Any]:
     """The keys without content; InputError for one whose value names media that nothing shows."""
     kept: dict[str, Any] = {}
-    for key, value in record.items():
-        name = str(key).lower()
-        if is_absent(value) or name in _READ or name == told_by.lower():
-            continue
+    read = _READ | {told_by.lower()}
+    for name, key, value in [(n, *entry) for n in held if n not in read for entry in held[n]]:
         if holds_bytes(value) or (not has_images and names_media(value)):
             raise InputError(
                 f"the record has {key!r}, which is or names media that no turn shows; give --map "

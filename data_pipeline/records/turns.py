@@ -1,7 +1,7 @@
 """The turns of a record, in any of the usual forms, as items: stretches of text and pictures."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,9 @@ class Picture:
     source: Any = None
 
 
+_PLACE = Picture()
+
+
 @dataclass
 class Turn:
     """A turn: role, its texts and pictures in order, and what else stood beside them."""
@@ -26,7 +29,11 @@ class Turn:
     metadata: dict[str, Any] = field(default_factory=dict)
 
 
+Present = Mapping[str, list[tuple[Any, Any]]]
+"""The keys of an object that hold something; see `present`."""
+
 _WATCHED = frozenset((*vocabulary.LOSS, *vocabulary.MEDIA, *vocabulary.UNREAD))
+_OF_TURNS = frozenset((*vocabulary.ROLE, *vocabulary.CONTENT, *vocabulary.IMAGES, *vocabulary.LOSS))
 
 
 def is_absent(value: Any) -> bool:
@@ -36,22 +43,30 @@ def is_absent(value: Any) -> bool:
     return value is None or (isinstance(value, str | bytes | list | tuple | dict) and not value)
 
 
-def first_of(record: Mapping[str, Any], names: Sequence[str], what: str) -> tuple[str, Any] | None:
-    """(key, value) of the one of these keys that holds something; None if none does.
+def present(record: Mapping[Any, Any]) -> Present:
+    """Key in lower case -> (key, value) of all keys of that name that hold something."""
+    held: dict[str, list[tuple[Any, Any]]] = {}
+    for key, value in record.items():
+        if not is_absent(value):
+            held.setdefault(str(key).lower(), []).append((key, value))
+    return held
 
-    Keys are compared without regard to case. InputError, naming them, if several do.
+
+def first_of(held: Present, names: Collection[str], what: str) -> tuple[str, Any] | None:
+    """(key, value) of the one of these keys that is there; None if none is.
+
+    InputError, naming them, if several are.
     """
-    found = {
-        key: value
-        for key, value in record.items()
-        if isinstance(key, str) and key.lower() in names and not is_absent(value)
-    }
-    if len(found) > 1:
+    found = held.keys() & names
+    if not found:
+        return None
+    entries = [entry for name in held if name in found for entry in held[name]]
+    if len(entries) > 1:
         raise InputError(
-            f"{' and '.join(map(repr, found))} both hold {what}; leave one of them, or say with "
-            "--map which is meant"
+            f"{' and '.join(repr(key) for key, _ in entries)} both hold {what}; leave one of them, "
+            "or say with --map which is meant"
         )
-    return next(iter(found.items()), None)
+    return entries[0]
 
 
 def read_turns(turns: Any, key: str) -> list[Turn]:
@@ -91,19 +106,15 @@ def describe(value: Any) -> str:
     return "empty" if is_absent(value) else f"of type {type(value).__name__}"
 
 
-def check_switches(record: Mapping[str, Any], where: str) -> None:
+def check_switches(held: Present, where: str) -> None:
     """InputError for a key that switches off or weighs what is learned, or that is not read."""
-    for key, value in record.items():
-        name = _lower(key)
-        if name not in _WATCHED:
-            continue
+    watched = [(name, *entry) for name in held if name in _WATCHED for entry in held[name]]
+    for name, key, value in watched:
         if name in vocabulary.LOSS and _switches(value):
             raise InputError(
                 f"{where} has {key!r}: {str(value)[:40]}, but every assistant turn is learned "
                 "from, weighted by train.loss_weighting; leave the sample or the key out"
             )
-        if is_absent(value):
-            continue
         if name in vocabulary.MEDIA:
             raise InputError(f"{where} has {key!r}, and only pictures are read; leave it out")
         if name in vocabulary.UNREAD:
@@ -126,14 +137,10 @@ def _switches(value: Any) -> bool:
     return isinstance(value, list | tuple) and any(map(_switches, value))
 
 
-def _lower(key: Any) -> str:
-    return key.lower() if isinstance(key, str) else ""
-
-
 def _pair(pair: Mapping[str, Any], number: int) -> Iterator[Turn]:
     """FineVision's and The Cauldron's turns: {"user", "assistant"}."""
     rest = {k: v for k, v in pair.items() if k not in ("user", "assistant") and not is_absent(v)}
-    check_switches(rest, f"turn {number}")
+    check_switches(present(rest), f"turn {number}")
     for role in ("user", "assistant"):
         text = pair[role]
         if not isinstance(text, str) and not is_absent(text):
@@ -145,20 +152,20 @@ def _pair(pair: Mapping[str, Any], number: int) -> Iterator[Turn]:
 def _turn(turn: Any, where: str) -> Turn:
     if not isinstance(turn, Mapping):
         raise InputError(f"{where} is {describe(turn)}, expected an object with role and content")
-    check_switches(turn, where)
-    role = _role(turn, where)
-    content = first_of(turn, vocabulary.CONTENT, f"the content of {where}")
+    held = present(turn)
+    check_switches(held, where)
+    role = _role(held, where)
+    content = first_of(held, vocabulary.CONTENT, f"the content of {where}")
     items = list(_content(content[1], role, where)) if content else []
-    named = first_of(turn, vocabulary.IMAGES, f"the pictures of {where}")
+    named = first_of(held, vocabulary.IMAGES, f"the pictures of {where}")
     if named:
         items = _with_own(items, sources_of(named[1], f"{where}: {named[0]!r}"), where)
-    known = {*vocabulary.ROLE, *vocabulary.CONTENT, *vocabulary.IMAGES, *vocabulary.LOSS}
-    rest = {k: v for k, v in turn.items() if _lower(k) not in known and not is_absent(v)}
-    return Turn(role, items, rest)
+    rest = [entry for name in held if name not in _OF_TURNS for entry in held[name]]
+    return Turn(role, items, dict(rest))
 
 
-def _role(turn: Mapping[str, Any], where: str) -> str:
-    found = first_of(turn, vocabulary.ROLE, f"the role of {where}")
+def _role(held: Present, where: str) -> str:
+    found = first_of(held, vocabulary.ROLE, f"the role of {where}")
     name = found[1] if found else None
     role = vocabulary.ROLES.get(name.lower()) if isinstance(name, str) else None
     if role is None:
@@ -218,7 +225,7 @@ def _split(text: str, role: str) -> Iterator[str | Picture]:
 
 def _with_own(items: list[str | Picture], sources: list[Any], where: str) -> list[str | Picture]:
     """The turn's own pictures at its placeholders, or before its text where there are none."""
-    places = sum(item == Picture() for item in items)
+    places = items.count(_PLACE)
     if not places:
         return [*map(Picture, sources), *items]
     if places != len(sources):
@@ -226,4 +233,4 @@ def _with_own(items: list[str | Picture], sources: list[Any], where: str) -> lis
             f"{where} has {places} {PLACEHOLDER} in its text and {len(sources)} pictures of its own"
         )
     remaining = iter(sources)
-    return [Picture(next(remaining)) if item == Picture() else item for item in items]
+    return [Picture(next(remaining)) if item == _PLACE else item for item in items]
