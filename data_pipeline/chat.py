@@ -58,13 +58,13 @@ class TokenizedChat:
 
 
 def tokenize_chat(
-    messages: Messages, tokenizer: Tokenizer, settings: ChatSettings
+    messages: Messages, tokenizer: Tokenizer, settings: ChatSettings, checked: bool = False
 ) -> TokenizedChat:
     """Tokenise a whole sample, its last turn being the assistant's.
 
-    InputError if there is nothing whole to learn from (see `check_sample`).
+    InputError if there is nothing whole to learn from; `checked` as in `check_sample`.
     """
-    check_sample(messages)
+    check_sample(messages, checked)
     return _render(messages, tokenizer, settings)
 
 
@@ -138,13 +138,16 @@ def parse_sample(data: bytes) -> dict[str, Any]:
     return sample
 
 
-def check_sample(messages: Any) -> None:
+def check_sample(messages: Any, checked: bool = False) -> None:
     """InputError unless messages are a sample to learn from; the same rules for every reader.
 
     Besides `check_messages`: the last turn is the assistant's, every answer says something, every
     question has content, and no text but the assistant's claims a picture that is not shown.
+
+    checked: messages have passed `check_messages`.
     """
-    check_messages(messages)
+    if not checked:
+        check_messages(messages)
     if messages[-1]["role"] != "assistant":
         raise InputError("the last turn is not the assistant's: there is no answer to learn from")
     for number, turn in enumerate(messages):
@@ -167,20 +170,25 @@ def _render(messages: Messages, tokenizer: Tokenizer, settings: ChatSettings) ->
         messages = [system, *messages]
     start, end = tokenizer.special_id("<|im_start|>"), tokenizer.end_of_turn_id
     image = [tokenizer.special_id("<img>"), tokenizer.special_id("</img>")]
-    chat = TokenizedChat([], [], [])
+    after_turn = _fixed_ids(tokenizer, "\n")
+    ids: list[int] = []
+    image_positions: list[int] = []
+    answers: list[slice] = []
     for turn in messages:
-        answer = turn["role"] == "assistant"
-        chat.input_ids += [start, *_fixed_ids(tokenizer, turn["role"] + "\n")]
-        chat.supervised += [False] * (len(chat.input_ids) - len(chat.supervised))
+        ids += [start, *_fixed_ids(tokenizer, turn["role"] + "\n")]
+        begun = len(ids)
         for text in _segments(turn["content"]):
             if text is None:
-                chat.image_positions.append(len(chat.input_ids) + 1)
-            chat.input_ids += image if text is None else tokenizer.encode(text)
-        chat.input_ids.append(end)
-        chat.supervised += [answer] * (len(chat.input_ids) - len(chat.supervised))
-        chat.input_ids += _fixed_ids(tokenizer, "\n")
-        chat.supervised += [False] * (len(chat.input_ids) - len(chat.supervised))
-    return chat
+                image_positions.append(len(ids) + 1)
+            ids += image if text is None else tokenizer.encode(text)
+        ids.append(end)
+        if turn["role"] == "assistant":
+            answers.append(slice(begun, len(ids)))
+        ids += after_turn
+    supervised = [False] * len(ids)
+    for answer in answers:
+        supervised[answer] = [True] * (answer.stop - answer.start)
+    return TokenizedChat(ids, supervised, image_positions)
 
 
 def _segments(parts: Sequence[Mapping[str, str]]) -> Iterator[str | None]:

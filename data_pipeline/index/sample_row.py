@@ -92,8 +92,10 @@ class SampleReader:
         }
         try:
             text = _text(key, group, texts)
-            # Checks the messages too, which the rest relies on.
-            tokens = tokenize_chat(text.messages, self._tokenizer, self._chat)
+            # Checks the messages too, which the rest relies on; `is_chat` has checked a chat's.
+            tokens = tokenize_chat(
+                text.messages, self._tokenizer, self._chat, checked=text.kind == CHAT
+            )
         except SampleFault:
             raise
         except InputError as error:

@@ -47,7 +47,8 @@ class SampleMembers:
         """The member of this suffix, else the only one that differs from it by case."""
         if (member := self.members.get(name)) is not None:
             return member
-        alike = [member for other, member in self.members.items() if other.lower() == name.lower()]
+        name = name.lower()
+        alike = [member for other, member in self.members.items() if other.lower() == name]
         return alike[0] if len(alike) == 1 else None
 
 

@@ -529,9 +529,9 @@ def test_a_shard_that_is_still_being_written(
 ) -> None:
     shard = shards / "shard-000000.tar"
 
-    def touching(*arguments: Any) -> Any:
+    def touching(*arguments: Any, **options: Any) -> Any:
         os.utime(shard, ns=(0, 7))
-        return tokenize_chat(*arguments)
+        return tokenize_chat(*arguments, **options)
 
     monkeypatch.setattr("data_pipeline.index.sample_row.tokenize_chat", touching)
     with pytest.raises(InputError, match=r"shard-000000\.tar changed"):
