@@ -12,6 +12,7 @@ from data_pipeline.index import BadSample
 from data_pipeline.loss_weighting import LossWeighting, loss_weight
 from data_pipeline.mixture import Mixture
 from data_pipeline.plan import PackPlan
+from data_pipeline.storage import StoreError
 from data_pipeline.tiling import Resample, TilingSettings, num_tiles
 from data_pipeline.tokenizer import Tokenizer
 
@@ -110,7 +111,10 @@ class PackBuilder:
         self._image_context = tokenizer.special_id("<IMG_CONTEXT>")
 
     def build(self, pack: PackPlan) -> PackedBatch:
-        """Build one pack; see `PackedBatch` for what becomes of samples that cannot be used."""
+        """Build one pack; see `PackedBatch` for what becomes of samples that cannot be used.
+
+        StoreError where a store fails, which is not the sample's fault.
+        """
         sample_ids = pack.sample_ids.tolist()
         # An empty pack is one token.
         cu_seqlens = np.cumsum([0, *pack.lengths.tolist()] if sample_ids else [0, 1])
@@ -127,7 +131,7 @@ class PackBuilder:
                 # The room of a bad sample is the next one's.
                 room = tiles[len(tile_sides) :]
                 content = self._read(sample, int(lengths[i]), pack.sides[i], pack.tiles[i], room)
-            except MemoryError:
+            except (MemoryError, StoreError):  # no fault of the sample
                 raise
             except Exception as error:  # decoders meet anything; one sample must not end the run
                 bad.append(self.mixture.bad_sample(sample, _reason(error)))

@@ -59,12 +59,14 @@ class StepBatch:
     state: the place in the plan after this step.
     plan: the step's plan, of all ranks.
     wait_s: seconds that the consumer waited for the step.
+    store_retries: requests to stores tried again since the step before.
     """
 
     packs: list[PackedBatch]
     state: PlanState
     plan: StepPlan
-    wait_s: float
+    wait_s: float = 0.0
+    store_retries: int = 0
 
 
 class StepLoader:
@@ -89,6 +91,7 @@ class StepLoader:
             )
         self._planner, self._builder, self._settings = planner, builder, settings
         self._rank, self._world_size = rank, world_size
+        self._retries = 0  # those of the opening are the first step's
 
     def steps(
         self, state: PlanState | None = None, stop: Callable[[], bool] | None = None
@@ -99,7 +102,8 @@ class StepLoader:
         true while a step is waited for.
 
         Raises:
-            InputError: too many samples could not be used, or the state is not one of this plan.
+            InputError: too many samples could not be used, or the state is not one of this plan;
+                StoreError: a store fails.
         """
         device = torch.cuda.current_device() if torch.cuda.is_available() else None
         bad_rate = _BadRate(self._settings.max_bad_fraction)
@@ -121,6 +125,8 @@ class StepLoader:
                 batch = step.result()
                 pending.extend(islice(begun, 1))
                 batch.wait_s = time.perf_counter() - start
+                batch.store_retries = self._builder.mixture.store_retries - self._retries
+                self._retries += batch.store_retries
                 bad_rate.count(batch.packs)
                 yield batch
         finally:
@@ -154,7 +160,7 @@ class _PendingStep:
     plan: StepPlan
 
     def result(self) -> StepBatch:
-        return StepBatch([pack.result() for pack in self.packs], self.state, self.plan, 0.0)
+        return StepBatch([pack.result() for pack in self.packs], self.state, self.plan)
 
 
 class _BadRate:

@@ -101,6 +101,12 @@ class Mixture:
         """The samples that the indexes left out."""
         return [bad for dataset in self.datasets for bad in dataset.index.bad]
 
+    @property
+    def store_retries(self) -> int:
+        """Requests to stores that this process has tried again so far."""
+        storages = {dataset.index.storage for dataset in self.datasets}
+        return sum(storage.counts.retries for storage in storages)
+
     def dataset(self, sample: int) -> int:
         """Number of the dataset a sample belongs to."""
         return sample >> _SHIFT

@@ -50,6 +50,7 @@ def train_step(
         output = engine(**model_inputs(pack, run.ranks.device, run.loss_chunks))
         engine.backward(output.loss * scale, last=number == len(batch.packs))
         meter.add(pack, output.token_losses)
+    meter.counts["store_retries"] = batch.store_retries
     metrics = meter.reduce()
     verdict = guard.update(engine, metrics["loss"])
     if verdict.fault:

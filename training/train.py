@@ -16,6 +16,7 @@ from typing import Any
 import torch.distributed
 
 from data_pipeline.errors import InputError
+from data_pipeline.storage import StoreOutage
 from training import checkpoint, exit_codes
 from training.config import RunConfig, load_config
 from training.distributed import Ranks, from_main
@@ -144,7 +145,8 @@ def main(argv: list[str] | None = None) -> int:
     except InputError as error:
         # Every rank says so: another may end the job before rank 0 has come this far.
         print(f"error: {error}", file=sys.stderr, flush=True)
-        return exit_codes.BAD_INPUT
+        outage = isinstance(error, StoreOutage)  # starting again may help
+        return exit_codes.CRASH if outage else exit_codes.BAD_INPUT
     if code == exit_codes.OK:  # else a rank may wait for one that hangs
         torch.distributed.destroy_process_group()
     return code

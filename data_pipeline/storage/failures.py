@@ -4,7 +4,7 @@ import re
 from typing import Any
 
 from data_pipeline.errors import InputError
-from data_pipeline.storage.retry import TransientError
+from data_pipeline.storage.retry import StoreError, TransientError
 from data_pipeline.storage.shard import Shard
 
 _RETRIED = frozenset((408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524))
@@ -25,18 +25,18 @@ _OTHER_REMEDY = (
 )
 
 
-def refused(shard: Shard, what: str) -> InputError:
+def refused(shard: Shard, what: str) -> StoreError:
     """The store does not accept the credentials, or there are none."""
     remedy = _REMEDIES.get(shard.protocol, _OTHER_REMEDY)
-    return InputError(
+    return StoreError(
         f"{shard} cannot be read: {what}; the credentials are missing, expired or without the "
         f"right to read it: {remedy}"
     )
 
 
-def missing(shard: Shard, what: str) -> InputError:
+def missing(shard: Shard, what: str) -> StoreError:
     """There is no such file, or no bucket or repository of that name."""
-    return InputError(
+    return StoreError(
         f"the shard {shard} does not exist ({what}); check the names of the file and of the "
         "bucket, repository or host"
     )
@@ -53,7 +53,7 @@ def status_failure(shard: Shard, status: int, reason: str, wait_s: float = 0) ->
         return missing(shard, "404")
     if status == 416:
         return InputError(f"{shard} is shorter than it was ({what}); write or copy it again")
-    return InputError(f"{shard} cannot be read: {what}; check the URL and data.storage.options")
+    return StoreError(f"{shard} cannot be read: {what}; check the URL and data.storage.options")
 
 
 def driver_failure(shard: Shard, error: Exception) -> Exception:
@@ -73,7 +73,7 @@ def driver_failure(shard: Shard, error: Exception) -> Exception:
         return refused(shard, what)
     if isinstance(error, OSError) or _PASSING & {kind.__name__ for kind in type(error).__mro__}:
         return TransientError(what)
-    return InputError(f"{shard} cannot be read ({what}); check data.storage.options")
+    return StoreError(f"{shard} cannot be read ({what}); check data.storage.options")
 
 
 def _is_sentence(reason: str) -> bool:

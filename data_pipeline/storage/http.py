@@ -14,7 +14,7 @@ from typing import Any
 from data_pipeline.errors import InputError
 from data_pipeline.storage.failures import status_failure
 from data_pipeline.storage.local import ends_inside
-from data_pipeline.storage.retry import TransientError
+from data_pipeline.storage.retry import StoreError, TransientError
 from data_pipeline.storage.shard import Shard, ShardStat
 
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)$")
@@ -57,7 +57,7 @@ async def read(address: Address, offset: int, size: int, limits: Limits) -> byte
             raise ends_inside(shard, offset, size)
         first, last, total = _content_range(answer, shard)
         if first != offset or last >= offset + size:
-            raise InputError(
+            raise StoreError(
                 f"{shard}: the server was asked for bytes {offset}-{offset + size - 1} and answers "
                 f"with {first}-{last}"
             )
@@ -103,7 +103,7 @@ async def _get(address: Address, offset: int, size: int, limits: Limits) -> Asyn
 
 def _check_status(answer: Any, shard: Shard) -> None:
     if answer.status == 200:
-        raise InputError(
+        raise StoreError(
             f"{shard}: the server ignores requests for a range of bytes, so that every sample "
             "would read the whole shard; use a server or store that knows ranges, or copy the "
             "shards"
@@ -126,7 +126,7 @@ def _content_range(answer: Any, shard: Shard) -> tuple[int, int, int | None]:
     header = answer.headers.get("Content-Range", "")
     match = _CONTENT_RANGE.match(header)
     if not match:
-        raise InputError(
+        raise StoreError(
             f"{shard}: the server answers a request for a range with Content-Range {header!r}"
         )
     return int(match[1]), int(match[2]), None if match[3] == "*" else int(match[3])

@@ -32,6 +32,14 @@ class StorageSettings(BaseModel):
     """Passed to fsspec's file system, for example {anon: true} for public buckets."""
 
 
+class StoreError(InputError):
+    """A store does not give what is asked of it, whichever sample that is for."""
+
+
+class StoreOutage(StoreError):
+    """A store that failed in all attempts; it may be back later."""
+
+
 class TransientError(Exception):
     """A failure that may pass; `wait_s` is what the server asked for."""
 
@@ -45,7 +53,7 @@ def with_retries(
 ) -> _Result:
     """What `attempt` returns; it is given the seconds that are left and raises TransientError.
 
-    InputError "`what`: ..." once the attempts or the time are used up.
+    StoreOutage "`what`: ..." once the attempts or the time are used up.
     """
     start = time.monotonic()
     end = start + settings.deadline_s
@@ -64,7 +72,7 @@ def with_retries(
             break
         counts.retry(f"{what}: {problem}")
         time.sleep(wait)
-    raise InputError(
+    raise StoreOutage(
         f"{what}: {problem} (tried {tried} times in {time.monotonic() - start:.1f} s); check the "
         "store and the network, or raise data.storage.attempts and data.storage.deadline_s"
     ) from problem

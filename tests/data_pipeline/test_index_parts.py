@@ -15,11 +15,11 @@ from PIL import Image, PngImagePlugin
 
 from data_pipeline.chat import ChatSettings
 from data_pipeline.errors import InputError
+from data_pipeline.image_header import _jpeg_size, _png_size, read_image_size
 from data_pipeline.images import image_size
 from data_pipeline.index import Index, ShardColumns, build_index, load_index
 from data_pipeline.index import open_index as load_module
 from data_pipeline.index.cache import ColumnsCache
-from data_pipeline.image_header import _jpeg_size, _png_size, read_image_size
 from data_pipeline.index.prompts import remembering
 from data_pipeline.storage import Shard
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer

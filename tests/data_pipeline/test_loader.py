@@ -609,6 +609,7 @@ class SlowBuilder:
 
     def __init__(self, builder: PackBuilder, seconds: float = 0.0, fail_at: int = -1) -> None:
         self.builder, self.seconds, self.fail_at = builder, seconds, fail_at
+        self.mixture = builder.mixture
         self.begun = 0
         self.lock = threading.Lock()
 

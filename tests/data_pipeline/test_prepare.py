@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 
 from data_pipeline.errors import InputError
-from data_pipeline.prepare.demo_corpus import prepare_demo
 from data_pipeline.prepare.__main__ import main
+from data_pipeline.prepare.demo_corpus import prepare_demo
 from data_pipeline.prepare.shard_writer import SampleWriter, ShardLimits
 from tests.data_pipeline.shards import read_shards
 

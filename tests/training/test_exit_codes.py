@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from data_pipeline.errors import InputError
+from data_pipeline.storage import StoreError, StoreOutage
 from tests.ranks import free_port
+from training import exit_codes, train
 
 ROOT = Path(__file__).parents[2]
 
@@ -84,3 +87,19 @@ def test_a_crash_is_told_and_does_not_wait_for_a_thread() -> None:
 def test_argparse_may_end_it() -> None:
     process = start("import sys; from training.exit_codes import run_rank; run_rank(sys.exit)")
     assert process.wait(timeout=120) == 0
+
+
+def test_a_store_that_fails_may_be_back_and_a_wrong_setting_stays_wrong(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def end(error: Exception) -> int:
+        def fail(*given: object) -> int:
+            raise error
+
+        monkeypatch.setattr(train, "load_config", fail)
+        return train.main(["config.yaml"])
+
+    assert end(StoreOutage("s3://a/0.tar: 503 (tried 5 times)")) == exit_codes.CRASH
+    assert capsys.readouterr().err == "error: s3://a/0.tar: 503 (tried 5 times)\n"
+    assert end(StoreError("s3://a/0.tar: refused")) == exit_codes.BAD_INPUT
+    assert end(InputError("data.shards")) == exit_codes.BAD_INPUT

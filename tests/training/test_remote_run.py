@@ -59,6 +59,8 @@ def test_two_steps_and_a_resume(
                 run, digits_corpus, tmp_path / "run", *overrides, f"train.steps={steps}"
             )[0]
             assert not error and not store.server.faults
+        assert sum(row["store_retries"] for row in rows) > 0 == rows[-1]["bad_samples"]
+        assert not any(row["store_retries"] for row in undisturbed)
         expected = [{name: row[name] for name in SAME} for row in undisturbed]
         assert [{name: row[name] for name in SAME} for row in rows] == expected
         gone = remote(store, f"{store.elsewhere}/shard-000000.tar", tmp_path / "index")

@@ -21,7 +21,7 @@ from data_pipeline.index.index_files import find_index_files
 from data_pipeline.index.open_index import read_headers
 from data_pipeline.mixture import Mixture
 from data_pipeline.plan.window_samples import gather
-from data_pipeline.storage import Storage
+from data_pipeline.storage import Storage, StoreError
 from data_pipeline.tiling import TilingSettings
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer
 from training.evaluate.in_training import ALL
@@ -119,7 +119,7 @@ class HeldOut:
         name = self.mixture.name(sample)
         try:
             return self._read(sample, name)
-        except MemoryError:
+        except (MemoryError, StoreError):  # no fault of the sample
             raise
         except Exception as error:  # decoders meet anything; one sample must not end the run
             known = isinstance(error, InputError)

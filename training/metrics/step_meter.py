@@ -12,7 +12,10 @@ from training.distributed import Ranks, all_reduce_max, all_reduce_sum
 
 TEXT, MIXED = 0, -1  # `PackedBatch.sample_sides` of samples without images, and of several sides
 
-COUNTS = ("packs", "tokens", "samples", "images", "tiles", "supervised", "bad_samples", "data_hash")
+COUNTS = (
+    *("packs", "tokens", "samples", "images", "tiles", "supervised", "bad_samples", "data_hash"),
+    "store_retries",
+)
 
 
 class StepMeter:
@@ -97,6 +100,7 @@ class StepMeter:
             "samples": counts["samples"],
             "supervised_tokens": counts["supervised"],
             "bad_samples": counts["bad_samples"],
+            "store_retries": counts["store_retries"],
             # Sum over packs, so that it does not depend on the world size; exact in a float64.
             "data_hash": counts["data_hash"],
         }
