@@ -7,6 +7,7 @@ index    indexing: samples/s per core, and what loading an index costs
 loader   read, decode, tile and pack on two cores, against webdataset with worker processes;
          large photographs with and without decoding at a reduced scale
 startup  from nothing to the first planned window of a large data set
+prepare  entries/s and MB/s of the command that writes shards, for four formats
 remote   samples from a web server: requests, bytes beyond those used, samples/s
 """
 
@@ -28,7 +29,7 @@ from data_pipeline.files import write_atomically
 from data_pipeline.machine import cpu_model, git_commit, num_cores, versions
 from data_pipeline.text_table import text_table
 
-NAMES = ("planner", "index", "loader", "startup", "remote")
+NAMES = ("planner", "index", "loader", "startup", "prepare", "remote")
 PACKAGES = ("numpy", "torch", "pillow", "simplejpeg", "webdataset", "sentencepiece", "fsspec")
 
 
@@ -51,7 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "results": {},
     }
     for name, module in modules.items():
-        record["results"][name] = module.measure(options.quick)
+        more = {"against": options.against} if name == "prepare" else {}
+        record["results"][name] = module.measure(options.quick, **more)
         print("\n".join(_table(name, record["results"][name])), flush=True)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(options.out, json.dumps(record, indent=1).encode() + b"\n")
@@ -71,6 +73,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help=f"any of {', '.join(NAMES)} (default: all)",
     )
     parser.add_argument("--quick", action="store_true", help="small sizes, for a first look")
+    parser.add_argument(
+        "--against",
+        type=Path,
+        metavar="DIR",
+        help="of prepare: another checkout, whose command runs in turn with this one's",
+    )
     parser.add_argument(
         "--out",
         type=Path,

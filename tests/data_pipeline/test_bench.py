@@ -10,11 +10,14 @@ import pytest
 from PIL import Image
 
 from data_pipeline.bench import bench_loader as loader
+from data_pipeline.bench import bench_prepare
 from data_pipeline.bench.__main__ import main
 from data_pipeline.bench.photos import make_photo
 from data_pipeline.errors import InputError
 from data_pipeline.images import decode_rgb
 from data_pipeline.tiling import cut_tiles
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_loader(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -48,6 +51,30 @@ def test_remote(tmp_path: Path) -> None:
     # Between a text and its image lie a header, and padding before it.
     assert 512 <= together["unused_bytes_per_sample"] < 4 * 512
     assert min(each["samples_per_s"], together["samples_per_s"]) > 0
+
+
+def test_prepare(tmp_path: Path) -> None:
+    out = tmp_path / "bench.json"
+    main(["prepare", "--quick", "--out", str(out)])
+    found = json.loads(out.read_text())["results"]["prepare"]
+    for name in ("LLaVA JSON", "messages JSONL", "parquet with pictures", "folder"):
+        rates = found[name]["here"]
+        assert rates["entries_per_s"] > 0 < rates["MB_per_s"], name
+        assert rates["entries_per_cpu_s_without_start"] > rates["entries_per_cpu_s"], name
+        assert "ratio" not in found[name]
+
+
+def test_prepare_beside_another_checkout(tmp_path: Path) -> None:
+    """Ratios of wall time, of CPU time, and of that without start-up; none if it cannot read it."""
+    here = {"start": (1.0, 1.0), "whole": (3.0, 2.0)}
+    there = {"start": (2.0, 1.5), "whole": (6.0, 5.5)}
+    found = bench_prepare._rates({"here": here, "against": there}, 12, 6_000_000)
+    assert found["here"]["entries_per_s"] == 4 and found["here"]["MB_per_s"] == 2
+    assert list(found["ratio"].values()) == [2.0, 3.0, 4.0]
+    (tmp_path / "data.json").write_text("[]")
+    assert bench_prepare._run(ROOT, "llava", tmp_path / "data.json", tmp_path / "out") is None
+    unread = bench_prepare._rates({"here": here, "against": {**here, "whole": None}}, 1, 1)
+    assert unread["against"] == "not read" and "ratio" not in unread
 
 
 def test_both_sides_cut_the_same_tiles() -> None:
