@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import webdataset
 from PIL import Image
 
 from data_pipeline.errors import InputError
@@ -207,6 +208,43 @@ def test_shards_are_limited_in_bytes(tmp_path: Path) -> None:
     shards = sorted((tmp_path / "50% done").iterdir())
     assert [path.name for path in shards] == ["000000.tar", "000001.tar", "000002.tar"]
     assert [len(read_tar(path)) for path in shards] == [4, 4, 2]
+
+
+def test_shards_are_those_of_webdataset_with_whole_numbers_as_time(tmp_path: Path) -> None:
+    """Byte by byte, over a shard's end; webdataset's own time of 0.0 would add blocks."""
+    samples = [
+        ({"1.jpg": bytes(range(200)) * size, "0.png": b"x" * (512 * size)}, [{"role": f"{size}"}])
+        for size in (1, 40, 7)
+    ]
+    with SampleWriter(tmp_path / "ours", ShardLimits(samples=2)) as writer:
+        for number, (images, turns) in enumerate(samples):
+            writer.write(f"s{number}", turns, images)
+    (tmp_path / "theirs").mkdir()
+    pattern = str(tmp_path / "theirs/%06d.tar")
+    options: dict[str, Any] = {"verbose": 0, "encoder": False, "user": "", "group": "", "mtime": 0}
+    with webdataset.ShardWriter(pattern, maxcount=2, **options) as shards:
+        for number, (images, turns) in enumerate(samples):
+            text = json.dumps({"messages": turns}).encode()
+            shards.write({"__key__": f"s{number}", **images, "json": text})
+    for name in ("000000.tar", "000001.tar"):
+        ours, theirs = (tmp_path / whose / name for whose in ("ours", "theirs"))
+        assert ours.read_bytes() == theirs.read_bytes(), name
+
+
+def test_a_list_is_read_once_and_without_torch(tmp_path: Path) -> None:
+    """Both cost seconds that nobody would notice otherwise."""
+    save_image(tmp_path / "a.png")
+    (tmp_path / "list.json").write_text(json.dumps([entry(), entry(id="b")]))
+    code = (
+        "import sys; from pathlib import Path; from data_pipeline.prepare.__main__ import main\n"
+        "opened = []; read = Path.read_bytes\n"
+        "Path.read_bytes = lambda path: opened.append(path.name) or read(path)\n"
+        "main([sys.argv[1] + '/list.json', sys.argv[1] + '/out', '--format', 'records'])\n"
+        "assert opened.count('list.json') == 1, opened\n"
+        "assert not {'torch', 'transformers', 'webdataset'} & {*sys.modules}"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, cwd=ROOT)
+    assert len(read_shards(tmp_path / "out")) == 2
 
 
 def test_jsonl(llava: Any) -> None:
