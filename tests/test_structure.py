@@ -23,6 +23,7 @@ DATA_PIPELINE = (
     *(
         "tiling",
         "images",
+        "image_header",
         "records",
         "decode",
         "chat",

@@ -22,6 +22,7 @@ from PIL import Image
 
 from data_pipeline.machine import git_commit
 
+RUNS = 1  # of each command; more where the machine is not busy
 HERE = Path(__file__).parents[2]
 _WORDS = [
     "a",
@@ -48,9 +49,9 @@ Written = tuple[str, Path]
 def measure(quick: bool, against: Path | None = None) -> dict[str, Any]:
     """Entries/s and MB/s by format; with `against`, another checkout's beside them.
 
-    Both run the same commands on the same files, in turn; the best of a few runs counts.
+    Both run the same commands on the same files, in turn; the best of `RUNS` counts.
     """
-    entries, runs = (300, 1) if quick else (8_000, 2)
+    entries, runs = (300, 1) if quick else (8_000, RUNS)
     checkouts = {"here": HERE, **({"against": against.resolve()} if against else {})}
     result: dict[str, Any] = {"entries": entries, "runs": runs}
     if against:
