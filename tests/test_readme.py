@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow
@@ -350,3 +351,21 @@ def test_the_data_tables_are_the_record() -> None:
     seconds = startup["first_batch_s"], startup["resumed_first_batch_s"]
     assert "{:.1f} s, on resume {:.1f} s".format(*seconds) in pages
     assert startup["samples"] == 1_000_000
+
+
+def record_of(name: str) -> dict[str, Any]:
+    """The results of `data_pipeline.bench` in a record of their own."""
+    record = json.loads((ROOT / f"data_pipeline/results/{name}.json").read_text())
+    assert f"data_pipeline.bench {name}" in record["command"]
+    return record["results"][name]
+
+
+def test_what_the_data_pages_say_of_stores_and_conversion_is_recorded() -> None:
+    pages = prose()
+    remote = record_of("remote")
+    each, together = remote["each member"], remote["members together"]
+    assert (
+        f"{together['requests_per_sample']:.1f} or {each['requests_per_sample']:.1f} requests; "
+        f"together {together['unused_bytes_per_sample']:.0f} bytes unused "
+        f"({100 * together['unused_share']:.2f} %)"
+    ) in pages
