@@ -151,14 +151,16 @@ def check_sample(messages: Any, checked: bool = False) -> None:
     if messages[-1]["role"] != "assistant":
         raise InputError("the last turn is not the assistant's: there is no answer to learn from")
     for number, turn in enumerate(messages):
-        where = f"turn {number}"
+        role, where = turn["role"], f"turn {number}"
         texts = [part["text"] for part in turn["content"] if part["type"] == "text"]
         images = len(turn["content"]) - len(texts)
-        if turn["role"] == "assistant":
-            if not any(text.strip() for text in texts):
+        said = texts[0] if len(texts) == 1 else "".join(texts)
+        is_empty = not said or said.isspace()
+        if role == "assistant":
+            if is_empty:
                 raise InputError(f"{where} is an empty answer; leave the sample out")
             continue
-        if turn["role"] == "user" and not images and not any(text.strip() for text in texts):
+        if role == "user" and not images and is_empty:
             raise InputError(f"{where} has no user text and no image; leave the sample out")
         for text in texts:
             check_no_claim(text, where, images)
