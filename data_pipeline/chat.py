@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
-
 from data_pipeline.captions import parse_metadata
+from data_pipeline.config_file import Settings
 from data_pipeline.errors import InputError, for_users
 from data_pipeline.media_claims import check_no_claim
 from data_pipeline.processor import prompt_tokenflex
@@ -32,10 +31,8 @@ Messages = Sequence[Mapping[str, Any]]
 check_messages = for_users(prompt_tokenflex.check_messages)
 
 
-class ChatSettings(BaseModel):
+class ChatSettings(Settings):
     """How messages become a prompt."""
-
-    model_config = ConfigDict(extra="forbid")
 
     template: Literal["chatml"] = "chatml"
     system: str = DEFAULT_SYSTEM

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 
 from data_pipeline.errors import InputError
+from data_pipeline.yaml_text import read_yaml
 
 
 def run_cli(main: Callable[[], object]) -> None:
@@ -40,7 +41,7 @@ def at_least(smallest: int) -> "type[int]":
 
 def storage_option(text: str) -> tuple[str, object]:
     """A type for argparse: NAME=VALUE, the value as in YAML."""
-    import yaml
-
-    name, _, value = text.partition("=")
-    return name, yaml.safe_load(value)
+    name, separator, value = text.partition("=")
+    if not name or not separator:
+        raise argparse.ArgumentTypeError(f"expected NAME=VALUE, found {text}")
+    return name, read_yaml(value, f"the value of {name}")

@@ -2,14 +2,38 @@
 
 import difflib
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin
 
-import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
 from data_pipeline.errors import InputError
+from data_pipeline.paths import expand_path
+from data_pipeline.yaml_text import ends_early, read_yaml
 
 _Settings = TypeVar("_Settings", bound=BaseModel)
+
+
+class Settings(BaseModel):
+    """Base of all settings: an unknown key, a number that is none, a switch for one are errors."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_switch_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        kinds = _kinds(cls.model_fields[str(info.field_name)].annotation)
+        values = value if isinstance(value, list) else [value]
+        if kinds & {int, float} and bool not in kinds and any(isinstance(v, bool) for v in values):
+            raise ValueError("expected a number, not a switch")
+        return value
+
+
+class KeyProblems(ValueError):
+    """Problems inside a setting that is a dictionary: (key in it, what is wrong) of each."""
+
+    def __init__(self, problems: list[tuple[str, str]]) -> None:
+        super().__init__("; ".join(f"{key}: {problem}" for key, problem in problems))
+        self.problems = problems
 
 
 def load_settings(
@@ -17,61 +41,137 @@ def load_settings(
 ) -> _Settings:
     """Read a YAML file, apply `key.sub=value` overrides (values are YAML) and check everything.
 
+    An empty section has its defaults. Of overrides of one key the last counts; one that gives a
+    section adds to it, one that gives a dictionary or a list replaces it.
+
     Raises:
         InputError: naming the file and, for every problem found, the key and what was expected.
     """
-    path = Path(path)
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        path = Path(expand_path(str(path)))
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise InputError(f"cannot read the config {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not valid YAML: {error}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not text in UTF-8: {error}") from error
+    except ValueError as error:
+        raise InputError(f"cannot read the config: {error}") from error
+    raw = read_yaml(text, path)
     if not isinstance(raw, dict):
-        raise InputError(f"{path} must hold a mapping of settings, found {type(raw).__name__}")
+        raise InputError(f"{path} must hold a mapping of settings, found {_shown(raw)}")
     for override in overrides or []:
-        _apply_override(raw, override)
+        _apply_override(kind, raw, override)
     try:
-        return kind.model_validate(raw)
+        return kind.model_validate(_without_empty(kind, raw))
     except ValidationError as error:
-        raise InputError(_describe(kind, path, error)) from error
+        problems = [f"  {key}: {problem}" for key, problem in describe(kind, error)]
+        plural = "problem" if len(problems) == 1 else "problems"
+        raise InputError(f"{path}: {len(problems)} {plural}:\n" + "\n".join(problems)) from error
 
 
-def _apply_override(raw: dict[str, Any], override: str) -> None:
+def _apply_override(kind: type[BaseModel], raw: dict[str, Any], override: str) -> None:
     """Set one `a.b.c=value` in the nested mapping."""
     key, separator, text = override.partition("=")
     if not separator or not all(key.split(".")):
         raise InputError(f"override {override!r}: expected key.sub=value, as in train.steps=100")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise InputError(f"override {override!r}: {text!r} is not a YAML value: {error}") from error
-    *parents, last = key.split(".")
-    node = raw
-    for depth, parent in enumerate(parents):
-        node = node.setdefault(parent, {})
+    value = read_yaml(text, f"override {override!r}: the value")
+    if ends_early(text):
+        raise InputError(
+            f"override {override!r}: what follows the # is a comment in YAML; put the value in "
+            "quotes of its own"
+        )
+    keys = key.split(".")
+    node, section = raw, _section(kind, keys[:1])
+    for depth, parent in enumerate(keys[:-1], 1):
+        if node.get(parent) is None:
+            node[parent] = {}
+        node = node[parent]
         if not isinstance(node, dict):
             raise InputError(
-                f"override {override!r}: {'.'.join(parents[: depth + 1])} is a value, not a section"
+                f"override {override!r}: {'.'.join(keys[:depth])} is a value, not a section"
             )
-    node[last] = value
+        section = _section(kind, keys[: depth + 1])
+    node[keys[-1]] = _joined(section, node.get(keys[-1]), value)
 
 
-def _describe(kind: type[BaseModel], path: Path, error: ValidationError) -> str:
-    """All problems of a configuration, one per line."""
+def _joined(section: type[BaseModel] | None, old: Any, new: Any) -> Any:
+    """`new`, with the keys of a section that only `old` gives."""
+    if section is None or not isinstance(old, dict) or not isinstance(new, dict):
+        return new
+    joined = {key: _joined(_section(section, [key]), old.get(key), new[key]) for key in new}
+    return {**old, **joined}
+
+
+def _section(kind: type[BaseModel], keys: list[str]) -> type[BaseModel] | None:
+    """The settings at a place; None where it is a value, a dictionary, or no place at all."""
+    section: type[BaseModel] | None = kind
+    for key in keys:
+        field = section.model_fields.get(key) if section else None
+        section = _model_of(field.annotation) if field else None
+    return section
+
+
+def _model_of(annotation: Any) -> type[BaseModel] | None:
+    """The section that an annotation stands for, also an optional one."""
+    if get_origin(annotation) in (dict, list):
+        return None
+    found = (annotation, *get_args(annotation))
+    return next((t for t in found if isinstance(t, type) and issubclass(t, BaseModel)), None)
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """The types that an annotation is made of; none of a dictionary's."""
+    if get_origin(annotation) is dict:
+        return set()
+    return {annotation}.union(*(_kinds(part) for part in get_args(annotation)))
+
+
+def _without_empty(kind: type[BaseModel], raw: dict[str, Any]) -> dict[str, Any]:
+    """The mapping without sections, dictionaries and lists that are written, but empty."""
+    kept = {}
+    for key, value in raw.items():
+        field = kind.model_fields.get(key)
+        section = _model_of(field.annotation) if field else None
+        if field and value is None:
+            section_or_dict = field.annotation is section or get_origin(field.annotation) is dict
+            if section_or_dict or field.default == []:
+                continue
+        nested = section is not None and isinstance(value, dict)
+        kept[key] = _without_empty(section, value) if section and nested else value
+    return kept
+
+
+def describe(kind: type[BaseModel], error: ValidationError) -> list[tuple[str, str]]:
+    """The key and what is wrong, of every problem that pydantic found."""
     problems = []
     for item in error.errors():
         key = ".".join(str(part) for part in item["loc"]) or "config"
-        if item["type"] == "extra_forbidden":
-            message = "unknown key" + _suggestion(kind, item["loc"])
+        cause = item.get("ctx", {}).get("error")
+        if isinstance(cause, KeyProblems):
+            problems += [(f"{key}.{sub}", problem) for sub, problem in cause.problems]
+        elif item["type"] == "extra_forbidden":
+            problems.append((key, "unknown key" + _suggestion(kind, item["loc"])))
         elif item["type"] == "missing":
-            message = "is required"
+            problems.append((key, "is required"))
         else:
-            found = "" if isinstance(item["input"], dict) else f" (found {item['input']!r})"
-            message = item["msg"].removeprefix("Value error, ") + found
-        problems.append(f"  {key}: {message}")
-    plural = "problem" if len(problems) == 1 else "problems"
-    return f"{path}: {len(problems)} {plural}:\n" + "\n".join(problems)
+            found = "" if isinstance(item["input"], BaseModel) else _found(item)
+            problems.append((key, item["msg"].removeprefix("Value error, ") + found))
+    return problems
+
+
+def _found(item: Any) -> str:
+    """What stands there; not where the message of a whole section says it."""
+    value, is_text = item["input"], item["type"] in ("string_type", "path_type")
+    if isinstance(value, dict) and item["type"] == "value_error":
+        return ""
+    hint = "; put it in quotes" if is_text and isinstance(value, bool | int | float) else ""
+    return f" (found {_shown(value)}{hint})"
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "nothing"
+    return "a section" if isinstance(value, dict) else repr(value)
 
 
 def _suggestion(kind: type[BaseModel], location: tuple[int | str, ...]) -> str:
@@ -84,8 +184,11 @@ def _suggestion(kind: type[BaseModel], location: tuple[int | str, ...]) -> str:
             model = next(
                 (t for t in found if isinstance(t, type) and issubclass(t, BaseModel)), None
             )
-    names = list(getattr(model, "model_fields", {}))
-    close = difflib.get_close_matches(str(location[-1]), names, n=1)
-    if close:
+    return nearest(str(location[-1]), list(getattr(model, "model_fields", {})))
+
+
+def nearest(key: str, names: list[str]) -> str:
+    """What to say behind "unknown key": the name that is near, or all of them."""
+    if close := difflib.get_close_matches(key, names, n=1):
         return f"; did you mean {close[0]}?"
     return f"; expected one of {', '.join(names)}" if names else ""

@@ -116,7 +116,5 @@ def open_config(path: str, overrides: list[str]) -> tuple[DataConfig, Corpus]:
             f"python -m data_pipeline.prepare --format {prepare.format} {prepare.out} and "
             "python -m data_pipeline.index on its folders"
         )
-    vision, llm = config.model.vision.get("config"), config.model.llm.get("config")
-    if not isinstance(vision, dict) or not isinstance(llm, dict):
-        raise InputError(f"{path}: model.vision.config and model.llm.config must be mappings")
-    return config, open_corpus(config.data, config.seed, cost_of(vision, llm))
+    cost = cost_of(config.model.vision.config, config.model.llm.config)
+    return config, open_corpus(config.data, config.seed, cost)

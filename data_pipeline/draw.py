@@ -9,23 +9,23 @@ import math
 from typing import Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from data_pipeline.config_file import Settings
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MASK = (1 << 64) - 1
 
 
-class TokenCountSettings(BaseModel):
+class TokenCountSettings(Settings):
     """How many tokens an image tile gets in training.
 
     The defaults are those of TokenFLEX (arXiv 2504.03154), section 3.
     """
 
-    model_config = ConfigDict(extra="forbid")
-
     counts: list[int] = Field([64, 144, 256], min_length=1)
     """Tokens per tile; each a perfect square n^2, since tokens are an n x n grid."""
-    probabilities: list[float] = [0.2, 0.3, 0.5]
+    probabilities: list[float] = Field([0.2, 0.3, 0.5])
     """Probability of each count. A count with probability 0 is evaluated but not trained."""
     draw: Literal["image", "sample", "pack"] = "image"
     """What shares one drawn count: the tiles of an image, the images of a sample, or a pack."""

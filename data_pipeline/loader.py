@@ -9,9 +9,10 @@ from itertools import islice
 from typing import TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from data_pipeline.batch import IGNORE, PackBuilder, PackedBatch
+from data_pipeline.config_file import Settings
 from data_pipeline.errors import InputError
 from data_pipeline.index import BadSample
 from data_pipeline.plan import PackPlan, Planner, PlanState, StepPlan, steps_of
@@ -34,10 +35,8 @@ _NAMED_BAD_SAMPLES = 5
 _STOP_POLL_S = 0.2
 
 
-class LoaderSettings(BaseModel):
+class LoaderSettings(Settings):
     """How data is read while training runs."""
-
-    model_config = ConfigDict(extra="forbid")
 
     threads: int = Field(2, gt=0)
     """Threads of each rank that plan, read, decode and tokenise."""

@@ -11,10 +11,12 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from data_pipeline.config_file import Settings
 from data_pipeline.errors import InputError
 from data_pipeline.index import BadSample, Index
+from data_pipeline.paths import PathText
 
 _SHIFT = 40
 _LOCAL = (1 << _SHIFT) - 1
@@ -22,12 +24,10 @@ SINGLE = "data"
 """Name of the only dataset where `data.shards` is given."""
 
 
-class DatasetSettings(BaseModel):
+class DatasetSettings(Settings):
     """One dataset of a mixture."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    shards: list[str] = Field(min_length=1)
+    shards: list[PathText] = Field(min_length=1)
     """Folders of *.tar files, globs, brace patterns or URLs, indexed by `data_pipeline.index`."""
     weight: float | None = Field(None, gt=0)
     """Share of the samples, relative to the other datasets'; null: its number of samples."""

@@ -1,44 +1,45 @@
 """The settings of the data: the `data` section of a config, and what of it the tools read."""
 
-from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from data_pipeline.backbone_config import BackboneConfig
 from data_pipeline.chat import ChatSettings
+from data_pipeline.config_file import Settings
 from data_pipeline.draw import TokenCountSettings
 from data_pipeline.loader import LoaderSettings
 from data_pipeline.mixture import SINGLE, DatasetSettings
+from data_pipeline.paths import FilePath, PathText
 from data_pipeline.plan import PackSettings
 from data_pipeline.storage import StorageSettings
 from data_pipeline.tiling import TilingSettings
 
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+"""What torch and numpy take."""
 
-class PrepareSettings(BaseModel):
+
+class PrepareSettings(Settings):
     """A demo corpus that the trainer writes itself when it is missing."""
 
-    model_config = ConfigDict(extra="forbid")
-
     format: Literal["digits", "grid"]
-    out: Path
+    out: FilePath
     train_samples: int = Field(24_000, gt=0)
     eval_samples: int = Field(600, gt=0)
-    seed: int = 0
+    seed: Seed = 0
 
 
-class DataSettings(BaseModel):
+class DataSettings(Settings):
     """What is trained on, and how samples become packs."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    shards: list[str] = []
+    shards: list[PathText] = Field([])
     """Folders of *.tar files, globs, brace patterns or URLs, indexed by `data_pipeline.index`."""
-    datasets: dict[str, DatasetSettings] = {}
+    datasets: dict[str, DatasetSettings] = Field({})
     """Instead of `shards`: several datasets by name, each with its weight and repeats."""
-    eval_shards: list[str] = []
-    index_dir: Path | None = None
+    eval_shards: list[PathText] = Field([])
+    index_dir: FilePath | None = None
     """Folder of the indexes; null: beside the shards. Needed for URLs and read-only folders."""
-    tokenizer: str
+    tokenizer: PathText
     """A sentencepiece .model file, a Hugging Face folder or a hub name."""
     prepare: PrepareSettings | None = None
     allow_change: bool = False
@@ -65,16 +66,22 @@ class DataSettings(BaseModel):
         return self.datasets or {SINGLE: DatasetSettings(shards=self.shards)}
 
 
-class BackboneArchitectures(BaseModel):
+class Architecture(Settings, extra="ignore"):
+    """Of a backbone, its architecture."""
+
+    config: BackboneConfig
+
+
+class BackboneArchitectures(Settings, extra="ignore"):
     """What of the `model` section decides how much a pack costs."""
 
-    vision: dict[str, Any]
-    llm: dict[str, Any]
+    vision: Architecture
+    llm: Architecture
 
 
-class DataConfig(BaseModel):
+class DataConfig(Settings, extra="ignore"):
     """What the data tools read of a training config; its other sections are not looked at."""
 
-    seed: int = 0
+    seed: Seed = 0
     data: DataSettings
     model: BackboneArchitectures

@@ -9,8 +9,9 @@ from typing import Literal
 
 import numpy as np
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from data_pipeline.config_file import Settings
 from data_pipeline.processor import tiling_tokenflex as rule
 from data_pipeline.processor.picture_tokenflex import resize
 
@@ -22,10 +23,8 @@ Resample = Literal["pillow", "torch"]
 times as fast where the processor has AVX2, and differs by 0 to 3 of 255."""
 
 
-class TilingSettings(BaseModel):
+class TilingSettings(Settings):
     """How images are cut into tiles."""
-
-    model_config = ConfigDict(extra="forbid")
 
     tile_size: int = Field(default=384, ge=1)
     """Side of a tile in pixels: the input size of the vision encoder."""

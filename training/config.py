@@ -5,31 +5,27 @@ optimisation and the run, and joins them all into `RunConfig`.
 """
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from data_pipeline.config_file import load_settings
+from data_pipeline.backbone_config import BackboneConfig
+from data_pipeline.config_file import Settings, load_settings
 from data_pipeline.loss_weighting import LossWeighting
-from data_pipeline.settings import DataSettings
+from data_pipeline.paths import FilePath, PathText
+from data_pipeline.settings import DataSettings, Seed
+from data_pipeline.yaml_text import write_yaml
 from kernels import POOL_MODES
 
 __all__ = ["DataSettings", "RunConfig", "load_config", "save_config"]
 
 
-class Settings(BaseModel):
-    """Base of all settings: an unknown key is an error."""
-
-    model_config = ConfigDict(extra="forbid")
-
-
 class BackboneSettings(Settings):
     """A vision tower or language model: its architecture, and weights to start from."""
 
-    config: dict[str, Any]
+    config: BackboneConfig
     """The transformers configuration: `model_type` and its fields (needed to build offline)."""
-    pretrained: str | None = None
+    pretrained: PathText | None = None
     """Folder or hub name of the weights; null starts from random weights."""
 
 
@@ -41,7 +37,7 @@ class ModelSettings(Settings):
     pool: str = "adaptive"
     """How patches become tokens: a mode in `kernels.POOL_MODES`."""
     projector_hidden_ratio: int = Field(3, gt=0)
-    pretrained: str | None = None
+    pretrained: PathText | None = None
     """An exported or imported model folder that all three parts start from; instead of theirs."""
 
     @field_validator("pool")
@@ -74,6 +70,9 @@ class StageModules(Settings):
         return self
 
 
+_Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class TrainSettings(Settings):
     """Optimisation: AdamW, linear warm-up, cosine decay, clipping."""
 
@@ -84,7 +83,7 @@ class TrainSettings(Settings):
     warmup_fraction: float = Field(0.03, ge=0, lt=1)
     min_lr_fraction: float = Field(0.0, ge=0, le=1)
     weight_decay: float = Field(0.0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[_Beta, _Beta] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)
     clip_grad_norm: float = Field(1.0, ge=0)
     """Largest gradient norm; 0 does not clip."""
@@ -102,13 +101,14 @@ class TrainSettings(Settings):
 
 
 class DeepSpeedSettings(Settings):
-    """ZeRO-3 options; `extra` is merged into the DeepSpeed configuration as it is."""
+    """ZeRO-3 options; `extra` is merged into the DeepSpeed configuration."""
 
     offload_optimizer: Literal["none", "cpu"] = "none"
     offload_params: Literal["none", "cpu"] = "none"
     param_persistence_threshold: int = Field(100_000, ge=0)
     """Parameters of fewer elements stay whole on every rank."""
-    extra: dict[str, Any] = {}
+    extra: dict[str, Any] = Field({})
+    """The engine checks them before it starts."""
 
 
 class CheckpointSettings(Settings):
@@ -121,9 +121,9 @@ class CheckpointSettings(Settings):
     """Also keep every checkpoint whose step is a multiple of this; 0: none."""
     background: bool = True
     """Write while training goes on; false: each save waits until its checkpoint is published."""
-    resume: str = "auto"
+    resume: PathText = "auto"
     """`auto` (newest checkpoint of output_dir, if any), `never`, or a checkpoint folder."""
-    init_from: str | None = None
+    init_from: PathText | None = None
     """Weights of an earlier stage to start a new run from: a checkpoint, or a folder of them."""
 
 
@@ -152,8 +152,8 @@ class EvalSettings(Settings):
 class RunConfig(Settings):
     """Everything a run depends on."""
 
-    output_dir: Path
-    seed: int = 0
+    output_dir: FilePath
+    seed: Seed = 0
     data: DataSettings
     model: ModelSettings
     train: TrainSettings
@@ -194,5 +194,4 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
 
 def save_config(config: RunConfig, path: Path) -> None:
     """Write the effective settings as YAML."""
-    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-    path.write_text(text, encoding="utf-8")
+    path.write_text(write_yaml(config.model_dump(mode="json")), encoding="utf-8")

@@ -1,8 +1,9 @@
 """What the trainer asks of an engine: everything between a model and its trained, saved shards.
 
 `training/zero3/` is the one there is. Another one is a folder beside it that offers these,
-which `train.py`, `checkpoint/`, `export/`, `health/` and `record/` import by name:
+which `train.py`, `preflight/`, `checkpoint/`, `export/`, `health/` and `record/` import by name:
 
+    extra.check_extra               InputError for settings of the engine that cannot be used
     engine.build_engine             the model of a run, partitioned, and its optimizer: an `Engine`
     process_group.init_distributed  join the process group; returns this process's `Ranks`
     process_group.quiet_libraries   hide the start-up chatter of its libraries

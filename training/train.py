@@ -28,6 +28,7 @@ from training.precision import settle_precision
 from training.run import Run
 from training.step import shared_denominator, train_step
 from training.zero3.engine import build_engine
+from training.zero3.extra import check_extra
 from training.zero3.process_group import init_distributed, quiet_libraries
 
 
@@ -140,6 +141,7 @@ def main(argv: list[str] | None = None) -> int:
     quiet_libraries()
     try:
         config = load_config(args.config, args.overrides)
+        check_extra(config)
         with StopRequest() as stop:
             code = train(config, init_distributed(config.faults.startup_timeout_s), stop)
     except InputError as error:

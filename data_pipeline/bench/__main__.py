@@ -27,6 +27,7 @@ from data_pipeline.cli import run_cli
 from data_pipeline.errors import InputError
 from data_pipeline.files import write_atomically
 from data_pipeline.machine import cpu_model, git_commit, num_cores, versions
+from data_pipeline.paths import path_argument
 from data_pipeline.text_table import text_table
 
 NAMES = ("planner", "index", "loader", "startup", "prepare", "remote")
@@ -81,7 +82,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--out",
-        type=Path,
+        type=path_argument,
         metavar="FILE.json",
         default=Path("runs/data-bench.json"),
         help="(default: %(default)s)",

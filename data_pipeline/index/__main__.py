@@ -14,6 +14,7 @@ from data_pipeline.index.index import Index
 from data_pipeline.index.index_files import find_index_files, find_tokenizer
 from data_pipeline.index.open_index import load_index
 from data_pipeline.machine import num_cores
+from data_pipeline.paths import path_text
 from data_pipeline.storage import Storage, StorageSettings
 from data_pipeline.tokenizer import load_tokenizer
 
@@ -123,11 +124,13 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "shards",
         nargs="+",
         metavar="SHARDS",
+        type=path_text,
         help="a folder of .tar files, a glob, a path, a URL (s3://, gs://, hf://, https://), or a "
         "brace pattern: 's-{000..015}.tar'",
     )
     parser.add_argument(
         "--tokenizer",
+        type=path_text,
         metavar="PATH",
         help="sentencepiece .model file, Hugging Face folder or hub name, the one used in training "
         "(default: tokenizer.model beside the shards or one folder up)",
@@ -148,6 +151,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--index-dir",
+        type=path_text,
         metavar="DIR",
         help="local folder for the index, as data.index_dir in training; needed for remote shards "
         "(default: index/ beside the shards)",

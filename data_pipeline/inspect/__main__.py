@@ -2,7 +2,6 @@
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from data_pipeline.cli import add_config_arguments, at_least, run_cli
 from data_pipeline.corpus import open_config
@@ -10,6 +9,7 @@ from data_pipeline.errors import InputError
 from data_pipeline.files import write_atomically
 from data_pipeline.inspect.inspection import InspectSettings, inspect_plan
 from data_pipeline.inspect.page import render
+from data_pipeline.paths import path_argument
 
 _DESCRIPTION = """\
 Write an HTML page that shows what the model will see in training: samples with
@@ -49,7 +49,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_config_arguments(parser)
-    parser.add_argument("--out", type=Path, required=True, metavar="PAGE.html")
+    parser.add_argument("--out", type=path_argument, required=True, metavar="PAGE.html")
     numbers = {
         "--steps": "steps whose packs are shown",
         "--first-step": "first of them, counted from 1 as training does",

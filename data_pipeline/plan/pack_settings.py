@@ -1,12 +1,12 @@
 """How samples become packs, and packs become steps."""
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from data_pipeline.config_file import Settings
 
 
-class PackSettings(BaseModel):
+class PackSettings(Settings):
     """How samples become packs, and packs become steps."""
-
-    model_config = ConfigDict(extra="forbid")
 
     max_tokens: int = Field(8192, gt=0)
     """Tokens a pack can hold."""

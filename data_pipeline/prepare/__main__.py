@@ -33,6 +33,7 @@ from typing import Any
 
 from data_pipeline.cli import run_cli, storage_option
 from data_pipeline.errors import InputError
+from data_pipeline.paths import path_argument, path_text
 from data_pipeline.prepare.shard_writer import REPORT_NAME, ShardLimits
 
 DEMO_OPTIONS: dict[str, Any] = {
@@ -98,7 +99,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     records = parser.add_argument_group("options of records and mixture")
     records.add_argument(
-        "--images", type=Path, metavar="DIR", help="where the images are (default: beside SRC)"
+        "--images",
+        type=path_argument,
+        metavar="DIR",
+        help="where the images are (default: beside SRC)",
     )
     records.add_argument(
         "--map",
@@ -127,7 +131,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _path_or_url(text: str) -> Path | str:
-    return text if "://" in text else Path(text)
+    return path_text(text) if "://" in text else path_argument(text)
 
 
 def _add_demo_options(demo: Any) -> None:

@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from data_pipeline.errors import InputError
 from data_pipeline.files import write_atomically
 from data_pipeline.prepare.convert import Conversion
 from data_pipeline.prepare.from_records import Share, prepare_records
+from data_pipeline.yaml_text import read_yaml, write_yaml
 
 CONFIG = "mixture.yaml"
 _STRATEGY = re.compile(r"(first|end|random):(\d+(?:\.\d+)?)(%?)")
@@ -61,7 +60,7 @@ def prepare_mixture(
         reports[dataset.name] = report
         weight = round(report["samples"] * dataset.repeat, 4)
         section[dataset.name] = {"shards": [str(out / dataset.name)], "weight": weight}
-    text = yaml.safe_dump({"data": {"datasets": section}}, sort_keys=False)
+    text = write_yaml({"data": {"datasets": section}})
     write_atomically(out / CONFIG, text.encode())
     return reports
 
@@ -70,8 +69,10 @@ def read_list(source: Path, images: Path | None = None) -> list[ListedDataset]:
     """The datasets that a list names; InputError for one that is of neither form."""
     try:
         text = source.read_bytes().decode("utf-8-sig")
-        content = json.loads(text) if source.suffix.lower() == ".json" else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError) as error:
+        content = json.loads(text) if source.suffix.lower() == ".json" else read_yaml(text, source)
+    except InputError:
+        raise
+    except ValueError as error:
         raise InputError(f"{source} cannot be read as a list of datasets: {error}") from error
     if isinstance(content, Mapping) and isinstance(content.get("datasets"), list):
         found = [_of_yaml(entry, source, images) for entry in content["datasets"]]

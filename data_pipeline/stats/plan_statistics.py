@@ -16,6 +16,7 @@ from tqdm import tqdm
 from data_pipeline.cli import add_config_arguments, at_least
 from data_pipeline.corpus import Corpus, open_config
 from data_pipeline.mixture import Mixture, split_ids
+from data_pipeline.paths import path_argument
 from data_pipeline.plan.parts import LeftOut, WindowPlan
 from data_pipeline.plan.planner import Planner
 from data_pipeline.plotting import BLUE, picture
@@ -55,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help=f"steps to plan (default: one epoch, at most {_MAX_WINDOWS} windows)",
     )
-    parser.add_argument("--out", type=Path, metavar="STATS.png", help="write histograms")
+    parser.add_argument("--out", type=path_argument, metavar="STATS.png", help="write histograms")
 
 
 def run(options: argparse.Namespace) -> None:

@@ -19,6 +19,7 @@ from data_pipeline.balance.packing import Packing, balance
 from data_pipeline.draw import uniform_hash
 from data_pipeline.errors import InputError
 from data_pipeline.files import write_atomically
+from data_pipeline.paths import path_argument
 from data_pipeline.stats.measures import Measures, SampleCosts, measure
 from data_pipeline.text_table import text_table
 
@@ -81,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `simulate`."""
     parser.add_argument(
         "--lengths",
-        type=Path,
+        type=path_argument,
         required=True,
         metavar="FILE.npz",
         help="integer arrays `tokens` and `tiles`, one value per sample",
@@ -99,7 +100,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--out",
-        type=Path,
+        type=path_argument,
         required=True,
         metavar="PLAN.npz",
         help="arrays `sample`, `step`, `pack` (within the step), one row per placed sample",

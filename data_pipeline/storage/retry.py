@@ -5,18 +5,17 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from data_pipeline.config_file import Settings
 from data_pipeline.errors import InputError
 from data_pipeline.storage.read_counts import ReadCounts
 
 _Result = TypeVar("_Result")
 
 
-class StorageSettings(BaseModel):
+class StorageSettings(Settings):
     """How remote shards are read."""
-
-    model_config = ConfigDict(extra="forbid")
 
     attempts: int = Field(5, gt=0)
     """Requests for one range before giving up."""

@@ -288,7 +288,7 @@ def test_samples_are_chosen_over_datasets_images_and_counts(config: Path, tmp_pa
         (["data.pack.max_tokens=8"], "raise data.pack.max_tokens"),
         (["data.tokenizer=/nowhere.model"], "/nowhere.model does not exist"),
         (["data.prepare={format: grid, out: /nowhere}"], "data_pipeline.prepare --format grid"),
-        (["model.llm.config=null"], "model.llm.config must be mappings"),
+        (["model.llm.config=null"], "model.llm.config: is required"),
         ([*WHOLE, "--first-step", "999"], "the plan ends after step"),
     ],
 )

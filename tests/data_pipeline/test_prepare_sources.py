@@ -136,7 +136,7 @@ def test_a_list_of_datasets(name: str, tmp_path: Path) -> None:
         assert keys == [1, 2, 3]
     # The section is one that a config takes as it is.
     config["data"] |= {"tokenizer": "t.model", "pack": {"packs_per_step": 1}}
-    config["model"] = {"vision": {}, "llm": {}}
+    config["model"] = {part: {"config": {"model_type": "qwen2"}} for part in ("vision", "llm")}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     settings = load_settings(DataConfig, tmp_path / "config.yaml")
     assert list(settings.data.sources) == ["first", "second"]

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from data_pipeline.errors import InputError
-from training.config import load_config, save_config
+from training.config import DeepSpeedSettings, FaultSettings, load_config, save_config
 
 PRESETS = sorted(Path("training/configs").glob("*.yaml"))
 DIGITS = Path("training/configs/digits.yaml")
@@ -73,6 +73,76 @@ def test_overrides_are_yaml_values() -> None:
 def test_a_wrong_setting_is_named(override: str, expected: str) -> None:
     with pytest.raises(InputError, match=expected):
         load_config(DIGITS, [override])
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("train.steps=yes", r"train\.steps: expected a number"),
+        ("data.tokens.counts=[4, true, 64]", r"data\.tokens\.counts: expected a number"),
+        ("train.steps=", r"train\.steps: .*found nothing"),
+        ("train.steps=.nan", r"train\.steps: .*finite"),
+        ("train.modules.projector.lr=.inf", r"train\.modules\.projector\.lr: .*finite"),
+        ("train.modules.projector.lr=nan", r"train\.modules\.projector\.lr: .*finite"),
+        ("train.betas=[0.9, 1]", r"train\.betas\.1: .*less than 1"),
+        ("seed=1e22", r"seed: "),
+        ("data.eval_shards=data/x", r"data\.eval_shards: .*list.*data/x"),
+        ("data.tokens.counts=", r"data\.tokens\.counts: .*found nothing"),
+        ("data.tokenizer=7", r"data\.tokenizer: .*quotes"),
+        ("data.chat.system=off", r"data\.chat\.system: .*quotes"),
+        ("data.chat.system=You are #1.", r"data\.chat\.system=.*comment"),
+        ('output_dir=""', r"output_dir: .*empty"),
+        ("train={steps: 7, steps: 8}", r"steps is written twice"),
+        ("data.tokenizer=*", r"data\.tokenizer=\*.*not valid YAML"),
+    ],
+)
+def test_a_value_that_cannot_be_meant_is_named(override: str, expected: str) -> None:
+    with pytest.raises(InputError, match=expected):
+        load_config(DIGITS, [override])
+
+
+def test_numbers_are_read_as_they_are_meant(tmp_path: Path) -> None:
+    text = DIGITS.read_text().replace(
+        "initializer_range: 0.1", "initializer_range: 0.1, rms_norm_eps: 3e-6"
+    )
+    text = text.replace("initializer_range: 0.1, rms", "initializer_range: 0.1\n      rms")
+    (tmp_path / "run.yaml").write_text(text)
+    config = load_config(
+        tmp_path / "run.yaml", ["train.modules.projector.lr=2e-4", "train.steps=1_500"]
+    )
+    assert config.model.llm.config["rms_norm_eps"] == 3e-6
+    assert (config.train.modules.projector.lr, config.train.steps) == (2e-4, 1500)
+    assert load_config(DIGITS, ["checkpoint.every_steps=2e2"]).checkpoint.every_steps == 200
+
+
+def test_a_key_written_twice_is_refused_with_both_lines(tmp_path: Path) -> None:
+    lines = len(DIGITS.read_text().splitlines())
+    first = DIGITS.read_text().splitlines().index("train:") + 1
+    (tmp_path / "twice.yaml").write_text(DIGITS.read_text() + "train: {steps: 7}\n")
+    with pytest.raises(InputError, match=rf"train is written twice \(line {first} and {lines + 1}"):
+        load_config(tmp_path / "twice.yaml")
+
+
+def test_an_empty_section_has_its_defaults(tmp_path: Path) -> None:
+    text = "\n".join(
+        line for line in DIGITS.read_text().splitlines() if not line.startswith("deepspeed")
+    )
+    (tmp_path / "empty.yaml").write_text(text + "\ndeepspeed:\nfaults: ~\n")
+    config = load_config(tmp_path / "empty.yaml")
+    assert config.deepspeed == DeepSpeedSettings() and config.faults == FaultSettings()
+    more = load_config(tmp_path / "empty.yaml", ["deepspeed.extra=", "faults.spike_sigma=2"])
+    assert more.deepspeed.extra == {} and more.faults.spike_sigma == 2
+    assert load_config(DIGITS, ["data.eval_shards="]).data.eval_shards == []
+
+
+def test_an_override_adds_to_a_section_and_the_last_one_counts() -> None:
+    config = load_config(DIGITS, ["train={steps: 5, modules: {projector: {lr: 1}}}"])
+    assert (config.train.steps, config.train.log_every) == (5, 50)
+    assert config.train.modules.projector.lr == 1
+    assert config.train.modules.vision_model.lr == 2e-3
+    assert load_config(DIGITS, ["train.steps=5", "train.steps=6"]).train.steps == 6
+    extra = ["deepspeed.extra={a: 1}", "deepspeed.extra={b: 2}"]
+    assert load_config(DIGITS, extra).deepspeed.extra == {"b": 2}  # a dictionary is a value
 
 
 def test_all_problems_are_reported_at_once() -> None:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from data_pipeline.cli import run_cli
 from data_pipeline.errors import InputError
+from data_pipeline.paths import path_argument
 from training.checkpoint.folder_layout import (
     BAD,
     LATEST,
@@ -53,7 +54,7 @@ def _parse_args(argv: list[str] | None) -> argparse.Namespace:
     prune = commands.add_parser("prune", help="remove all but the newest checkpoints")
     prune.set_defaults(run=_prune)
     for command in (show, verify, prune):
-        command.add_argument("path", type=Path, help="a run's checkpoints folder")
+        command.add_argument("path", type=path_argument, help="a run's checkpoints folder")
     prune.add_argument("--keep", type=int, required=True, help="newest ones to keep, at least 1")
     prune.add_argument(
         "--keep-every", type=int, default=0, metavar="M", help="also keep multiples of M steps"

@@ -14,6 +14,7 @@ from data_pipeline.cli import at_least
 from data_pipeline.errors import InputError
 from data_pipeline.files import write_atomically
 from data_pipeline.machine import cpu_model, git_commit, num_cores, versions
+from data_pipeline.paths import path_argument, path_text
 from training import exit_codes
 from training.distributed import Ranks
 from training.evaluate.accuracy_plot import plot_accuracy
@@ -143,7 +144,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_model_arguments(parser)
-    parser.add_argument("shards", nargs="+", metavar="SHARDS", help="folders, globs or URLs")
+    parser.add_argument(
+        "shards", nargs="+", type=path_text, metavar="SHARDS", help="folders, globs or URLs"
+    )
     whole = at_least(1)
     parser.add_argument(
         "--num-image-tokens",
@@ -152,7 +155,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="N",
         help="tokens per tile, each a square (default: the counts that were trained)",
     )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="default: runs/evaluation-MODEL")
+    parser.add_argument(
+        "--out", type=path_argument, metavar="DIR", help="default: runs/evaluation-MODEL"
+    )
     parser.add_argument(
         "--budget",
         action="append",
@@ -185,8 +190,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--resamples", type=whole, default=2000, metavar="N", help="of the bootstrap (2000)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (0)")
-    parser.add_argument("--tokenizer", metavar="PATH", help="that the index was made with")
-    parser.add_argument("--index-dir", type=Path, metavar="DIR", help="where the index is")
+    parser.add_argument(
+        "--tokenizer", type=path_text, metavar="PATH", help="that the index was made with"
+    )
+    parser.add_argument("--index-dir", type=path_argument, metavar="DIR", help="where the index is")
     parser.add_argument(
         "--reduced-jpeg",
         action="store_true",

@@ -5,9 +5,9 @@ python -m training.export runs/digits/checkpoints/step-00001200 out/digits --dty
 """
 
 import argparse
-from pathlib import Path
 
 from data_pipeline.cli import run_cli
+from data_pipeline.paths import path_argument, path_text
 from training.export import export
 from training.export.safetensors_files import parse_size
 
@@ -18,16 +18,24 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("checkpoint", type=Path, help="a checkpoint, or a run's output_dir")
-    parser.add_argument("out", type=Path, help="folder to write; must not exist, or be empty")
+    parser.add_argument(
+        "checkpoint", type=path_argument, help="a checkpoint, or a run's output_dir"
+    )
+    parser.add_argument(
+        "out", type=path_argument, help="folder to write; must not exist, or be empty"
+    )
     parser.add_argument(
         "--dtype", choices=("bf16", "fp32"), help="of the weights (default: as in training)"
     )
     parser.add_argument(
         "--max-shard-size", default="5GB", metavar="SIZE", help="of one weights file (%(default)s)"
     )
-    parser.add_argument("--config", type=Path, help="the run's config.yaml, if it is elsewhere")
-    parser.add_argument("--tokenizer", help="the run's tokenizer, if it is elsewhere")
+    parser.add_argument(
+        "--config", type=path_argument, help="the run's config.yaml, if it is elsewhere"
+    )
+    parser.add_argument(
+        "--tokenizer", type=path_text, help="the run's tokenizer, if it is elsewhere"
+    )
     args = parser.parse_args(argv)
     run = export(
         args.checkpoint,

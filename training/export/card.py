@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
-import yaml
-
 from data_pipeline.tiling import TilingSettings
+from data_pipeline.yaml_text import write_yaml
 from training.export.trained_run import TrainedRun
 from training.model.hub import TokenFlexConfig
 
@@ -190,7 +189,7 @@ def _settings(dump: Mapping[str, Any]) -> str:
     shown = {key: value for key, value in dump.items() if key != "output_dir"}
     shown["data"] = {key: value for key, value in dump["data"].items() if key != "storage"}
     shown = _public_values(shown)
-    return f"```yaml\n{yaml.safe_dump(shown, sort_keys=False)}```"
+    return f"```yaml\n{write_yaml(shown)}```"
 
 
 def _public_values(value: Any) -> Any:

@@ -15,6 +15,7 @@ from transformers import TextStreamer
 
 from data_pipeline.cli import at_least, run_cli
 from data_pipeline.errors import InputError
+from data_pipeline.paths import path_argument
 from data_pipeline.text_table import text_table
 from training.generate import (
     Answer,
@@ -149,7 +150,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add_model_arguments(parser)
     parser.add_argument("--device", help="cuda, cuda:1, cpu (default: the GPU if there is one)")
     parser.add_argument(
-        "--image", type=Path, action="append", default=[], metavar="FILE", help="may be repeated"
+        "--image",
+        type=path_argument,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="may be repeated",
     )
     parser.add_argument(
         "--prompt", help="<image> says where an image goes; without, images come first"

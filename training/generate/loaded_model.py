@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.utils.logging import disable_progress_bar
 
 from data_pipeline.errors import InputError
+from data_pipeline.paths import path_text
 from data_pipeline.processor.arguments_tokenflex import side_of
 from training.model.hub import (
     TokenFlexConfig,
@@ -134,7 +135,10 @@ def load_model(
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """MODEL, --dtype and --trust-remote-code."""
     parser.add_argument(
-        "model", metavar="MODEL", help="folder that training.export wrote, or a name on the hub"
+        "model",
+        type=path_text,
+        metavar="MODEL",
+        help="folder that training.export wrote, or a name on the hub",
     )
     parser.add_argument(
         "--dtype",

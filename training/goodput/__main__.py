@@ -10,10 +10,10 @@ end of one process to the start of the next), lost (steps done again after a res
 
 import argparse
 import json
-from pathlib import Path
 
 from data_pipeline.cli import run_cli
 from data_pipeline.errors import InputError
+from data_pipeline.paths import path_argument
 from training.goodput.accounting import summarize, table
 from training.goodput.goodput_plot import plot
 
@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="output_dir of the run")
+    parser.add_argument("run", type=path_argument, metavar="RUN", help="output_dir of the run")
     rate = parser.add_mutually_exclusive_group()
     rate.add_argument("--failures-per-day", type=float, metavar="X", help="expected in this job")
     rate.add_argument("--mtbf-hours", type=float, metavar="H", help="mean hours between failures")

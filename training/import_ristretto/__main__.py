@@ -7,11 +7,11 @@ Both directions read and write weights, settings and tokenizer; no code of the s
 """
 
 import argparse
-from pathlib import Path
 
 import transformers
 
 from data_pipeline.cli import run_cli
+from data_pipeline.paths import path_argument
 from training.export.safetensors_files import parse_size
 from training.import_ristretto.release import from_release, to_release
 from training.import_ristretto.release_config import CODE_FILES
@@ -23,8 +23,10 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("source", type=Path, help="folder to read")
-    parser.add_argument("out", type=Path, help="folder to write; must not exist, or be empty")
+    parser.add_argument("source", type=path_argument, help="folder to read")
+    parser.add_argument(
+        "out", type=path_argument, help="folder to write; must not exist, or be empty"
+    )
     parser.add_argument("--reverse", action="store_true", help="from this project's form")
     parser.add_argument(
         "--max-shard-size", default="5GB", metavar="SIZE", help="of one weights file (%(default)s)"

@@ -10,11 +10,11 @@ instead of waiting for it. Exit status: 0; 1 for a bad node; 2 for a wrong setti
 import argparse
 import sys
 
-import yaml
-
 from data_pipeline.errors import InputError
+from data_pipeline.yaml_text import write_yaml
 from training import exit_codes
 from training.config import load_config
+from training.zero3.extra import check_extra
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -34,8 +34,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
         config = load_config(args.config, args.overrides)
+        check_extra(config)
         if args.settings:
-            print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), end="")
+            print(write_yaml(config.model_dump(mode="json")), end="")
             return exit_codes.OK
         from training.preflight.phases import preflight
 

@@ -5,10 +5,10 @@ python -m training.record runs/digits out.json --command "make pretrain" --wall-
 
 import argparse
 import json
-from pathlib import Path
 
 from data_pipeline.cli import run_cli
 from data_pipeline.files import write_atomically
+from data_pipeline.paths import path_argument
 from training.record.run_record import record
 
 
@@ -18,8 +18,8 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run", type=Path, help="the run's output_dir")
-    parser.add_argument("out", type=Path, help="JSON file to write")
+    parser.add_argument("run", type=path_argument, help="the run's output_dir")
+    parser.add_argument("out", type=path_argument, help="JSON file to write")
     parser.add_argument("--command", required=True, help="the command that ran it")
     parser.add_argument("--wall-s", type=float, required=True, help="how long it took, by `time`")
     args = parser.parse_args()

@@ -18,6 +18,7 @@ from training.parameters import freeze, parameter_groups
 from training.zero3.compatibility import fix_zero3_initialization
 from training.zero3.ds_config import deepspeed_config
 from training.zero3.elastic import load_resharded
+from training.zero3.extra import refusals
 from training.zero3.frozen import frozen_hashes
 from training.zero3.initial_weights import load_weights
 from training.zero3.snapshot import HostBuffers, snapshot_bytes, take_snapshot
@@ -132,16 +133,17 @@ def build_engine(
     torch.manual_seed(config.seed)
     ds_config = deepspeed_config(config, ranks.world_size)
     fix_zero3_initialization()
-    # Alive while the model is built: transformers then builds and loads it under zero.Init.
-    hf_config = HfDeepSpeedConfig(ds_config)
-    model = build_model(config, tokenizer, pretrained)
-    del hf_config
-    model.train()  # from_pretrained leaves evaluation mode, in which nothing is checkpointed
-    freeze(model, config.train.modules)
-    if config.train.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    optimizer = _optimizer(model, config, ranks)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
+    with refusals(config.deepspeed.extra):
+        # Alive while the model is built: transformers then builds and loads it under zero.Init.
+        hf_config = HfDeepSpeedConfig(ds_config)
+        model = build_model(config, tokenizer, pretrained)
+        del hf_config
+        model.train()  # from_pretrained leaves evaluation mode, in which nothing is checkpointed
+        freeze(model, config.train.modules)
+        if config.train.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        optimizer = _optimizer(model, config, ranks)
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
     return Zero3Engine(engine)
 
 
