@@ -89,6 +89,9 @@ class TrainSettings(Settings):
     """Largest gradient norm; 0 does not clip."""
     precision: Literal["auto", "bf16", "fp32"] = "bf16"
     """auto: bf16 where the device computes it at full speed (GPUs, new CPUs), else fp32."""
+    device: Literal["auto", "cpu"] = "auto"
+    """auto: the GPUs, or the CPU of a machine without; GPUs that PyTorch does not see are an error,
+    unless the CPU is asked for."""
     gradient_checkpointing: bool = False
     projector_backward: Literal["save", "recompute"] = "save"
     """Keep the projector's gates for backward, or compute them again: a seventh of the memory."""

@@ -4,6 +4,7 @@ import os
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -12,6 +13,7 @@ import torch.distributed
 from data_pipeline.errors import InputError
 
 T = TypeVar("T")
+DEVICES = Path("/dev")
 
 
 @dataclass(frozen=True)
@@ -28,15 +30,18 @@ class Ranks:
         return self.rank == 0
 
 
-def launched_ranks() -> Ranks:
+def launched_ranks(on_cpu: bool = False) -> Ranks:
     """This process's place as the environment describes it, which is made complete.
+
+    on_cpu: whether the CPU is asked for; see `local_device`.
 
     torchrun and the deepspeed launcher set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and
     MASTER_PORT; under srun the first three come from SLURM_PROCID, SLURM_NTASKS and
     SLURM_LOCALID. With neither, the run has one rank.
 
     Raises:
-        InputError: if the environment is incomplete or there are fewer GPUs than local ranks.
+        InputError: if the environment is incomplete, there are fewer GPUs than local ranks, or
+            there are GPUs that PyTorch does not see.
     """
     rank_from_slurm()
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -50,7 +55,7 @@ def launched_ranks() -> Ranks:
             f"{world_size} ranks but {' and '.join(missing)} not set; start with torchrun, the "
             "deepspeed launcher, or slurm/pretrain.sh"
         )
-    device = local_device(local_rank)
+    device = local_device(local_rank, on_cpu)
     local_rank = device.index if device.type == "cuda" else local_rank
     for name, value in (("RANK", rank), ("WORLD_SIZE", world_size), ("LOCAL_RANK", local_rank)):
         os.environ[name] = str(value)  # where libraries look for them
@@ -68,8 +73,27 @@ def rank_from_slurm() -> None:
     os.environ["LOCAL_RANK"] = os.environ.get("SLURM_LOCALID", "0")
 
 
-def local_device(local_rank: int) -> torch.device:
+def local_device(local_rank: int, on_cpu: bool = False) -> torch.device:
+    """The device of a rank: its GPU, or the CPU of a machine without any.
+
+    on_cpu: the CPU is asked for.
+
+    Raises:
+        InputError: if there are GPUs, and the CPU would be used without being asked for, or cannot
+            be used; if there are fewer GPUs than local ranks.
+    """
+    if on_cpu and torch.cuda.is_available():
+        raise InputError(
+            "train.device is cpu, but PyTorch sees GPUs and the engine would take them; hide them: "
+            "set CUDA_VISIBLE_DEVICES to an empty text before the command"
+        )
     if not torch.cuda.is_available():
+        if not on_cpu and (found := unseen_gpus()):
+            raise InputError(
+                f"{found}; find out why with `nvidia-smi` and `python -c 'import torch; "
+                "torch.zeros(1).cuda()'`, or ask for the CPU: train.device=cpu in training, else "
+                "an empty CUDA_VISIBLE_DEVICES"
+            )
         return torch.device("cpu")
     # Slurm may show each task its own GPU only.
     index = 0 if torch.cuda.device_count() == 1 and "SLURM_STEP_ID" in os.environ else local_rank
@@ -80,6 +104,31 @@ def local_device(local_rank: int) -> torch.device:
         )
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
+
+
+def unseen_gpus() -> str:
+    """What says that there are GPUs here, although PyTorch sees none; empty if nothing does.
+
+    In a job that is Slurm's word: a node may have GPUs that the job was not given.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if torch.cuda.is_available() or visible in ("", "-1", "NoDevFiles"):  # there, or hidden
+        return ""
+    listed = os.environ.get("SLURM_STEP_GPUS") or os.environ.get("SLURM_JOB_GPUS")
+    given = os.environ.get("SLURM_GPUS_ON_NODE") or (listed and len(listed.split(","))) or "0"
+    there = sorted(str(path) for path in DEVICES.glob("nvidia[0-9]*"))
+    if given != "0":
+        reason = f"Slurm gave the job {given} GPUs here"
+    elif visible and "CROSS_SIZE" not in os.environ:  # else a launcher's, of ranks
+        reason = f"CUDA_VISIBLE_DEVICES is {visible}"
+    elif there and "SLURM_JOB_ID" not in os.environ:
+        reason = f"there are GPUs ({', '.join(there)})"
+    else:
+        return ""
+    return (
+        f"node {socket.gethostname()}: {reason}, but PyTorch sees none (driver? CUDA build of "
+        "PyTorch? a container without --nv?)"
+    )
 
 
 def _free_port() -> int:

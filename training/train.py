@@ -143,7 +143,9 @@ def main(argv: list[str] | None = None) -> int:
         config = load_config(args.config, args.overrides)
         check_extra(config)
         with StopRequest() as stop:
-            code = train(config, init_distributed(config.faults.startup_timeout_s), stop)
+            on_cpu = config.train.device == "cpu"
+            ranks = init_distributed(config.faults.startup_timeout_s, on_cpu)
+            code = train(config, ranks, stop)
     except InputError as error:
         # Every rank says so: another may end the job before rank 0 has come this far.
         print(f"error: {error}", file=sys.stderr, flush=True)

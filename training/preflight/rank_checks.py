@@ -47,7 +47,11 @@ def check_node(report: RankReport, config: RunConfig) -> torch.device:
     devices = [torch.device("cpu")]
 
     def check() -> None:
-        devices.append(distributed.local_device(int(os.environ.get("LOCAL_RANK", 0))))
+        on_cpu = config.train.device == "cpu"
+        if not on_cpu and (problem := distributed.unseen_gpus()):
+            report.problems.append(problem.partition(": ")[2])  # its node is named anyway
+            return
+        devices.append(distributed.local_device(int(os.environ.get("LOCAL_RANK", 0)), on_cpu))
         check_device(report, devices[-1])
 
     within(15, "device", check, report)
@@ -79,12 +83,6 @@ def within(seconds: float, what: str, check: Callable[[], object], report: RankR
 def check_device(report: RankReport, device: torch.device) -> None:
     """Compute on this rank's GPU."""
     if device.type == "cpu":
-        allocated = os.environ.get("SLURM_GPUS_ON_NODE")
-        if allocated:
-            report.problems.append(
-                f"Slurm gave the job {allocated} GPUs here, but PyTorch sees none (driver? CUDA "
-                "build of PyTorch?)"
-            )
         report.device = "CPU"
         return
     torch.cuda.set_device(device)  # this thread's

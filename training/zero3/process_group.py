@@ -7,12 +7,13 @@ from datetime import timedelta
 from training.distributed import Ranks, launched_ranks
 
 
-def init_distributed(timeout_s: float = 1800.0) -> Ranks:
+def init_distributed(timeout_s: float = 1800.0, on_cpu: bool = False) -> Ranks:
     """Join the process group described by the environment; see `launched_ranks`.
 
     timeout_s: longest wait for the others, there and in the collectives that follow.
+    on_cpu: whether the CPU is asked for.
     """
-    ranks = launched_ranks()
+    ranks = launched_ranks(on_cpu)
 
     import deepspeed
     import deepspeed.ops
