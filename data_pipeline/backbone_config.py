@@ -5,9 +5,11 @@ default in its place.
 """
 
 import dataclasses
+import inspect
 import math
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import AfterValidator
@@ -20,6 +22,7 @@ _ROPE = {"rope_parameters", "rope_scaling"}
 _SIZES = {"hidden_size", "intermediate_size", "head_dim", "vocab_size", "image_size", "patch_size"}
 _SIZES |= {"num_hidden_layers", "num_attention_heads", "num_key_value_heads"}
 _SIZES |= {"num_channels", "max_position_embeddings"}
+_POSITIVE = {"initializer_range", "rope_theta", "rms_norm_eps", "layer_norm_eps"}
 _DIVIDED = (("hidden_size", "num_attention_heads"), ("num_attention_heads", "num_key_value_heads"))
 _LAYER_TYPE = "_attention"
 """How the names end under which rope's settings are given for some layers only."""
@@ -61,24 +64,32 @@ BackboneConfig = Annotated[dict[str, Any], AfterValidator(check_backbone)]
 
 def _unknown(kind: Any, config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     """The keys of a config that its class does not know, also those of configs inside it."""
-    from transformers import GenerationConfig
-
     own = {field.name for field in dataclasses.fields(kind)} | set(kind.attribute_map)
     known = own | set(kind().to_dict()) | {"model_type"} | _OLDER
-    # How to generate was part of config.json once; it does not change what is trained.
-    known |= set(GenerationConfig().to_dict())
     for key, value in config.items():
-        if key not in known:
-            yield (
-                f"{prefix}{key}",
-                f"unknown key of {kind.__name__}, which would not use it{_near(key, own)}",
-            )
+        if key not in known and not _of_generation(key) and not _read_by_code(kind, key):
+            problem = f"unknown key of {kind.__name__}, which would not use it{_near(key, own)}"
+            yield f"{prefix}{key}", problem
         elif key in _ROPE and isinstance(value, Mapping):
             yield from _unknown_rope(value, f"{prefix}{key}.")
         elif key in kind.sub_configs and isinstance(value, Mapping):
             sub = kind.sub_configs[key]
             if dataclasses.is_dataclass(sub):
                 yield from _unknown(sub, value, f"{prefix}{key}.")
+
+
+def _of_generation(key: str) -> bool:
+    """Whether a key says how to generate, as config.json once did: it changes nothing here."""
+    from transformers import GenerationConfig
+
+    return key in vars(GenerationConfig())
+
+
+def _read_by_code(kind: Any, key: str) -> bool:
+    """Whether the code of the model asks for a key that its class does not list: head_dim, say."""
+    asks = re.compile(rf"""getattr\([\w.]*config, ["']{re.escape(key)}["']""")
+    folder = Path(inspect.getfile(kind)).parent
+    return any(asks.search(file.read_text("utf-8")) for file in folder.glob("modeling_*.py"))
 
 
 def _unknown_rope(rope: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
@@ -99,15 +110,15 @@ def _unknown_rope(rope: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, s
 
 def _wrong_numbers(kind: Any, config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Sizes that no model can have, which transformers meets when it builds one, or never."""
-    from transformers.activations import ACT2FN
-
     for key, value in config.items():
         if isinstance(value, float) and not math.isfinite(value):
             yield key, f"expected a finite number (found {value})"
         elif key in _SIZES and isinstance(value, int) and value < 1:
             yield key, f"expected a whole number from 1 on (found {value})"
-        elif key == "hidden_act" and isinstance(value, str) and value not in ACT2FN:
-            yield key, f"transformers knows no activation {value!r}{_near(value, set(ACT2FN))}"
+        elif key in _POSITIVE and isinstance(value, int | float) and value <= 0:
+            yield key, f"expected a number above 0 (found {value})"
+        elif key == "hidden_act" and isinstance(value, str):
+            yield from _unknown_activation(value)
     own_head_size = config.get("head_dim") or getattr(kind(), "head_dim", None)
     for whole, part in _DIVIDED if not own_head_size else _DIVIDED[1:]:
         size, count = config.get(whole), config.get(part)
@@ -118,6 +129,13 @@ def _wrong_numbers(kind: Any, config: Mapping[str, Any]) -> Iterator[tuple[str, 
         yield "image_size", f"expected at least one patch of {patch} pixels (found {image})"
 
 
+def _unknown_activation(name: str) -> Iterator[tuple[str, str]]:
+    from transformers.activations import ACT2FN
+
+    if name not in ACT2FN:
+        yield "hidden_act", f"transformers knows no activation {name!r}{_near(name, set(ACT2FN))}"
+
+
 def _near(key: str, known: set[str]) -> str:
-    hint = nearest(key, sorted(known))
+    hint = nearest(key, sorted(known), cutoff=0.75)
     return hint if "did you mean" in hint else ""

@@ -9,11 +9,19 @@ from data_pipeline.yaml_text import read_yaml
 
 
 def run_cli(main: Callable[[], object]) -> None:
-    """Run a command-line tool; an `InputError` becomes one line on stderr and exit status 2."""
+    """Run a command-line tool; an `InputError` becomes one line on stderr and exit status 2.
+
+    So does a file or folder that cannot be read or written.
+    """
     try:
         main()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -44,4 +52,15 @@ def storage_option(text: str) -> tuple[str, object]:
     name, separator, value = text.partition("=")
     if not name or not separator:
         raise argparse.ArgumentTypeError(f"expected NAME=VALUE, found {text}")
-    return name, read_yaml(value, f"the value of {name}")
+    try:
+        return name, read_yaml(value, f"the value of {name}")
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def fraction(text: str) -> float:
+    """A type for argparse: a number from 0 to 1."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must be from 0 to 1, found {text}")
+    return value

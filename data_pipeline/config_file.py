@@ -187,8 +187,8 @@ def _suggestion(kind: type[BaseModel], location: tuple[int | str, ...]) -> str:
     return nearest(str(location[-1]), list(getattr(model, "model_fields", {})))
 
 
-def nearest(key: str, names: list[str]) -> str:
+def nearest(key: str, names: list[str], cutoff: float = 0.6) -> str:
     """What to say behind "unknown key": the name that is near, or all of them."""
-    if close := difflib.get_close_matches(key, names, n=1):
+    if close := difflib.get_close_matches(key, names, 1, cutoff):
         return f"; did you mean {close[0]}?"
     return f"; expected one of {', '.join(names)}" if names else ""

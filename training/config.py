@@ -130,12 +130,15 @@ class CheckpointSettings(Settings):
     """Weights of an earlier stage to start a new run from: a checkpoint, or a folder of them."""
 
 
+_LONGEST_S = 30 * 24 * 3600  # more is no limit, and what waits cannot count as far
+
+
 class FaultSettings(Settings):
     """When a rank is taken for stuck, and what happens to a loss that is not finite or leaps."""
 
-    startup_timeout_s: float = Field(1800, gt=0)
+    startup_timeout_s: float = Field(1800, gt=0, le=_LONGEST_S)
     """Longest wait for another rank until the first step is done, and while saving."""
-    step_timeout_s: float = Field(300, gt=0)
+    step_timeout_s: float = Field(300, gt=0, le=_LONGEST_S)
     """Longest wait afterwards; above the longest step, and its wait for data."""
     max_skipped_steps: int = Field(0, ge=0)
     """Steps with a non-finite loss or gradient to leave out at most; 0: stop at the first."""
@@ -174,6 +177,15 @@ class RunConfig(Settings):
                 "checkpoints are looked for; use another name"
             )
         return folder
+
+    @model_validator(mode="after")
+    def _something_to_evaluate(self) -> "RunConfig":
+        if self.eval.every_steps and not self.data.eval_shards:
+            raise ValueError(
+                f"eval.every_steps is {self.eval.every_steps} but data.eval_shards is empty: give "
+                "held-out shards, or set eval.every_steps=0"
+            )
+        return self
 
     @model_validator(mode="after")
     def _tiles_fit_the_tower(self) -> "RunConfig":

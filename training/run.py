@@ -100,23 +100,34 @@ class Run:
         """Write and index the demo corpus if it is not there."""
         data, settings = self.config.data, self.config.data.prepare
         assert settings is not None
-        if not settings.out.exists():
-            settings.out.parent.mkdir(parents=True, exist_ok=True)
-            with file_lock(settings.out.with_name(f".{settings.out.name}.lock")):
-                if not settings.out.exists():  # else another run wrote it meanwhile
-                    prepare_demo(
-                        settings.format,
-                        settings.out,
-                        train_samples=settings.train_samples,
-                        eval_samples=settings.eval_samples,
-                        seed=settings.seed,
-                    )
+        try:
+            self._write_demo(settings)
+        except OSError as error:
+            raise InputError(
+                f"cannot write the demo corpus to data.prepare.out, {settings.out}: {error}; use "
+                "another folder"
+            ) from error
         check_prepared(settings)
         tokenizer = load_tokenizer(data.tokenizer)
         storage = Storage(data.storage)
         sources = [source.shards for source in data.sources.values()]
         for patterns in filter(None, (*sources, data.eval_shards)):
             build_index(patterns, tokenizer, data.chat, 1, data.index_dir, storage)
+
+    def _write_demo(self, settings: PrepareSettings) -> None:
+        """Write the demo corpus if it is not there."""
+        if settings.out.exists():
+            return
+        settings.out.parent.mkdir(parents=True, exist_ok=True)
+        with file_lock(settings.out.with_name(f".{settings.out.name}.lock")):
+            if not settings.out.exists():  # else another run wrote it meanwhile
+                prepare_demo(
+                    settings.format,
+                    settings.out,
+                    train_samples=settings.train_samples,
+                    eval_samples=settings.eval_samples,
+                    seed=settings.seed,
+                )
 
     def _fingerprints(self) -> dict[str, Any]:
         """What a place in the plan and the optimizer's state depend on."""
@@ -198,7 +209,8 @@ class Run:
         """Say that no step follows this one, and which samples the end of the data left out."""
         self.say(
             f"warning: the data ended after step {step} of {self.config.train.steps}: "
-            "every dataset reached its data.datasets.*.repeat; raise one, or lower train.steps"
+            "every dataset reached its data.datasets.*.repeat; lower train.steps to that, or raise "
+            "a repeat and go on with data.allow_change=true"
         )
         for window in self.planner.windows(state):
             self.name_left_out(window.left_out)

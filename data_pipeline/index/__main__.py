@@ -1,11 +1,12 @@
 """Command line: index shards, then print the counts and where the index is; or check them."""
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 
 from data_pipeline.chat import ChatSettings
-from data_pipeline.cli import run_cli, storage_option
+from data_pipeline.cli import at_least, fraction, run_cli, storage_option
 from data_pipeline.errors import InputError
 from data_pipeline.index.builder import build_index
 from data_pipeline.index.check import check_index
@@ -108,9 +109,10 @@ def _check(options: argparse.Namespace, storage: Storage) -> None:
 
 
 def _share(text: str) -> tuple[int, int]:
-    part, parts = (int(word) for word in text.split("/"))
-    if not 0 <= part < parts:
-        raise ValueError
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    part, parts = (int(match[1]), int(match[2])) if match else (0, 0)
+    if part >= parts:
+        raise argparse.ArgumentTypeError(f"expected K/N with K from 0 to N - 1, found {text}")
     return part, parts
 
 
@@ -144,7 +146,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--workers",
-        type=int,
+        type=at_least(1),
         metavar="N",
         default=num_cores(),
         help="processes, each with a shard at a time (default: one per core)",
@@ -188,7 +190,7 @@ def _add_checks(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--max-bad-fraction",
-        type=float,
+        type=fraction,
         default=MAX_BAD_FRACTION,
         metavar="X",
         help="exit with status 1 if a larger part of samples or shards was left out (%(default)s)",

@@ -31,7 +31,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.cli import run_cli, storage_option
+from data_pipeline.cli import fraction, run_cli, storage_option
 from data_pipeline.errors import InputError
 from data_pipeline.paths import path_argument, path_text
 from data_pipeline.prepare.shard_writer import REPORT_NAME, ShardLimits
@@ -89,7 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--max-bad-fraction",
-        type=float,
+        type=fraction,
         default=MAX_BAD_FRACTION,
         metavar="X",
         help="exit with status 1 if more than this part was left out as faulty (%(default)s)",

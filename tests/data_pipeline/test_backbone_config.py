@@ -74,6 +74,10 @@ def test_the_config_of_a_real_model_is_taken(config: dict[str, Any]) -> None:
     assert check_backbone(dict(config)) == config
 
 
+def test_a_key_that_only_the_code_of_the_model_asks_for_is_taken() -> None:
+    assert check_backbone({**QWEN, "head_dim": 64})["head_dim"] == 64
+
+
 @pytest.mark.parametrize(
     ("config", "changes", "key", "expected"),
     [
@@ -84,6 +88,7 @@ def test_the_config_of_a_real_model_is_taken(config: dict[str, Any]) -> None:
         (LLAMA, {"rope_scaling": {"type": "liner"}}, "rope_scaling.type", "one of .*linear"),
         (QWEN, {"rms_norm_eps": "1e-5"}, "rms_norm_eps", "expected float"),
         (QWEN, {"rms_norm_eps": float("nan")}, "rms_norm_eps", "finite"),
+        (QWEN, {"initializer_range": -0.02}, "initializer_range", "above 0"),
         (QWEN, {"hidden_size": None}, "hidden_size", "expected int"),
         (QWEN, {"hidden_size": 0}, "hidden_size", "from 1 on"),
         (QWEN, {"num_attention_heads": 13}, "hidden_size", "multiple of num_attention_heads 13"),

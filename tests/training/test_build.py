@@ -7,11 +7,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, SiglipVisionModel
 
 from data_pipeline.errors import InputError
+from data_pipeline.tokenizer import load_tokenizer
 from tests.ranks import RankPool
 from tests.training import scenarios
 from training.config import load_config
 from training.model import PackedTokenFlex
-from training.model.build import model_config
+from training.model.build import build_model, model_config
 
 PRESETS = sorted(Path("training/configs").glob("*.yaml"))
 PARAMETERS = {  # vision tower, projector, language model
@@ -51,6 +52,12 @@ def test_an_unknown_architecture_is_named() -> None:
     settings.llm.config["model_type"] = "qwen99"
     with pytest.raises(InputError, match="qwen99"):
         model_config(settings, 300, 2)
+
+
+def test_what_transformers_cannot_build_is_an_input_error(digits_corpus: Path) -> None:
+    config = scenarios.tiny_config(digits_corpus, "model.llm.config.pad_token_id=99999")
+    with pytest.raises(InputError, match=r"model\.llm\.config: Padding_idx"):
+        build_model(config, load_tokenizer(config.data.tokenizer))
 
 
 @pytest.fixture(scope="module")

@@ -92,6 +92,7 @@ def test_a_wrong_setting_is_named(override: str, expected: str) -> None:
         ("data.chat.system=off", r"data\.chat\.system: .*quotes"),
         ("data.chat.system=You are #1.", r"data\.chat\.system=.*comment"),
         ('output_dir=""', r"output_dir: .*empty"),
+        ("faults.step_timeout_s=1e12", r"faults\.step_timeout_s: .*less than or equal"),
         ("train={steps: 7, steps: 8}", r"steps is written twice"),
         ("data.tokenizer=*", r"data\.tokenizer=\*.*not valid YAML"),
     ],
@@ -99,6 +100,11 @@ def test_a_wrong_setting_is_named(override: str, expected: str) -> None:
 def test_a_value_that_cannot_be_meant_is_named(override: str, expected: str) -> None:
     with pytest.raises(InputError, match=expected):
         load_config(DIGITS, [override])
+
+
+def test_settings_that_contradict_each_other_are_named() -> None:
+    with pytest.raises(InputError, match=r"eval\.every_steps is 9 but data\.eval_shards is empty"):
+        load_config(DIGITS, ["eval.every_steps=9", "data.eval_shards=[]"])
 
 
 def test_numbers_are_read_as_they_are_meant(tmp_path: Path) -> None:

@@ -132,3 +132,9 @@ def test_a_run_ends_with_its_data_and_saves(
     assert (out / "checkpoints" / "latest").read_text() == f"step-{rows[-1]['step']:08d}"
     again, error = two_ranks.run(run, digits_corpus, out, *settings)[0]
     assert not error and again == rows
+    # As it says then: more of the data, in a new window.
+    raised = [setting.replace("repeat: 1", "repeat: 2") for setting in settings]
+    _, error = two_ranks.run(run, digits_corpus, out, *raised)[0]
+    assert "data.only.repeat: 1.0 -> 2.0" in error and "data.allow_change=true" in error
+    longer, error = two_ranks.run(run, digits_corpus, out, *raised, "data.allow_change=true")[0]
+    assert not error and longer[: len(rows)] == rows and len(longer) > len(rows)

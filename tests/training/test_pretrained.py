@@ -108,6 +108,14 @@ def test_a_run_starts_from_a_whole_model(
         assert torch.equal(torch.from_numpy(before[name]), value), name
 
 
+def test_a_whole_model_stands_for_its_parts(digits_corpus: Path, tmp_path: Path) -> None:
+    build(digits_corpus, "seed=1").save_pretrained(tmp_path)
+    parts = [f"model.{part}.pretrained=/nowhere" for part in ("vision", "llm")]
+    model = build(digits_corpus, f"model.pretrained={tmp_path}", *parts)
+    saved = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items())
+
+
 def test_another_model_is_refused(digits_corpus: Path, tmp_path: Path) -> None:
     build(digits_corpus).save_pretrained(tmp_path)
     with pytest.raises(InputError, match=r"model\.pretrained=.*pool is 'adaptive'"):

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch.distributed
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from data_pipeline.errors import InputError
@@ -79,17 +80,32 @@ def build_model(
     if settings.pretrained and pretrained:
         model = _whole(settings.pretrained, full, dtype)
     else:
-        model = PackedTokenFlex._from_config(full, dtype=dtype)
+        model = _random(full, dtype)
     model.projector.backward_mode = config.train.projector_backward
     model.projector.impl = config.train.projector_impl
-    if settings.vision.pretrained and pretrained:
+    parts = pretrained and not settings.pretrained
+    if settings.vision.pretrained and parts:
         model.vision_model = _pretrained("vision", settings.vision, model)
-    if settings.llm.pretrained and pretrained:
+    if settings.llm.pretrained and parts:
         llm = _pretrained("llm", settings.llm, model)
         if llm.config.vocab_size != full.text_config.vocab_size:
             llm.resize_token_embeddings(full.text_config.vocab_size, mean_resizing=False)
         model.language_model = llm
     return model
+
+
+def _random(config: TokenFlexConfig, dtype: torch.dtype) -> PackedTokenFlex:
+    """The model with random weights; InputError where transformers cannot build what is asked."""
+    try:
+        return PackedTokenFlex._from_config(config, dtype=dtype)
+    except (InputError, torch.distributed.DistError, torch.OutOfMemoryError):
+        raise
+    except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        cause = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(
+            f"no model can be built from model.vision.config and model.llm.config: {cause}; "
+            "correct what it names"
+        ) from error
 
 
 def _whole(path: str, config: TokenFlexConfig, dtype: torch.dtype) -> PackedTokenFlex:
