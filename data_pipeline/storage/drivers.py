@@ -1,12 +1,14 @@
 """The file systems of fsspec that shards are read through, set up so that retries are ours."""
 
 import importlib
+import inspect
 import re
 from functools import partial
 from types import MethodType
 from typing import Any
 from urllib.parse import unquote
 
+from data_pipeline.config_file import nearest
 from data_pipeline.errors import InputError
 from data_pipeline.storage.retry import StorageSettings
 from data_pipeline.storage.shard import Shard
@@ -42,6 +44,12 @@ def open_system(protocol: str, settings: StorageSettings) -> Any:
     kind = (
         driver.core.GCSFileSystem if package == "gcsfs" else fsspec.get_filesystem_class(protocol)
     )
+    named = [*inspect.signature(kind.__init__).parameters]
+    for option in settings.options:
+        # Drivers keep what they do not know, for requests of their own: only what is near is wrong.
+        hint = nearest(option, named, cutoff=0.8)
+        if option not in named and "did you mean" in hint:
+            raise InputError(f"data.storage.options.{option}: no option of {protocol}://{hint}")
     try:
         # Caches would hide that shards were replaced.
         system = kind(

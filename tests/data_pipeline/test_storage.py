@@ -316,6 +316,12 @@ def test_what_cannot_be_read_from(memory: str) -> None:
         Storage(wrong).read(Shard("http://127.0.0.1:1/0.tar"), 0, 1)
 
 
+def test_a_misspelt_option_is_named() -> None:
+    storage = Storage(StorageSettings(options={"client_kwarg": {}}))
+    with pytest.raises(InputError, match=r"options\.client_kwarg: .*mean client_kwargs\?"):
+        storage.stat(Shard("https://127.0.0.1:1/a.tar"))
+
+
 def test_local_shards_need_no_driver() -> None:
     code = "import sys, data_pipeline.storage; assert not {'fsspec', 'aiohttp'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

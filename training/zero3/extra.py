@@ -133,7 +133,8 @@ def check_extra(config: RunConfig) -> None:
     settings, extra = config.deepspeed, config.deepspeed.extra
     if not extra:
         return
-    problems = [*_automatic(extra), *_refused(settings)]
+    # One for a key, whose owner comes before its value.
+    problems = [*dict([*_automatic(extra), *_refused(settings)]).items()]
     if not problems:
         try:
             _model().model_validate(_at_stage_3(extra))
