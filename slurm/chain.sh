@@ -53,7 +53,15 @@ while (($#)); do
         shift
         ;;
     --out=*) out=${1#*=} ;;
-    -*) options+=("$1") ;;
+    -*)
+        one_word "$@"
+        options+=("$1")
+        ;;
+    align:*=* | pretrain:*=* | finetune:*=*) settings+=("$1") ;;
+    *:*=*)
+        [[ ${1%%=*} != *:* ]] || die "no stage \"${1%%:*}\" in $1: align:, pretrain: or finetune:"
+        settings+=("$1")
+        ;;
     *=*) settings+=("$1") ;;
     *) die "expected key=value or --option=value, found $1 (slurm/chain.sh --help explains)" ;;
     esac
@@ -85,9 +93,11 @@ for stage in align pretrain finetune; do
         esac
     done
     command=(sbatch --parsable)
-    # Without --kill-on-invalid-dep a stage whose predecessor failed would wait for ever.
+    # After the options, among which may be a --dependency: that is for the first stage. Without
+    # --kill-on-invalid-dep a stage whose predecessor failed would wait for ever.
+    command+=("${options[@]}")
     [[ -z $before ]] || command+=("--dependency=afterok:${jobs[-1]}" --kill-on-invalid-dep=yes)
-    command+=("${options[@]}" "slurm/$stage.sh" "${configs[$stage]}" "${own[@]}")
+    command+=("slurm/$stage.sh" "${configs[$stage]}" "${own[@]}")
     if [[ -n $dry_run ]]; then
         quoted "${command[@]}"
         jobs+=("JOB_OF_${stage^^}")

@@ -9,9 +9,10 @@
 
 set -euo pipefail
 
-# Slurm runs a copy of this script from its spool folder: only where it was submitted tells where the
-# repository is.
-cd "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/..}"
+# Slurm runs a copy of this script from its spool folder, in the folder that --chdir names, or else in
+# that where it was submitted: one of them is the repository.
+[[ ${BASH_SOURCE[0]} == */slurm_script ]] || cd "$(dirname "${BASH_SOURCE[0]}")/.."
+[[ -f slurm/lib.sh ]] || cd "${SLURM_SUBMIT_DIR:-.}"
 if [[ ! -f slurm/lib.sh || ! -d data_pipeline ]]; then
     echo "error: $PWD is not the root of the repository: run sbatch there" >&2
     exit 2
@@ -57,10 +58,12 @@ unset CONTAINER # not for this script
 find_python
 
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
-workers=${SLURM_CPUS_PER_TASK:-1}
+mapfile -t shares < <(per_node "$SLURM_TASKS_PER_NODE")
+take_cpus
+workers=${SLURM_CPUS_PER_TASK:-$cpus}
 
 index=("$python" -m data_pipeline.index --workers "$workers" "$@")
-echo "job $SLURM_JOB_ID on $SLURM_JOB_NUM_NODES nodes, $workers processes per task: $(quoted "${index[@]}")"
+echo "job $SLURM_JOB_ID on $SLURM_JOB_NUM_NODES nodes x $SLURM_TASKS_PER_NODE tasks, $workers processes per task: $(quoted "${index[@]}")"
 code=0
 # A failed task does not end the others: what they finish is kept.
 # shellcheck disable=SC2016 # the rank is known in the task only

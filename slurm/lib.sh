@@ -3,9 +3,15 @@
 # `slurm/pretrain.sh --help` says what it does for a user. Functions hand on what they find in variables,
 # which their comments name.
 
+# shellcheck source=slurm/resources.sh
+source slurm/resources.sh
+
 # The trainer's exit code for a wrong setting (training/exit_codes.py): no restart helps. Any other
-# code than 0 means: start again.
-BAD_INPUT=2
+# code than 0 means: start again. That of tasks that were asked to stop:
+BAD_INPUT=2 PREEMPTED=75
+
+# Step ids from here on are not those of srun, but of a batch script or the shell of salloc.
+FIRST_SPECIAL_STEP=4294967290
 
 die() {
     echo "error: $*" >&2
@@ -27,9 +33,43 @@ in_job() {
     [[ -n ${SLURM_JOB_ID:-} ]]
 }
 
-# End unless in a job.
+# End unless in a job that these scripts can run in. Sets `record`, what Slurm knows of the job, and
+# `job`, the id that its commands take: an element of an array is ARRAY_INDEX, since the own id of one
+# is that of the whole array. The record tells what is this job's: the environment may be left over
+# from another job, in whose shell sbatch was run.
 require_job() {
     in_job || die "not in a Slurm job: submit this script with sbatch (--help explains)"
+    [[ $0 == */slurm_script ]] || ((${SLURM_STEP_ID:-$FIRST_SPECIAL_STEP} >= FIRST_SPECIAL_STEP)) ||
+        die "started by srun, but this script starts the tasks itself: submit it with sbatch, or run" \
+            "it in the shell of salloc"
+    job=${SLURM_ARRAY_JOB_ID:-}_${SLURM_ARRAY_TASK_ID:-}
+    record=
+    [[ $job == _ ]] || record=$(scontrol show job --details "$job" 2>/dev/null) || true
+    if [[ $record != *"JobId=$SLURM_JOB_ID "* ]]; then
+        job=$SLURM_JOB_ID
+        record=$(scontrol show job --details "$job") || die "Slurm does not know job $job"
+    fi
+    [[ $record != *HetJobId=* ]] || die "only the first part of a heterogeneous job would train: ask" \
+        "sbatch for nodes of one kind, without a \":\" between options"
+}
+
+# A field of the job's record as it is now.
+job_field() {
+    [[ " $(scontrol show job --oneliner "$job" 2>/dev/null)" =~ \ $1=([^ ]+) ]] &&
+        echo "${BASH_REMATCH[1]}"
+}
+
+# sbatch's options without a value, or whose value may be left out.
+FLAGS=' --contiguous --exclusive --get-user-env --hold --ignore-pbs --no-kill --no-requeue --nice
+ --overcommit --oversubscribe --parsable --propagate --quiet --reboot --requeue --spread-job
+ --test-only --use-min-nodes --verbose --wait -H -k -O -Q -s -v -W '
+
+# End unless an option of sbatch is one word, so that the next one is not taken for something else.
+one_word() {
+    [[ $1 != -[!-]=* ]] || die "sbatch reads $1 as the value \"${1:2}\": write ${1/=/}"
+    [[ $1 != *=* && $1 != -[!-]?* && ${2:--} != -* && ${FLAGS//$'\n'/} != *" $1 "* ]] || return 0
+    [[ $1 == --* ]] || die "write $1 $2 as $1$2"
+    die "write $1 $2 as $1=$2"
 }
 
 load_site() {
@@ -49,7 +89,8 @@ find_python() {
     command -v "$python" >/dev/null || die "no Python at $python: create .venv, or set PYTHON"
 }
 
-# Sets `config` and `overrides` from the arguments; the config's default is `default_config`.
+# Sets `config` and `overrides` from the arguments; the config's default is `default_config`. In an
+# element of a job array, %a is its index, as in the names of sbatch's --output.
 take_config() {
     config=${CONFIG:-$default_config}
     if (($#)) && [[ -f $1 || $1 != *=* ]]; then
@@ -57,34 +98,28 @@ take_config() {
         shift
     fi
     overrides=("$@")
+    [[ ${job:-} != *_* ]] || overrides=("${overrides[@]//%a/$SLURM_ARRAY_TASK_ID}")
     [[ -f $config ]] || die "no configuration at $config (in $PWD)"
-}
-
-# Sets `nodes`, `tasks` (on each node), `cpus` (of each task) and `hosts` from the job.
-take_resources() {
-    local cpus_on_node=${SLURM_JOB_CPUS_PER_NODE%%[(,]*} # "16(x2),8" is 16 on each of the first two
-    nodes=$SLURM_JOB_NUM_NODES
-    tasks=${SLURM_GPUS_ON_NODE:-${TASKS_PER_NODE:-1}}
-    cpus=$((cpus_on_node / tasks))
-    ((cpus)) || die "$cpus_on_node CPU for $tasks tasks on each node: ask sbatch for more, for example" \
-        "with --cpus-per-gpu=8, --ntasks-per-node=$tasks or --exclusive"
-    mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 }
 
 # The environment of the tasks (needs take_resources).
 set_environment() {
     # training.train takes its rank from what srun sets (SLURM_PROCID, SLURM_NTASKS, SLURM_LOCALID),
     # unless it finds these.
-    unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE
-    # Every task sees all GPUs of its node and picks its own. What sbatch was told would bind them
-    # otherwise, or contradict the options of srun below.
-    unset SLURM_GPUS_PER_TASK SLURM_GPU_BIND SLURM_NTASKS_PER_GPU SLURM_CPUS_PER_GPU
-    unset SLURM_CPUS_PER_TASK SLURM_TRES_PER_TASK
+    unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE LOCAL_SIZE
+    # Every task sees all GPUs of its node and picks its own. What sbatch was told (this job's or one
+    # before) would bind them otherwise, or contradict the options of srun below.
+    unset SLURM_GPUS SLURM_GPUS_PER_NODE SLURM_GPUS_PER_SOCKET SLURM_GPUS_PER_TASK SLURM_GPU_BIND
+    unset SLURM_CPUS_PER_GPU SLURM_CPUS_PER_TASK SLURM_TRES_PER_TASK
+    unset SLURM_NTASKS_PER_GPU SLURM_NTASKS_PER_NODE SLURM_NTASKS_PER_SOCKET SLURM_NTASKS_PER_CORE
+    [[ ${SLURM_DISTRIBUTION:-} != arbitrary ]] || unset SLURM_DISTRIBUTION
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cpus}
     export TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
     export PYTHONUNBUFFERED=1
     export MASTER_ADDR=${hosts[0]}
-    export JOB_NODES=${hosts[*]} # for training.preflight, to name a node that is silent
+    # The node of each rank, for training.preflight to name one that is silent.
+    export JOB_NODES=${places[*]}
+    [[ ${SLURM_DISTRIBUTION:-block} == block* ]] || unset JOB_NODES
 }
 
 # A port for each start of the tasks: that of the last may still be in use. Taken from the job every
@@ -95,13 +130,21 @@ set_port() {
     export MASTER_PORT=$((20000 + (SLURM_JOB_ID + 1009 * start) % 10000))
 }
 
-# Sets `launcher`, what comes before the program of every task; the counts are words in a dry run
-# outside a job.
+# Sets `launcher`, what comes before the program of every task, from what take_resources sets; words
+# in a dry run outside a job.
 set_launcher() {
     # Without --kill-on-bad-exit the other ranks of a dead one wait in a collective until the time
     # limit. --export: sbatch --export=NONE would otherwise keep the environment from the tasks.
-    launcher=(srun "--nodes=$nodes" "--ntasks=$1" "--ntasks-per-node=$tasks"
-        "--cpus-per-task=$cpus" --kill-on-bad-exit=1 --export=ALL --label)
+    launcher=(srun "--nodes=$nodes" "--ntasks=$ntasks")
+    if [[ $tasks == *,* ]]; then # left to Slurm, they go where CPUs are
+        launcher+=(--distribution=arbitrary "--nodelist=$(IFS=, && echo "${places[*]}")")
+    else
+        launcher+=("--ntasks-per-node=$tasks")
+    fi
+    # A step has what sbatch was asked for: so many for each task, or not all of whole nodes.
+    [[ $gpus == 0 || $record == *TresPerNode=* && $record != *OverSubscribe=NO* ]] ||
+        launcher+=("--gpus=$gpus")
+    launcher+=("--cpus-per-task=$cpus" --kill-on-bad-exit=1 --export=ALL --label)
     [[ -n ${CONTAINER:-} ]] || return 0
     local mounts=$PWD:$PWD${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}
     if [[ $(srun --help 2>/dev/null) == *--container-image* ]]; then # pyxis
@@ -113,7 +156,7 @@ set_launcher() {
     runtime=$(command -v apptainer || command -v singularity) ||
         die "CONTAINER is set, but srun has no --container-image (pyxis) and there is no apptainer"
     launcher+=("$runtime" exec --bind "$mounts" --pwd "$PWD")
-    [[ -z ${SLURM_GPUS_ON_NODE:-} ]] || launcher+=(--nv)
+    ((gpus == 0)) || launcher+=(--nv)
     launcher+=("$CONTAINER")
 }
 
@@ -130,7 +173,7 @@ end_stuck_srun() {
     while kill -0 "$srun" 2>/dev/null; do
         if ((waited >= 5 * most)); then
             touch "$scratch/stuck"
-            say "job $SLURM_JOB_ID: a node has not ended its tasks $most s after the first failed:" \
+            say "job $job: a node has not ended its tasks $most s after the first failed:" \
                 "srun is killed"
             kill -KILL "$srun" 2>/dev/null || true
             return 0
@@ -184,7 +227,7 @@ run_tasks() {
 stop_tasks() {
     interrupted=1
     stopping=$1
-    say "job $SLURM_JOB_ID: SIG$1: asking the tasks to save and end"
+    say "job $job: SIG$1: asking the tasks to save and end"
     [[ -z $tasks_pid ]] || kill -USR1 "$tasks_pid" 2>/dev/null || true
 }
 
@@ -222,15 +265,15 @@ progress() {
 requeue_job() {
     local state step
     step=$(progress) # now: a requeue at once ends what this script runs
-    state=$(scontrol show job --oneliner "$SLURM_JOB_ID" | grep -o 'JobState=[A-Z_]*') || state=unknown
+    state=$(job_field JobState) || state=unknown
     keep_notes=1
-    if [[ $state != JobState=RUNNING ]]; then
-        say "job $SLURM_JOB_ID: not requeued from here: Slurm is ending it (${state#*=})"
-    elif scontrol requeue "$SLURM_JOB_ID"; then
-        say "job $SLURM_JOB_ID: requeued; it goes on at step $step"
+    if [[ $state != RUNNING ]]; then
+        say "job $job: not requeued from here: Slurm is ending it ($state)"
+    elif scontrol requeue "$job"; then
+        say "job $job: requeued; it goes on at step $step"
     else
         keep_notes=
-        say "job $SLURM_JOB_ID: Slurm did not requeue it; submit it again to go on at step $step"
+        say "job $job: Slurm did not requeue it; submit it again to go on at step $step"
     fi
     exit "$code"
 }
@@ -238,15 +281,21 @@ requeue_job() {
 # Whether Slurm is about to give the nodes to a job of higher priority: it has told the tasks (SIGTERM),
 # not this script, and ends the job once the GraceTime of its partition or QOS is over.
 being_preempted() {
-    local preempted=' PreemptTime=([^ ]+)'
-    [[ $(scontrol show job --oneliner "$SLURM_JOB_ID" 2>/dev/null) =~ $preempted ]] &&
-        [[ ${BASH_REMATCH[1]} != None ]]
+    local at
+    at=$(job_field PreemptTime) && [[ $at != None ]]
+}
+
+# Whether a start would hardly come to train before the time limit.
+little_time_left() {
+    local end
+    end=$(job_field EndTime) && [[ $end != Unknown ]] &&
+        (($(date -d "$end" +%s) - $(date +%s) < 600))
 }
 
 # Requeue the job, without counting a failure, if its nodes are wanted.
 yield_if_preempted() {
     being_preempted || return 0
-    say "job $SLURM_JOB_ID: Slurm wants the nodes for a job of higher priority"
+    say "job $job: Slurm wants the nodes for a job of higher priority"
     requeue_job
 }
 
@@ -256,10 +305,10 @@ explain_end() {
     less+=" with a smaller data.loader.prefetch_steps"
     case $first in
     *'Out Of Memory')
-        say "job $SLURM_JOB_ID: the job's share of that node's host memory was too small. $less"
+        say "job $job: the job's share of that node's host memory was too small. $less"
         ;;
     *Killed | *'exit code 137')
-        say "job $SLURM_JOB_ID: SIGKILL that nobody here sent comes most often from the kernel, when" \
+        say "job $job: SIGKILL that nobody here sent comes most often from the kernel, when" \
             "the node is out of host memory (\`dmesg\` there says so). $less"
         ;;
     esac
@@ -286,7 +335,7 @@ pause() {
 # Run the program of every rank until it is done (exit code 0 or BAD_INPUT), out of time (requeue), a
 # node is lost (requeue), or too many starts in a row saved nothing; exits.
 run_until_done() {
-    local start=0 fruitless=0 before now silent most=${MAX_RESTARTS_WITHOUT_PROGRESS:-3}
+    local start=0 fruitless=0 before now silent advice='' most=${MAX_RESTARTS_WITHOUT_PROGRESS:-3}
     [[ ! -f $notes/fruitless ]] || fruitless=$(<"$notes/fruitless")
     while true; do
         before=$(progress)
@@ -294,13 +343,16 @@ run_until_done() {
         run_tasks "$@"
         now=$(progress)
         ((code != 0 && code != BAD_INPUT)) || exit "$code"
-        say "job $SLURM_JOB_ID: the tasks ended with exit code $code at step $now${first:+; first: $first}"
+        say "job $job: the tasks ended with exit code $code at step $now${first:+; first: $first}"
         yield_if_preempted
+        # sbatch --signal without "B:" tells the tasks of the time limit, not this script.
+        ((code != PREEMPTED)) || ! little_time_left || requeue_job
         explain_end
         [[ $now == "$before" ]] || fruitless=0
         if ((fruitless >= most)); then
+            [[ -n $first ]] || advice="no task has started, and srun's line above says why: ask sbatch for it"
             say "error: $most restarts in a row saved no checkpoint: given up. Look above for the" \
-                "first error; slurm/preflight.sh finds a bad node" >&2
+                "first error; ${advice:-slurm/preflight.sh finds a bad node}" >&2
             exit "$code"
         fi
         fruitless=$((fruitless + 1))
@@ -310,14 +362,14 @@ run_until_done() {
         ((fruitless == 1)) || pause $(((fruitless - 1) * ${RESTART_WAIT_S:-5}))
         silent=$(silent_nodes)
         if [[ -n $silent ]]; then
-            say "job $SLURM_JOB_ID: no answer from ${silent//$'\n'/, }"
+            say "job $job: no answer from ${silent//$'\n'/, }"
             requeue_job
         fi
         # What is left of the tasks occupies the allocation: nothing could start in it.
         [[ -z $stopping && -z $stuck ]] || requeue_job
         yield_if_preempted
         start=$((start + 1))
-        say "job $SLURM_JOB_ID: start $((start + 1)) in this allocation, restart $fruitless of at" \
+        say "job $job: start $((start + 1)) in this allocation, restart $fruitless of at" \
             "most $most without a checkpoint"
     done
 }
@@ -341,7 +393,9 @@ prepare_stage() {
 prepare_tasks() {
     take_resources
     set_environment
-    set_launcher $((nodes * tasks))
-    echo "job $SLURM_JOB_ID (restart ${SLURM_RESTART_COUNT:-0}): $nodes nodes x $tasks tasks x" \
+    set_launcher
+    echo "job $job (restart ${SLURM_RESTART_COUNT:-0}): $nodes nodes x $tasks tasks x" \
         "$cpus CPUs, rendezvous $MASTER_ADDR:$((20000 + SLURM_JOB_ID % 10000))"
+    [[ $gpus == 0 || $record != *" NumTasks=${SLURM_NTASKS:-} "* || $ntasks == "$SLURM_NTASKS" ]] ||
+        echo "note: $ntasks tasks, one for each GPU of the job, not the $SLURM_NTASKS of sbatch's options"
 }

@@ -6,9 +6,10 @@
 
 set -euo pipefail
 
-# Slurm runs a copy of this script from its spool folder: only where it was submitted tells where the
-# repository is.
-cd "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/..}"
+# Slurm runs a copy of this script from its spool folder, in the folder that --chdir names, or else in
+# that where it was submitted: one of them is the repository.
+[[ ${BASH_SOURCE[0]} == */slurm_script ]] || cd "$(dirname "${BASH_SOURCE[0]}")/.."
+[[ -f slurm/lib.sh ]] || cd "${SLURM_SUBMIT_DIR:-.}"
 if [[ ! -f slurm/lib.sh || ! -d training ]]; then
     echo "error: $PWD is not the root of the repository: run sbatch there" >&2
     exit 2

@@ -57,9 +57,10 @@ TEXT
 # A dry run outside a job: what sbatch would be given, the settings, and the command of the tasks.
 dry_run_outside() {
     local script=slurm/$stage.sh options=() nodes='<nodes>' tasks='<GPUs per node>' cpus='<CPUs per task>'
+    local ntasks='<nodes x GPUs>' gpus=0
     while [[ ${1:-} == -* ]]; do
+        one_word "$@"
         options+=("$1")
-        [[ $1 == *=* || ${2:-} == -* || $# == 1 ]] || die "write $1 $2 as $1=$2"
         shift
     done
     prepare_stage "$@"
@@ -68,7 +69,7 @@ dry_run_outside() {
     sed -n 's/^#SBATCH/   /p' "$script"
     echo "and from the environment:"
     env | grep '^SBATCH_' | sort | sed 's/^/    /' || echo "    (no SBATCH_ variable)"
-    set_launcher '<nodes x GPUs>'
+    set_launcher
     echo "runs${CONTAINER:+, in the container,}:"
     print_run
 }
@@ -106,7 +107,9 @@ stage_main() {
         print_run
         exit 0
     fi
-    echo "$python -m training.train $config ${overrides[*]}"
+    quoted "$python" -m training.train "$config" "${overrides[@]}"
+    [[ $job != *_* || "$*" == *%a* ]] || echo "note: every element of this array trains the same: %a" \
+        "in a setting, such as output_dir=runs/%a, is the element's index"
     make_notes
     if [[ ${PREFLIGHT:-} == 1 ]]; then
         run_preflight
