@@ -28,8 +28,8 @@ Usage, from the root of the repository:
 
     sbatch [sbatch options] slurm/evaluate.sh MODEL SHARDS... [options of training.evaluate]
 
-runs `python -m training.evaluate` with these arguments, with one task per GPU on every node of the
-job, or TASKS_PER_NODE tasks per node (1 unless set) where the job has no GPUs. For example:
+runs `python -m training.evaluate` with these arguments, with one task per GPU of the job, or, in one
+without GPUs, the tasks that slurm/pretrain.sh would start. For example:
 
     sbatch --nodes=2 --gpus-per-node=8 --cpus-per-gpu=8 slurm/evaluate.sh \
         exported/mine data/mine/eval --num-image-tokens 16 36 64 100 144 196 256 400

@@ -92,12 +92,16 @@ find_python() {
 # Sets `config` and `overrides` from the arguments; the config's default is `default_config`. In an
 # element of a job array, %a is its index, as in the names of sbatch's --output.
 take_config() {
+    local word
     config=${CONFIG:-$default_config}
     if (($#)) && [[ -f $1 || $1 != *=* ]]; then
         config=$1
         shift
     fi
     overrides=("$@")
+    for word in "$config" "$@"; do
+        [[ $word != -* ]] || die "found $word after the script: sbatch's options stand before it"
+    done
     [[ ${job:-} != *_* ]] || overrides=("${overrides[@]//%a/$SLURM_ARRAY_TASK_ID}")
     [[ -f $config ]] || die "no configuration at $config (in $PWD)"
 }
@@ -109,7 +113,7 @@ set_environment() {
     unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE LOCAL_SIZE
     # Every task sees all GPUs of its node and picks its own. What sbatch was told (this job's or one
     # before) would bind them otherwise, or contradict the options of srun below.
-    unset SLURM_GPUS SLURM_GPUS_PER_NODE SLURM_GPUS_PER_SOCKET SLURM_GPUS_PER_TASK SLURM_GPU_BIND
+    unset SLURM_GPUS_ON_NODE SLURM_GPUS SLURM_GPUS_PER_NODE SLURM_GPUS_PER_SOCKET SLURM_GPUS_PER_TASK SLURM_GPU_BIND
     unset SLURM_CPUS_PER_GPU SLURM_CPUS_PER_TASK SLURM_TRES_PER_TASK
     unset SLURM_NTASKS_PER_GPU SLURM_NTASKS_PER_NODE SLURM_NTASKS_PER_SOCKET SLURM_NTASKS_PER_CORE
     [[ ${SLURM_DISTRIBUTION:-} != arbitrary ]] || unset SLURM_DISTRIBUTION

@@ -12,8 +12,8 @@ per_node() {
     done
 }
 
-# Sets `shares` to the GPUs that the job has on each of `hosts`, as its record says. Where a Slurm does
-# not say so there, it is taken to be as on the first node.
+# Sets `shares` to the GPUs that the job has on each of `hosts`, as its record says. A Slurm before 20.02
+# does not say it there: then as on the first node.
 take_gpus() {
     local list count host
     declare -A found=()
@@ -25,10 +25,9 @@ take_gpus() {
             if (kinds[i] ~ /^gpu:/) count += substr(kinds[i], match(kinds[i], /[0-9]+$/))
         if (count) print substr($1, 7), count
     }' <<<"$record")
+    [[ $record == *' GRES='* ]] || count=${SLURM_GPUS_ON_NODE:-}
     shares=()
-    for host in "${hosts[@]}"; do
-        if ((${#found[@]})); then shares+=("${found[$host]:-0}"); else shares+=("${SLURM_GPUS_ON_NODE:-0}"); fi
-    done
+    for host in "${hosts[@]}"; do shares+=("${found[$host]:-${count:-0}}"); done
 }
 
 # The numbers' sum.
@@ -63,6 +62,7 @@ take_resources() {
     mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
     take_gpus
     gpus=$(total "${shares[@]}")
+    [[ ${TASKS_PER_NODE:-1} =~ ^[1-9][0-9]*$ ]] || die "TASKS_PER_NODE is $TASKS_PER_NODE: give a number"
     if ((gpus == 0)); then
         mapfile -t shares < <(per_node "$SLURM_TASKS_PER_NODE")
         # Where sbatch was not told how many, Slurm means as many as there are CPUs.

@@ -21,7 +21,7 @@
 #export SBATCH_CONSTRAINT=h100
 
 # (submit) When and how the job hears of its time limit, instead of 120 s before it: a save of a large
-# model takes longer. USR1 to the batch script (B:) is what the scripts expect.
+# model takes longer. B: tells the batch script; without it, the tasks, which works too.
 #export SBATCH_SIGNAL=B:USR1@300
 
 # Preemption (a job of higher priority takes the nodes) needs no setting here: the ranks save and the job

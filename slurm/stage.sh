@@ -13,11 +13,15 @@ Usage, from the root of the repository:
     slurm/$stage.sh --dry-run [sbatch options] [CONFIG.yaml] [key=value ...]
 
 $purpose: runs
-\`python -m training.train CONFIG.yaml key=value ...\` with one task per GPU on every node of the
-job, or TASKS_PER_NODE tasks per node (1 unless set) where the job has no GPUs. For example:
+\`python -m training.train CONFIG.yaml key=value ...\` with one task per GPU of the job, as many on
+each node as it has there. A job without GPUs has the tasks that sbatch is asked for
+(--ntasks-per-node=2), TASKS_PER_NODE on each node, or one. For example:
 
     sbatch --nodes=2 --gpus-per-node=8 --cpus-per-gpu=8 --time=24:00:00 slurm/$stage.sh \\
         $default_config output_dir=runs/first
+
+In a job array (sbatch --array=0-3), %a in a setting is the index of the element:
+output_dir=runs/%a seed=%a.
 
 --dry-run only prints what would be submitted, with the settings in full; in a job
 (sbatch slurm/$stage.sh --dry-run ...), what would run there.

@@ -1,6 +1,7 @@
 """Ranks and devices: torchrun, the deepspeed launcher, direct srun tasks, or one process."""
 
 import os
+import re
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,9 @@ from data_pipeline.errors import InputError
 
 T = TypeVar("T")
 DEVICES = Path("/dev")
+
+# Step ids from here on are a batch script and the shell of salloc, not tasks that srun started.
+FIRST_SPECIAL_STEP = 4294967290
 
 
 @dataclass(frozen=True)
@@ -35,26 +39,13 @@ def launched_ranks(on_cpu: bool = False) -> Ranks:
 
     on_cpu: whether the CPU is asked for; see `local_device`.
 
-    torchrun and the deepspeed launcher set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and
-    MASTER_PORT; under srun the first three come from SLURM_PROCID, SLURM_NTASKS and
-    SLURM_LOCALID. With neither, the run has one rank.
-
     Raises:
-        InputError: if the environment is incomplete, there are fewer GPUs than local ranks, or
-            there are GPUs that PyTorch does not see.
+        InputError: see `rank_from_environment` and `local_device`.
     """
-    rank_from_slurm()
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    rank, world_size, local_rank = rank_from_environment()
     if world_size == 1:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", str(_free_port()))
-    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-    if missing:
-        raise InputError(
-            f"{world_size} ranks but {' and '.join(missing)} not set; start with torchrun, the "
-            "deepspeed launcher, or slurm/pretrain.sh"
-        )
     device = local_device(local_rank, on_cpu)
     local_rank = device.index if device.type == "cuda" else local_rank
     for name, value in (("RANK", rank), ("WORLD_SIZE", world_size), ("LOCAL_RANK", local_rank)):
@@ -62,15 +53,53 @@ def launched_ranks(on_cpu: bool = False) -> Ranks:
     return Ranks(rank, world_size, local_rank, device)
 
 
-def rank_from_slurm() -> None:
-    """Translate srun's task numbers, unless another launcher has set RANK."""
-    if "RANK" in os.environ or "SLURM_PROCID" not in os.environ or "SLURM_NTASKS" not in os.environ:
-        return
-    if "SLURM_STEP_ID" not in os.environ and int(os.environ["SLURM_NTASKS"]) > 1:
-        return  # inside a batch script, not in an srun task
-    os.environ["RANK"] = os.environ["SLURM_PROCID"]
-    os.environ["WORLD_SIZE"] = os.environ["SLURM_NTASKS"]
-    os.environ["LOCAL_RANK"] = os.environ.get("SLURM_LOCALID", "0")
+def rank_from_environment() -> tuple[int, int, int]:
+    """The rank, the number of ranks, and the rank on this node.
+
+    torchrun and the deepspeed launcher set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and
+    MASTER_PORT; under srun the first three come from SLURM_PROCID, SLURM_NTASKS and
+    SLURM_LOCALID. With neither, the run has one rank.
+
+    Raises:
+        InputError: the environment contradicts itself, is incomplete, or is that of mpirun.
+    """
+    env = os.environ
+    in_batch_script = not _srun_task() and int(env.get("SLURM_NTASKS", 1)) > 1
+    if "RANK" not in env and env.keys() >= {"SLURM_PROCID", "SLURM_NTASKS"} and not in_batch_script:
+        env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_NTASKS"]
+        env["LOCAL_RANK"] = env.get("SLURM_LOCALID", "0")
+    world_size = int(env.get("WORLD_SIZE", 1))
+    mpi = [name for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE") if int(env.get(name, 1)) > 1]
+    wrong = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in env and world_size > 1]
+    wrong += ["RANK"] if world_size > 1 and "RANK" not in env else []
+    problem = f"{world_size} ranks but {' and '.join(wrong)} not set"
+    if mpi and "RANK" not in env:
+        wrong, problem = mpi, f"{mpi[0]} is {env[mpi[0]]}: mpirun does not say who the ranks are"
+    elif not 0 <= int(env.get("RANK", 0)) < world_size:
+        wrong, problem = ["RANK"], f"RANK is {env['RANK']}, but WORLD_SIZE {world_size}"
+    if wrong:
+        raise InputError(
+            f"{problem}; start with torchrun, the deepspeed launcher, or a script of slurm/"
+        )
+    return int(env.get("RANK", 0)), world_size, int(env.get("LOCAL_RANK", 0))
+
+
+def _srun_task() -> bool:
+    """Whether srun started this process, or a launcher that started it."""
+    return int(os.environ.get("SLURM_STEP_ID", FIRST_SPECIAL_STEP)) < FIRST_SPECIAL_STEP
+
+
+def _tasks_on_node() -> int:
+    """Of this process's step; Slurm writes 2, 2, 1 as "2(x2),1"."""
+    shares = [
+        int(share)
+        for share, nodes in re.findall(
+            r"(\d+)(?:\(x(\d+)\))?", os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")
+        )
+        for _ in range(int(nodes or 1))
+    ]
+    node = int(os.environ.get("SLURM_NODEID", 0))
+    return shares[node] if node < len(shares) else 1
 
 
 def local_device(local_rank: int, on_cpu: bool = False) -> torch.device:
@@ -95,15 +124,39 @@ def local_device(local_rank: int, on_cpu: bool = False) -> torch.device:
                 "an empty CUDA_VISIBLE_DEVICES"
             )
         return torch.device("cpu")
-    # Slurm may show each task its own GPU only.
-    index = 0 if torch.cuda.device_count() == 1 and "SLURM_STEP_ID" in os.environ else local_rank
-    if index >= torch.cuda.device_count():
+    count = torch.cuda.device_count()
+    # Slurm may show each task its own GPU only; with more tasks than GPUs it is the same one.
+    launcher = os.environ.keys() & {"LOCAL_WORLD_SIZE", "LOCAL_SIZE"}  # torchrun's, deepspeed's
+    own = count == 1 and _srun_task() and not launcher
+    if own and _tasks_on_node() <= int(os.environ.get("SLURM_GPUS_ON_NODE", 1)):
+        local_rank = 0
+    if local_rank >= count:
         raise InputError(
-            f"local rank {local_rank} has no GPU: {torch.cuda.device_count()} visible; start at "
-            "most one rank per GPU"
+            f"local rank {local_rank} has no GPU: {count} visible; start at most one rank per GPU"
         )
-    torch.cuda.set_device(index)
-    return torch.device("cuda", index)
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def claim_device(ranks: Ranks) -> None:
+    """Make sure that this rank's GPU is no other rank's (needs the process group).
+
+    Raises:
+        InputError: another rank has it.
+    """
+    if ranks.device.type != "cuda":
+        return
+    gpu = torch.cuda.get_device_properties(ranks.device)
+    if "MIG" in gpu.name:  # slices may have the name of the whole
+        return
+    # Not a collective: NCCL ends with an error of its own, gloo would not notice.
+    store = torch.distributed.distributed_c10d._get_default_store()
+    if store.add(f"claimed/{gpu.uuid}", 1) > 1:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "not set")
+        raise InputError(
+            f"rank {ranks.rank}: {gpu.name} {gpu.uuid} is another rank's, too "
+            f"(CUDA_VISIBLE_DEVICES is {visible}); start at most one rank per GPU"
+        )
 
 
 def unseen_gpus() -> str:

@@ -28,7 +28,10 @@ _ENDED = (
 # The kernel allows 108 bytes; the longest socket here is "spool-127.0.0.1/127.0.0.1_<job>.<step>".
 _MAX_FOLDER_BYTES = 60
 
-# SchedulerParameters: schedule at once; a job otherwise waits 3 s for the next round.
+JobId = int | str  # an element of a job array is "ARRAY_INDEX"
+
+# SchedulerParameters: schedule at once; a job otherwise waits 3 s for the next round, and one of
+# several parts 30 s.
 # cred_expire: a requeued job waits this long before it starts (120 s unless set).
 # config_overrides: believe the CPUs and memory given here, whatever the machine has.
 # Jobs of the partition `urgent` preempt those of `spare`; nothing else preempts.
@@ -52,7 +55,7 @@ MailProg=/bin/true
 MpiDefault=none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
-SchedulerParameters=batch_sched_delay=0,sched_min_interval=0,sched_interval=1
+SchedulerParameters=batch_sched_delay=0,sched_min_interval=0,sched_interval=1,bf_interval=1
 ReturnToService=2
 KillWait=5
 SlurmdTimeout=12
@@ -82,7 +85,7 @@ class ClusterError(RuntimeError):
 class Job:
     """A job that has ended."""
 
-    id: int
+    id: JobId
     state: str  # COMPLETED, FAILED, ...
     exit_code: int
     log: str
@@ -113,7 +116,7 @@ class Cluster:
         self.env["SLURM_CONF"] = str(folder / "slurm.conf")
         self.daemons: list[subprocess.Popen[bytes]] = []
         self.nodes: dict[str, subprocess.Popen[bytes]] = {}
-        self._log_paths: dict[int, Path] = {}
+        self._log_paths: dict[JobId, Path] = {}
 
     def __enter__(self) -> "Cluster":
         try:
@@ -164,12 +167,12 @@ class Cluster:
             raise ClusterError(f"{' '.join(map(str, command))} failed: {output}")
         return result.stdout
 
-    def job(self, job_id: int) -> dict[str, str]:
+    def job(self, job_id: JobId) -> dict[str, str]:
         """What `scontrol show job` says about a job, such as JobState, ExitCode and StdOut."""
         line = self.run("scontrol", "show", "job", "--oneliner", str(job_id))
         return dict(field.split("=", 1) for field in line.split() if "=" in field)
 
-    def wait(self, job_id: int, timeout: float = 60, state: str = "COMPLETED") -> Job:
+    def wait(self, job_id: JobId, timeout: float = 60, state: str = "COMPLETED") -> Job:
         """Wait until a job has ended, and check how.
 
         Args:
@@ -196,7 +199,7 @@ class Cluster:
         exit_code = int(info["ExitCode"].split(":")[0])
         return Job(job_id, info["JobState"], exit_code, self.log(job_id))
 
-    def wait_for(self, job_id: int, text: str, timeout: float = 60) -> None:
+    def wait_for(self, job_id: JobId, text: str, timeout: float = 60) -> None:
         """Wait until a job has printed `text`; raises ClusterError with the logs if it does not."""
         deadline = time.monotonic() + timeout
         while text not in self.log(job_id):
@@ -204,14 +207,17 @@ class Cluster:
                 raise ClusterError(f"job {job_id} printed no {text!r}\n{self.logs(job_id)}")
             time.sleep(0.1)
 
-    def log(self, job_id: int) -> str:
+    def log(self, job_id: JobId) -> str:
         """What the job has printed so far."""
-        if job_id not in self._log_paths:  # asked once: tests poll logs, and scontrol is slow
-            self._log_paths[job_id] = Path(self.job(job_id)["StdOut"])
-        path = self._log_paths[job_id]
+        path = self._log_paths.get(job_id)
+        if path is None:
+            info = self.job(job_id)
+            path = Path(info["StdOut"])
+            if info["JobState"] != "PENDING":  # when %j of an element is not known yet
+                self._log_paths[job_id] = path  # tests poll logs, and scontrol is slow
         return path.read_text(errors="replace") if path.exists() else ""
 
-    def logs(self, job_id: int | None = None) -> str:
+    def logs(self, job_id: JobId | None = None) -> str:
         """The end of every log, for a failure's message."""
         texts = {path.name: path.read_text(errors="replace") for path in self.folder.glob("*.log")}
         if job_id is not None:

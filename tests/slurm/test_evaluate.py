@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,13 +12,6 @@ from tests.slurm.cluster import ROOT, Cluster
 from tests.training.exported import make_folder
 
 EVALUATE = "slurm/evaluate.sh"
-
-
-def test_the_script_is_clean() -> None:
-    subprocess.run(["bash", "-n", EVALUATE], cwd=ROOT, check=True)
-    if not shutil.which("shellcheck"):
-        pytest.skip("shellcheck is not installed")
-    subprocess.run(["shellcheck", "--external-sources", EVALUATE], cwd=ROOT, check=True)
 
 
 def test_help_and_a_start_outside_a_job() -> None:

@@ -1,7 +1,6 @@
 """slurm/index.sh: its help, what it refuses, and shards divided among tasks on a real cluster."""
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,13 +15,6 @@ from tests.data_pipeline.test_index import ordinary, write_shard
 from tests.slurm.cluster import ROOT, Cluster
 
 INDEX = "slurm/index.sh"
-
-
-def test_the_script_is_clean() -> None:
-    subprocess.run(["bash", "-n", INDEX], cwd=ROOT, check=True)
-    if not shutil.which("shellcheck"):
-        pytest.skip("shellcheck is not installed")
-    subprocess.run(["shellcheck", "--external-sources", INDEX], cwd=ROOT, check=True)
 
 
 def test_help_and_a_start_outside_a_job() -> None:

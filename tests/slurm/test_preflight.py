@@ -10,7 +10,7 @@ import pytest
 
 from tests.slurm.cluster import NODES, ROOT, Cluster
 from training import exit_codes
-from training.preflight.phases import BAD_NODE, clock_problem, judge
+from training.preflight.phases import BAD_NODE, clock_problem, judge, node_of
 
 PREFLIGHT = "slurm/preflight.sh"
 DIGITS = "training/configs/digits.yaml"
@@ -151,3 +151,10 @@ def test_the_verdict_on_reports(
 def test_a_late_message_is_not_a_wrong_clock(times: dict[str, float], expected: str) -> None:
     found = clock_problem(report(1, **times), report(0))
     assert found == (f"node n1: its clock is {expected}" if expected else "")
+
+
+def test_a_silent_node_is_named_on_nodes_with_unequal_tasks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("JOB_NODES", "n1 n1 n2")
+    assert [node_of(rank) for rank in range(4)] == ["n1", "n1", "n2", "of rank 3"]

@@ -50,6 +50,7 @@ def lines_of_rank(log: str, rank: int) -> list[str]:
     return [line.split(": ", 1)[1] for line in log.splitlines() if line.startswith(f"{rank}: ")]
 
 
+ARBITRARY = ("--distribution=arbitrary", f"--nodelist={','.join(NODES)}")
 SCRIPTS = [*sorted(ROOT.glob("slurm/*.sh")), *sorted(ROOT.glob("tests/**/*.sh"))]
 
 
@@ -75,29 +76,38 @@ def test_outside_a_job_it_says_how_to_submit(name: str) -> None:
 
 def test_a_fresh_clone_runs_with_the_bare_command(cluster: Cluster, tmp_path: Path) -> None:
     """`sbatch slurm/pretrain.sh`: the default config, the clone's .venv, the log beside it."""
-    shutil.copytree(ROOT / "slurm", tmp_path / "slurm")
-    shutil.copytree(ROOT / "training/configs", tmp_path / "training/configs")
-    (tmp_path / ".venv/bin").mkdir(parents=True)
+    clone = tmp_path / "my clone"
+    shutil.copytree(ROOT / "slurm", clone / "slurm")
+    shutil.copytree(ROOT / "training/configs", clone / "training/configs")
+    (clone / ".venv/bin").mkdir(parents=True)
     python = program(tmp_path, PRINT_TASK)["PYTHON"]
-    (tmp_path / ".venv/bin/python").symlink_to(python)
-    job = int(cluster.run("sbatch", "--parsable", PRETRAIN, cwd=tmp_path))
-    log = cluster.wait(job).log
-    assert log == (tmp_path / f"pretrain-{job}.out").read_text()
+    (clone / ".venv/bin/python").symlink_to(python)
+    job = int(cluster.run("sbatch", "--parsable", PRETRAIN, cwd=clone))
+    cluster.wait(job)
+    log = (clone / f"pretrain-{job}.out").read_text()
     assert f"task 0/1 local 0 on {NODES[0]} gpus none threads 1 of 1" in log
     assert f"<-m><training.train><{DIGITS}>" in log
     assert re.search(rf"rendezvous {NODES[0]}:2\d{{4}}\n", log)
 
 
 @pytest.mark.parametrize(
-    ("options", "env", "tasks_per_node", "gpus"),
+    ("options", "env", "tasks", "gpus", "cpus"),
     [
-        (["--gpus-per-node=2", "--cpus-per-gpu=1"], {}, 2, "0,1"),
-        (["--gres=gpu:2", "--exclusive"], {}, 2, "0,1"),
-        (["--ntasks-per-node=2", "--gpus-per-task=1"], {}, 2, "0,1"),
-        (["--gpus=4", "--ntasks-per-gpu=1"], {}, 2, "0,1"),
-        (["--gres=gpu:1"], {"TASKS_PER_NODE": "2"}, 1, "0"),
-        (["--cpus-per-task=2"], {"TASKS_PER_NODE": "2"}, 2, "none"),
-        (["--cpus-per-task=2"], {}, 1, "none"),
+        (["--gpus-per-node=2", "--cpus-per-gpu=1"], {}, (2, 2), 2, 1),
+        (["--gres=gpu:2", "--exclusive"], {}, (2, 2), 2, 1),
+        (["--ntasks-per-node=2", "--gpus-per-task=1"], {}, (2, 2), 2, 1),
+        (["--gpus=4", "--ntasks-per-gpu=1"], {}, (2, 2), 2, 1),
+        (["--gres=gpu:2", "--cpus-per-task=2", *ARBITRARY], {}, (2, 2), 2, 1),
+        (["--gres=gpu:1"], {"TASKS_PER_NODE": "2"}, (1, 1), 1, 1),
+        (["--ntasks=3", "--gpus-per-task=1"], {}, (2, 1), 2, 1),  # one GPU on the second node
+        (["--ntasks=2", "--gpus-per-task=2", "--cpus-per-task=2"], {}, (2, 2), 2, 1),
+        (["--gpus=3", "--exclusive"], {}, (2, 2), 2, 1),  # whole nodes
+        (["--gpus-per-node=1", "--exclusive"], {}, (2, 2), 2, 1),
+        (["--gpus-per-node=2", "--overcommit"], {}, (2, 2), 2, 1),
+        (["--cpus-per-task=2"], {"TASKS_PER_NODE": "2"}, (2, 2), 0, 1),
+        (["--cpus-per-task=2"], {}, (1, 1), 0, 2),
+        (["--ntasks-per-node=2"], {}, (2, 2), 0, 1),
+        (["--ntasks=3"], {}, (2, 1), 0, 1),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
@@ -106,19 +116,22 @@ def test_one_task_per_gpu(
     tmp_path: Path,
     options: list[str],
     env: dict[str, str],
-    tasks_per_node: int,
-    gpus: str,
+    tasks: tuple[int, int],
+    gpus: int,
+    cpus: int,
 ) -> None:
-    """However the GPUs were asked for; all tasks of a node see all of its GPUs."""
+    """However the GPUs were asked for; all tasks of a node see all of its GPUs (`gpus` at most)."""
     env = {**env, **program(tmp_path, PRINT_TASK)}
     log = cluster.wait(cluster.submit(PRETRAIN, options=options, env=env)).log
-    cpus = 1 if gpus == "0" else 2 // tasks_per_node
-    for rank in range(2 * tasks_per_node):
-        node, local = divmod(rank, tasks_per_node)
+    places = [(node, local) for node in (0, 1) for local in range(tasks[node])]
+    for rank, (node, local) in enumerate(places):
+        seen = ",".join(map(str, range(min(gpus, tasks[node])))) or "none"
         assert lines_of_rank(log, rank)[0] == (
-            f"task {rank}/{2 * tasks_per_node} local {local} on {NODES[node]} gpus {gpus}"
+            f"task {rank}/{len(places)} local {local} on {NODES[node]} gpus {seen}"
             f" threads {cpus} of {cpus}"
         )
+    told = next((int(o.split("=")[1]) for o in options if o.startswith("--ntasks=")), len(places))
+    assert (f"not the {told} of sbatch" in log) == (told != len(places))
 
 
 @pytest.mark.parametrize(
@@ -182,11 +195,37 @@ def test_what_is_missing_is_named_before_the_start(
     assert job.exit_code == 2
 
 
-def test_submitting_from_elsewhere_is_refused(cluster: Cluster, tmp_path: Path) -> None:
-    job = int(cluster.run("sbatch", "--parsable", ROOT / PRETRAIN, cwd=tmp_path))
-    assert cluster.wait(job, state="FAILED").exit_code == 2
-    log = (tmp_path / f"pretrain-{job}.out").read_text()
-    assert f"{tmp_path} is not the root of the repository" in log
+def test_where_the_repository_is(cluster: Cluster, tmp_path: Path) -> None:
+    """Where --chdir says or a shell of salloc finds the script; from elsewhere it is refused."""
+    env = program(tmp_path, PRINT_TASK)
+    sbatch = ("sbatch", "--parsable", "--output=%j.out")
+    script = ROOT / PRETRAIN
+    there = int(cluster.run(*sbatch, f"--chdir={ROOT}", script, env=env, cwd=tmp_path))
+    away = int(cluster.run(*sbatch, f"--chdir={tmp_path}", script, env=env, cwd=ROOT))
+    refused = int(cluster.run(*sbatch, script, cwd=tmp_path))
+    printed = cluster.run("salloc", "--gpus=3", "--exclusive", script, env=env, cwd=tmp_path)
+    assert lines_of_rank(printed, 3)[0].startswith(f"task 3/4 local 1 on {NODES[1]} gpus 0,1")
+    for job in (there, away):
+        assert "task 0/1" in cluster.wait(job).log
+    (ROOT / f"{there}.out").unlink()
+    assert cluster.wait(refused, state="FAILED").exit_code == 2
+    assert f"{tmp_path} is not the root of the repository" in cluster.log(refused)
+
+
+def test_what_would_train_in_part_is_refused(cluster: Cluster, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    options = (f"--output={log}", "--nodes=1", ":", "--nodes=1")
+    job = int(cluster.run("sbatch", "--parsable", *options, PRETRAIN))
+    inside = subprocess.run(
+        ["srun", "--ntasks=2", PRETRAIN], cwd=ROOT, env=cluster.env, capture_output=True, text=True
+    )
+    assert inside.returncode == 2 and "error: started by srun" in inside.stderr
+    deadline = time.monotonic() + 20
+    while not log.exists() or not log.read_text():
+        assert time.monotonic() < deadline, cluster.logs()
+        time.sleep(0.1)
+    assert "error: only the first part of a heterogeneous job" in log.read_text()
+    assert " ExitCode=2:0 " in cluster.run("scontrol", "show", "job", "--oneliner", str(job))
 
 
 def test_ranks_meet_at_the_rendezvous(cluster: Cluster, tmp_path: Path) -> None:

@@ -144,6 +144,42 @@ def test_usr1_to_the_script_requeues_and_term_to_the_tasks_does_not(
     assert "tasks ended with exit code 75" in log
 
 
+# Saves step 7 and ends as the trainer does when it is asked to; is done at the second start.
+ASKED = """\
+#!/bin/bash
+trap 'echo 7 >"$PROGRESS_FILE"; exit 75' USR1
+echo "element $SLURM_ARRAY_TASK_ID id $SLURM_JOB_ID restart ${SLURM_RESTART_COUNT:-0} $4"
+((${SLURM_RESTART_COUNT:-0})) || while true; do sleep 0.1; done
+"""
+
+
+def test_each_element_of_a_job_array_is_requeued(cluster: Cluster, tmp_path: Path) -> None:
+    """One has the array's own id; one is told as --signal without "B:" does it, by its tasks."""
+    path = tmp_path / "program"
+    path.write_text(ASKED)
+    path.chmod(0o755)
+    arguments = (PRETRAIN, DIGITS, "output_dir=runs/%a")
+    options = ["--array=0-1%2", "--time=5"]
+    env = {"PYTHON": str(path)}
+    array = cluster.submit(*arguments, nodes=1, options=options, env=env)
+    elements = [f"{array}_{index}" for index in (0, 1)]
+    for element, receiver in zip(elements, ((), ("--batch",)), strict=True):
+        cluster.wait_for(element, "restart 0")
+        time.sleep(0.3)
+        cluster.run("scancel", *receiver, "--signal=USR1", element)
+    ids = set()
+    for index, element in enumerate(elements):
+        log = cluster.wait(element).log
+        assert f"job {element}: requeued; it goes on at step 7" in log
+        found = re.findall(r"element (\d) id (\d+) restart (\d) (\S+)", log)
+        assert [(i, r, out) for i, _, r, out in found] == [
+            (str(index), restart, f"output_dir=runs/{index}") for restart in "01"
+        ]
+        ids |= {int(job) for _, job, _, _ in found}
+    assert array in ids and len(ids) == 2
+    assert "of this array trains the same" not in log
+
+
 def test_a_cancelled_job_stays_cancelled(cluster: Cluster, stand_in: dict[str, str]) -> None:
     job = cluster.submit(PRETRAIN, DIGITS, "steps=600", env=stand_in)
     wait_for_start(cluster, job, 1)

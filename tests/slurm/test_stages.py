@@ -56,8 +56,28 @@ def test_a_dry_run_finds_what_would_fail() -> None:
     assert run.returncode == 2 and "train.stepz: unknown key" in run.stderr
     run = outside_a_job("slurm/align.sh", "--dry-run", "no.yaml")
     assert run.returncode == 2 and run.stderr.startswith("error: no configuration at no.yaml")
-    run = outside_a_job("slurm/align.sh", "--dry-run", "--nodes", "2")
-    assert run.returncode == 2 and run.stderr == "error: write --nodes 2 as --nodes=2\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "advice"),
+    [
+        (["--nodes", "2"], "write --nodes 2 as --nodes=2"),
+        (["--export", "ALL,A=b"], "write --export ALL,A=b as --export=ALL,A=b"),
+        (["-p", "gpu"], "write -p gpu as -pgpu"),
+        (["-p=gpu"], 'sbatch reads -p=gpu as the value "=gpu": write -pgpu'),
+    ],
+)
+def test_an_option_of_sbatch_is_one_word(options: list[str], advice: str) -> None:
+    for command in (["slurm/align.sh", "--dry-run"], ["slurm/chain.sh", "--dry-run"]):
+        run = outside_a_job(*command, *options)
+        assert run.returncode == 2 and run.stderr == f"error: {advice}\n"
+
+
+def test_options_without_a_value_stand_before_the_config() -> None:
+    options = ["-pgpu", "--exclusive", "-H"]
+    command = ["slurm/align.sh", "--dry-run", *options, DIGITS]
+    run = outside_a_job(*command, PYTHON=sys.executable)
+    assert run.stdout.startswith(f"sbatch -pgpu --exclusive -H slurm/align.sh {DIGITS}\n")
 
 
 def test_a_dry_run_in_a_job_runs_nothing(cluster: Cluster, tmp_path: Path) -> None:
@@ -140,6 +160,17 @@ def test_the_chain_dry_run_prints_the_commands() -> None:
     assert third.endswith("slurm/finetune.sh training/configs/stage3_finetune.yaml seed=9")
     run = outside_a_job("slurm/chain.sh", "nonsense")
     assert run.returncode == 2 and run.stderr.startswith("error: expected key=value")
+    # Not silently a setting of all stages; a colon in a value is the value's.
+    run = outside_a_job("slurm/chain.sh", "--dry-run", "aling:seed=9")
+    assert run.returncode == 2 and 'no stage "aling" in aling:seed=9' in run.stderr
+    url = "data.shards=[s3://b:80/{0..3}.tar?a=b]"
+    run = outside_a_job("slurm/chain.sh", "--dry-run", "--dependency=afterok:7", url)
+    first, second, third = run.stdout.splitlines()
+    assert first.count("--dependency=") == 1 and all(
+        "s3://b:80" in c for c in (first, second, third)
+    )
+    # sbatch heeds the last one.
+    assert re.findall(r"--dependency=afterok:(\S+)", third) == ["7", "JOB_OF_PRETRAIN"]
 
 
 # Stands in for apptainer: says how it was called and runs the command outside any container.

@@ -74,10 +74,9 @@ class Board:
 
 
 def node_of(rank: int) -> str:
-    """The node of any rank: srun counts ranks node by node, equally many on each."""
+    """The node of any rank, where slurm/lib.sh has said it."""
     nodes = os.environ.get("JOB_NODES", "").split()
-    per_node = int(os.environ.get("SLURM_NTASKS", 1)) // max(len(nodes), 1)
-    return nodes[rank // per_node] if nodes and per_node else f"of rank {rank}"
+    return nodes[rank] if rank < len(nodes) else f"of rank {rank}"
 
 
 def end_phase(board: Board, phase: str, share: float, report: "RankReport") -> int:
@@ -152,8 +151,7 @@ def preflight(config: RunConfig, timeout_s: float) -> int:
     from training import distributed
     from training.preflight.rank_checks import RankReport
 
-    distributed.rank_from_slurm()
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world_size, _ = distributed.rank_from_environment()
     report = RankReport(rank, os.environ.get("SLURMD_NODENAME") or socket.gethostname())
     try:
         board = Board(rank, world_size, timeout_s)

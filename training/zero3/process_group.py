@@ -4,7 +4,7 @@ import logging
 import warnings
 from datetime import timedelta
 
-from training.distributed import Ranks, launched_ranks
+from training.distributed import Ranks, claim_device, launched_ranks
 
 
 def init_distributed(timeout_s: float = 1800.0, on_cpu: bool = False) -> Ranks:
@@ -28,6 +28,7 @@ def init_distributed(timeout_s: float = 1800.0, on_cpu: bool = False) -> Ranks:
         auto_mpi_discovery=False,
         verbose=False,
     )
+    claim_device(ranks)
     return ranks
 
 
