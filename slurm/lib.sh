@@ -293,7 +293,7 @@ being_preempted() {
 little_time_left() {
     local end
     end=$(job_field EndTime) && [[ $end != Unknown ]] &&
-        (($(date -d "$end" +%s) - $(date +%s) < 600))
+        (($(date -d "$end" +%s) - $(date +%s) < 1800))
 }
 
 # Requeue the job, without counting a failure, if its nodes are wanted.

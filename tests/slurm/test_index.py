@@ -40,11 +40,12 @@ def test_tasks_share_the_shards_and_the_index_is_published(
 
     def submit(*options: str) -> int:
         arguments = (INDEX, train, "--tokenizer", model, *options)
-        return cluster.submit(*arguments, nodes=2, env=environment)
+        return cluster.submit(*arguments, options=["--exclusive"], env=environment)
 
     # A shard that is not there: a task fails, what the other finished is kept.
     ended = cluster.wait(submit(), timeout=120, state="FAILED")
     assert ended.exit_code == 2 and "9.tar does not exist" in ended.log
+    assert "2 nodes x 1(x2) tasks, 2 processes per task" in ended.log  # one for each CPU
     assert "nothing is published" in ended.log and "share 0/2 is done" in ended.log
     assert not (train / "index" / "manifest.json").exists()
 

@@ -198,7 +198,7 @@ def test_what_is_missing_is_named_before_the_start(
 def test_where_the_repository_is(cluster: Cluster, tmp_path: Path) -> None:
     """Where --chdir says or a shell of salloc finds the script; from elsewhere it is refused."""
     env = program(tmp_path, PRINT_TASK)
-    sbatch = ("sbatch", "--parsable", "--output=%j.out")
+    sbatch = ("sbatch", "--parsable", f"--output={tmp_path}/%j.out")
     script = ROOT / PRETRAIN
     there = int(cluster.run(*sbatch, f"--chdir={ROOT}", script, env=env, cwd=tmp_path))
     away = int(cluster.run(*sbatch, f"--chdir={tmp_path}", script, env=env, cwd=ROOT))
@@ -207,17 +207,18 @@ def test_where_the_repository_is(cluster: Cluster, tmp_path: Path) -> None:
     assert lines_of_rank(printed, 3)[0].startswith(f"task 3/4 local 1 on {NODES[1]} gpus 0,1")
     for job in (there, away):
         assert "task 0/1" in cluster.wait(job).log
-    (ROOT / f"{there}.out").unlink()
     assert cluster.wait(refused, state="FAILED").exit_code == 2
     assert f"{tmp_path} is not the root of the repository" in cluster.log(refused)
 
 
 def test_what_would_train_in_part_is_refused(cluster: Cluster, tmp_path: Path) -> None:
     log = tmp_path / "log"
+    env = program(tmp_path, PRINT_TASK)
     options = (f"--output={log}", "--nodes=1", ":", "--nodes=1")
-    job = int(cluster.run("sbatch", "--parsable", *options, PRETRAIN))
+    job = int(cluster.run("sbatch", "--parsable", *options, PRETRAIN, env=env))
+    srun = ("srun", "--ntasks=2", PRETRAIN)
     inside = subprocess.run(
-        ["srun", "--ntasks=2", PRETRAIN], cwd=ROOT, env=cluster.env, capture_output=True, text=True
+        srun, cwd=ROOT, env={**cluster.env, **env}, capture_output=True, text=True, timeout=60
     )
     assert inside.returncode == 2 and "error: started by srun" in inside.stderr
     deadline = time.monotonic() + 20

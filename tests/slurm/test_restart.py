@@ -164,7 +164,7 @@ def test_each_element_of_a_job_array_is_requeued(cluster: Cluster, tmp_path: Pat
     array = cluster.submit(*arguments, nodes=1, options=options, env=env)
     elements = [f"{array}_{index}" for index in (0, 1)]
     for element, receiver in zip(elements, ((), ("--batch",)), strict=True):
-        cluster.wait_for(element, "restart 0")
+        cluster.wait_for(element, "restart 0 output_dir")
         time.sleep(0.3)
         cluster.run("scancel", *receiver, "--signal=USR1", element)
     ids = set()
