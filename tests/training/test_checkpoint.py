@@ -24,8 +24,9 @@ from tests.training import checkpoint_scenarios as scenarios
 from tests.training.kill_in_save import PHASES
 from training.checkpoint import finished, read_manifest, verify_files
 from training.checkpoint.__main__ import main
-from training.checkpoint.folder_layout import Manifest, candidates, to_prune
+from training.checkpoint.folder_layout import Manifest, candidates
 from training.checkpoint.lock import FolderLock
+from training.checkpoint.pruning import to_prune
 from training.checkpoint.verify import share
 from training.zero3.pickles import scan_pickle
 

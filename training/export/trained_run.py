@@ -9,10 +9,11 @@ from tqdm import tqdm
 
 from data_pipeline.errors import InputError
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer
-from training.checkpoint.folder_layout import MANIFEST, Manifest, finished, read_manifest, warn
+from training.checkpoint.folder_layout import MANIFEST, Manifest, finished, read_manifest
 from training.checkpoint.verify import problems_of
 from training.config import RunConfig, load_config
 from training.metrics import read_metrics
+from training.side_outputs import warn
 
 
 @dataclass(frozen=True)
