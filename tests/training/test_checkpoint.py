@@ -281,6 +281,13 @@ def test_a_full_disk_is_a_warning_once_and_stops_the_run_the_second_time(
     assert two_ranks.run(scenarios.resume, folder)[0][1] == "step-00000005"
 
 
+def test_what_follows_a_published_checkpoint_cannot_make_it_a_failed_one(
+    two_ranks: RankPool, tmp_path: Path
+) -> None:
+    assert two_ranks.run(scenarios.refuse_latest, tmp_path / "c") == [[None] * 4] * 2
+    assert [path.name[-1] for path in finished(tmp_path / "c")] == ["3", "4"]  # pruned all the same
+
+
 def test_a_real_full_file_system_leaves_the_last_checkpoint_whole(
     two_ranks: RankPool, tmp_path: Path
 ) -> None:
