@@ -202,6 +202,20 @@ def test_a_file_system_that_hangs_holds_nobody_up(
     reader.join()
 
 
+def test_a_disk_that_is_full_again_and_again_is_said_once(
+    tmp_path: Path, files: SideFiles, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    for number in range(4):
+        with files_up_to(10 * number + 5):
+            files.append(path, b"%09d\n" % number)
+            files.flush()
+        files.flush()
+    assert path.read_bytes() == b"".join(b"%09d\n" % number for number in range(4))
+    said = capsys.readouterr().err
+    assert said.count("cannot be written") == said.count("can be written again") == 1
+
+
 def test_half_a_record_is_cut_off_even_where_that_fails_at_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

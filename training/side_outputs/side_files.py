@@ -5,6 +5,7 @@ hangs) is kept and written later; beyond `KEPT_BYTES` a file the oldest records 
 counted. A warning says so when it begins and how it ended.
 """
 
+import math
 import os
 import threading
 import time
@@ -18,7 +19,9 @@ from training.side_outputs.console import warn
 
 KEPT_BYTES = 16 * 2**20
 RETRY_S = 1.0
-CLOSE_S = 10.0
+SAY_AGAIN_S = 60.0
+"""Fewest seconds between two warnings of a file that can be written now and then."""
+CLOSE_S = 5.0
 """Longest wait for the last records: a disk that hangs must not keep a run from ending."""
 
 
@@ -36,6 +39,9 @@ class _Waiting:
     """Records of an attempt that is under way."""
     lost: int = 0
     trouble: str = ""
+    said_at: float = -math.inf
+    quiet: bool = False
+    """The trouble was not said: the last one was a moment ago."""
     retry_at: float = 0.0
 
     @property
@@ -178,12 +184,18 @@ def _settle(path: Path, waiting: _Waiting, error: Exception | None) -> str | Non
     before, waiting.trouble = waiting.trouble, ""
     if error is None:
         lost, waiting.lost = waiting.lost, 0
+        if waiting.quiet and not lost:
+            return None
         but = f" but for {lost} records" if lost else ""
         return f"{path} can be written again: all is there{but}"
     waiting.trouble = getattr(error, "strerror", None) or str(error)
-    waiting.retry_at = time.monotonic() + RETRY_S
-    if before:
+    now = time.monotonic()
+    waiting.retry_at = now + RETRY_S
+    if not before:
+        waiting.quiet = now - waiting.said_at < SAY_AGAIN_S
+    if before or waiting.quiet:
         return None
+    waiting.said_at = now
     return f"{path} cannot be written: {waiting.trouble}; it is kept for later, training goes on"
 
 
