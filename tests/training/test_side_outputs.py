@@ -136,6 +136,22 @@ def test_a_resume_that_cannot_rewrite_the_metrics_leaves_them_and_reads_the_late
     assert [(row["step"], row["loss"]) for row in read_metrics(path)] == [(1, 1), (2, 1), (3, 7)]
 
 
+def test_an_evaluation_that_comes_again_is_on_record_again(
+    tmp_path: Path, files: SideFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = {"detail": "all", "num_image_tokens": 4, "accuracy": 0.5, "loss": 1.0}
+    rows = [{"step": step, "loss": 1.0, "results": [result]} for step in (3, 6)]
+    path = tmp_path / "evaluations.jsonl"
+    path.write_bytes(b"".join(map(encode_row, rows)))
+    with monkeypatch.context() as slow:  # the file is rewritten only after it was read
+        slow.setattr(files, "_next", lambda: None)
+        log = MetricsLog(tmp_path, ONE, 9, 3, files)
+        assert list(log.evaluations) == [3]
+    log.evaluation(rows[1])
+    log.close()
+    assert read_rows(path) == rows
+
+
 def test_the_guard_goes_on_from_rows_without_a_finite_loss() -> None:
     guard = LossGuard(FaultSettings())
     guard.restore([{"step": 1, "loss": loss} for loss in (1.0, None, math.nan, "nan", 2.0)])

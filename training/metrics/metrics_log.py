@@ -34,7 +34,9 @@ class MetricsLog:
         self.folder, self.files = folder, files or SideFiles(background=False)
         for name in (METRICS, EVALUATIONS):
             keep_rows(folder / name, lambda row: not _step(row) > first_step, self.files)
-        self.evaluations = {row["step"]: row for row in read_evaluations(folder)}
+        # Those taken out may still be in the file, which is written later.
+        rows = read_evaluations(folder)
+        self.evaluations = {row["step"]: row for row in rows if row["step"] <= first_step}
         self.board = EventFile(folder / "tensorboard", first_step, self.files)
         self.bar = tqdm(total=steps, initial=first_step, unit="step", disable=None, leave=False)
 
