@@ -177,12 +177,11 @@ class RunConfig(Settings):
         steps = sorted((self.eval.every_steps, self.checkpoint.every_steps))
         if self.checkpoint.keep_best is None:
             return self
-        if not self.data.eval_shards or not steps[0] or steps[1] % steps[0]:
+        if not steps[0] or steps[1] % steps[0]:
             raise ValueError(
-                "checkpoint.keep_best compares checkpoints that are evaluated: it needs "
-                f"data.eval_shards ({len(self.data.eval_shards)} given), and of eval.every_steps "
-                f"({self.eval.every_steps}) and checkpoint.every_steps "
-                f"({self.checkpoint.every_steps}) one that is a multiple of the other"
+                "checkpoint.keep_best compares checkpoints that are evaluated: make one of "
+                f"eval.every_steps ({self.eval.every_steps}) and checkpoint.every_steps "
+                f"({self.checkpoint.every_steps}) a multiple of the other"
             )
         return self
 

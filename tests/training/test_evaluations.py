@@ -134,7 +134,6 @@ def test_scores_that_cannot_be_read_are_said(
     [
         ["eval.every_steps=0"],
         ["eval.every_steps=3", "checkpoint.every_steps=2"],
-        ["eval.every_steps=2", "checkpoint.every_steps=2", "data.eval_shards=[]"],
     ],
 )
 def test_a_best_that_nobody_could_know_is_refused(tmp_path: Path, overrides: list[str]) -> None:
