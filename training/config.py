@@ -17,7 +17,7 @@ from data_pipeline.settings import DataSettings, Seed
 from data_pipeline.yaml_text import write_yaml
 from kernels import POOL_MODES
 
-__all__ = ["DataSettings", "RunConfig", "load_config", "save_config"]
+__all__ = ["DataSettings", "RunConfig", "config_yaml", "load_config", "save_config"]
 
 
 class BackboneSettings(Settings):
@@ -122,6 +122,8 @@ class CheckpointSettings(Settings):
     """Newest checkpoints to keep; two at least, should the newest be damaged."""
     keep_every_steps: int = Field(0, ge=0)
     """Also keep every checkpoint whose step is a multiple of this; 0: none."""
+    keep_best: Literal["accuracy", "loss"] | None = None
+    """Also keep the checkpoint whose evaluation was best by this: mean over the token counts."""
     background: bool = True
     """Write while training goes on; false: each save waits until its checkpoint is published."""
     resume: PathText = "auto"
@@ -153,6 +155,8 @@ class EvalSettings(Settings):
     """0 evaluates at the end only."""
     max_tokens: int = Field(8192, gt=0)
     """Pack length in evaluation."""
+    max_samples: int = Field(0, ge=0)
+    """Most held-out samples to score, the same ones each time; 0: all."""
 
 
 class RunConfig(Settings):
@@ -167,6 +171,19 @@ class RunConfig(Settings):
     checkpoint: CheckpointSettings = CheckpointSettings()
     faults: FaultSettings = FaultSettings()
     eval: EvalSettings = EvalSettings()
+
+    @model_validator(mode="after")
+    def _the_best_can_be_known(self) -> "RunConfig":
+        steps = sorted((self.eval.every_steps, self.checkpoint.every_steps))
+        if self.checkpoint.keep_best is None:
+            return self
+        if not steps[0] or steps[1] % steps[0]:
+            raise ValueError(
+                "checkpoint.keep_best compares checkpoints that are evaluated: make one of "
+                f"eval.every_steps ({self.eval.every_steps}) and checkpoint.every_steps "
+                f"({self.checkpoint.every_steps}) a multiple of the other"
+            )
+        return self
 
     @field_validator("output_dir")
     @classmethod
@@ -207,6 +224,11 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
     return load_settings(RunConfig, path, overrides)
 
 
+def config_yaml(config: RunConfig) -> str:
+    """The effective settings as YAML, for `load_config`."""
+    return write_yaml(config.model_dump(mode="json"))
+
+
 def save_config(config: RunConfig, path: Path) -> None:
     """Write the effective settings as YAML."""
-    path.write_text(write_yaml(config.model_dump(mode="json")), encoding="utf-8")
+    path.write_text(config_yaml(config), encoding="utf-8")

@@ -7,6 +7,8 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
+from training.side_outputs import unfailing_console
+
 OK = 0
 CRASH = 1  # as any code that is not named here
 BAD_INPUT = 2  # a setting or the data: starting again would end the same way
@@ -21,6 +23,7 @@ def run_rank(main: Callable[[], int]) -> NoReturn:
     that ended well (pytorch/pytorch#190489), and one that waits for a file system that hangs would
     keep the process.
     """
+    unfailing_console()
     try:
         code = main()
     except Exception:

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from data_pipeline.corpus import cost_of, make_exact_builder, open_corpus, open_mixture
 from data_pipeline.errors import InputError
-from data_pipeline.files import file_lock, write_atomically
+from data_pipeline.files import file_lock
 from data_pipeline.index import build_index
 from data_pipeline.loader import PackBuilder, PackedBatch, StepLoader
 from data_pipeline.mixture import DatasetSettings
@@ -22,7 +22,8 @@ from data_pipeline.stats.placed import Placed
 from data_pipeline.storage import Storage
 from data_pipeline.tokenizer import load_tokenizer
 from kernels import implementation
-from training.config import RunConfig, save_config
+from training.checkpoint.pruning import Best
+from training.config import RunConfig, config_yaml
 from training.distributed import Ranks, from_main
 from training.engine_interface import Engine
 from training.evaluate.in_training import Evaluation, evaluate
@@ -31,6 +32,7 @@ from training.metrics.run_curve import plot_run
 from training.model.build import DTYPES
 from training.parameters import module_table
 from training.precision import has_fast_bf16
+from training.side_outputs import SideFiles, attempt
 
 
 def check_prepared(settings: PrepareSettings) -> None:
@@ -56,10 +58,14 @@ def check_prepared(settings: PrepareSettings) -> None:
 
 
 class Run:
-    """Everything a training run needs besides the engine, the same on every rank."""
+    """Everything a training run needs besides the engine, the same on every rank.
 
-    def __init__(self, config: RunConfig, ranks: Ranks) -> None:
+    `files` writes what it leaves for people; None: each call by itself.
+    """
+
+    def __init__(self, config: RunConfig, ranks: Ranks, files: SideFiles | None = None) -> None:
         self.config, self.ranks = config, ranks
+        self.files = files or SideFiles(background=False)
         data = config.data
         self.named_bad: set[str] = set()
         self.projector_impl = self._projector_impl()
@@ -89,7 +95,8 @@ class Run:
     def _held_out(self) -> tuple[EvaluationPlan, PackBuilder]:
         data, source = self.config.data, DatasetSettings(shards=self.config.data.eval_shards)
         mixture = open_mixture(data, self.tokenizer, {"held-out": source})
-        plan = EvaluationPlan(mixture, data.tiling, self.config.eval.max_tokens)
+        limits = self.config.eval
+        plan = EvaluationPlan(mixture, data.tiling, limits.max_tokens, limits.max_samples)
         return plan, make_exact_builder(data, mixture, self.tokenizer)
 
     def _slices(self, max_tokens: int) -> int:
@@ -171,8 +178,7 @@ class Run:
         """Save the effective settings; say what trains, on what, and what the data left out."""
         config = self.config
         if self.ranks.is_main:
-            config.output_dir.mkdir(parents=True, exist_ok=True)
-            save_config(config, config.output_dir / "config.yaml")
+            self.files.replace(config.output_dir / "config.yaml", config_yaml(config).encode())
         self.say(module_table(engine.module, config.train.modules, engine.shape))
         accumulation = config.data.pack.packs_per_step // self.ranks.world_size
         self.say(
@@ -240,7 +246,7 @@ class Run:
     def evaluate(
         self, engine: Engine, step: int, log: MetricsLog, stop: Callable[[], bool] | None = None
     ) -> Evaluation | None:
-        """Accuracy on the held-out shards at every trained token count, if there are any.
+        """Accuracy and loss on the held-out shards at every trained token count, if there are any.
 
         None without held-out shards, and when `stop` was true on some rank.
         """
@@ -251,22 +257,30 @@ class Run:
         result = evaluate(engine, *self.held_out, sides, self.ranks, slices, stop)
         if result is None:
             return None
-        for row in result.to_json():
-            name = f"accuracy/{row['detail']}/{row['num_image_tokens']}"
-            log.scalar(name, row["accuracy"], step)
-        self.say(f"\nheld-out accuracy after step {step}:\n{result.table()}\n")
+        log.evaluation(result.to_row(step))
+        self.say(f"\nheld-out accuracy after step {step}:\n{result.table()}")
+        self.say(f"{result.losses()}\n")
         if self.ranks.is_main:
             text = json.dumps({"step": step, "results": result.to_json()}, indent=1)
-            write_atomically(config.output_dir / "evaluation.json", text.encode())
+            self.files.replace(config.output_dir / "evaluation.json", text.encode())
         return result
 
-    def finish(self, result: Evaluation | None, saved: Path | None) -> None:
+    def evaluates_at(self, step: int) -> bool:
+        """Whether the settings ask for an evaluation on the way after this step."""
+        every, last = self.config.eval.every_steps, self.config.train.steps
+        return 0 < step < last and every > 0 and step % every == 0
+
+    def finish(self, result: Evaluation | None, saved: Path | None, best: Best | None) -> None:
         """Draw the curve and say where everything is."""
         if not self.ranks.is_main:
             return
         out = self.config.output_dir
-        plot_run(out / "metrics.jsonl", result.accuracy() if result else {}, out / "curve.png")
+        self.files.flush()
+        accuracy = result.accuracy() if result else {}
+        attempt("no curve", lambda: plot_run(out, accuracy, out / "curve.png"))
         print(f"TensorBoard log   {out / 'tensorboard'}")
         print(f"metrics           {out / 'metrics.jsonl'}")
         print(f"curve             {out / 'curve.png'}")
         print(f"checkpoint        {saved}")
+        if best:
+            print(f"best checkpoint   {best.path} ({best})")

@@ -21,6 +21,7 @@ from training import checkpoint, exit_codes
 from training.config import RunConfig, load_config
 from training.distributed import Ranks, from_main
 from training.engine_interface import Engine
+from training.evaluate.in_training import Evaluation
 from training.health import Monitor, StopRequest
 from training.health.loss_guard import WINDOW
 from training.metrics import MetricsLog, StepMeter, read_metrics
@@ -43,7 +44,7 @@ def train(config: RunConfig, ranks: Ranks, stop: StopRequest | None = None) -> i
         checkpoint.Saver(config.output_dir / "checkpoints", config.checkpoint, ranks) as saver,
         Monitor(config, ranks, stop) as monitor,
     ):
-        return _train(Run(config, ranks), saver, monitor)
+        return _train(Run(config, ranks, monitor.files), saver, monitor)
 
 
 def _train(run: Run, saver: checkpoint.Saver, monitor: Monitor) -> int:
@@ -51,11 +52,14 @@ def _train(run: Run, saver: checkpoint.Saver, monitor: Monitor) -> int:
     config, ranks, last = run.config, run.ranks, run.config.train.steps
     engine, progress = start(run, saver, monitor)
     first = progress.step
-    log = MetricsLog(config.output_dir, ranks, last, first)
+    log = MetricsLog(config.output_dir, ranks, last, first, run.files)
+    saver.compare(log.evaluations, run.files)
     data = config.data
     meter = StepMeter(data.tokens.sides, data.pack.max_tokens, ranks, run.mixture.names)
     batches = run.loader.steps(progress.plan, monitor.stop)
     monitor.ready(first)
+    if run.evaluates_at(first) and from_main(lambda: first not in log.evaluations):
+        evaluate(run, engine, first, log, saver, monitor)  # what a signal or crash left undone
     for step in range(first + 1, last + 1):
         meter.start()
         with monitor.phase("data_wait"):
@@ -72,17 +76,15 @@ def _train(run: Run, saver: checkpoint.Saver, monitor: Monitor) -> int:
         if step == last or step % config.checkpoint.every_steps == 0:
             with monitor.phase("checkpoint_stall"):
                 saver.save(engine, progress, run.fingerprints, wait=step == last)
-        if step < last and config.eval.every_steps and step % config.eval.every_steps == 0:
-            with monitor.phase("evaluation"):
-                run.evaluate(engine, step, log, monitor.between_batches())
+        if run.evaluates_at(step):
+            evaluate(run, engine, step, log, saver, monitor)
     batches.close()
     result = None
     ended = progress.step < last and not monitor.stop.agree(ranks.device)
     if ended:
         run.data_ended(progress.step, progress.plan)
     if progress.step == last or ended:
-        with monitor.phase("evaluation"):
-            result = run.evaluate(engine, progress.step, log, monitor.between_batches())
+        result = evaluate(run, engine, progress.step, log, saver, monitor)
     stopping = monitor.stop.agree(ranks.device)
     with monitor.phase("checkpoint_stall"):
         if (stopping or ended) and progress.step > first:
@@ -93,8 +95,23 @@ def _train(run: Run, saver: checkpoint.Saver, monitor: Monitor) -> int:
         run.say(f"asked to stop after step {progress.step}; the newest checkpoint is {saved}")
         monitor.outcome = "preempted"
         return exit_codes.PREEMPTED
-    run.finish(result, saved)
+    run.finish(result, saved, checkpoint.best(saver.folder))
     return exit_codes.OK
+
+
+def evaluate(
+    run: Run,
+    engine: Engine,
+    step: int,
+    log: MetricsLog,
+    saver: checkpoint.Saver,
+    monitor: Monitor,
+) -> Evaluation | None:
+    """Evaluate as `Run.evaluate`, and let the saver know how good this step is."""
+    with monitor.phase("evaluation"):
+        result = run.evaluate(engine, step, log, monitor.between_batches())
+    saver.compare(log.evaluations, run.files)
+    return result
 
 
 def start(

@@ -421,6 +421,19 @@ def test_a_sample_too_long_for_evaluation_is_scored_in_a_pack_of_its_own() -> No
     ]
 
 
+def test_a_limited_evaluation_takes_the_same_samples_of_every_kind() -> None:
+    mixture = Mixture.of(random_index(120))
+    few, more, every = (
+        EvaluationPlan(mixture, ONE_TILE, 100, limit).samples for limit in (24, 60, 500)
+    )
+    assert (len(few), len(more), every) == (24, 60, list(range(120)))
+    assert set(few) < set(more) and few == sorted(few)
+    assert few == EvaluationPlan(mixture, ONE_TILE, 100, 24).samples
+    # Kinds that alternate, or come one after the other, each have their share.
+    assert all(sum(sample % 3 == kind for sample in few) >= 3 for kind in range(3))
+    assert all(sum(sample // 40 == kind for sample in few) >= 3 for kind in range(3))
+
+
 def test_the_empty_pack() -> None:
     pack = PackPlan.empty()
     assert (len(pack.sample_ids), pack.sides, pack.tokens, pack.num_tiles) == (0, (), 0, 0)

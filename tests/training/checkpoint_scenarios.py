@@ -170,6 +170,27 @@ def full_disk(
     return errors, ""
 
 
+def refuse_latest(ranks: Ranks, folder: Path) -> list[str | None]:
+    """Save four steps where `latest` cannot be written; the error of each."""
+    real, errors, engine = publication.write_atomically, [], build()
+
+    def write(path: Path, data: bytes) -> None:
+        if path.name == "latest":
+            raise OSError(errno.EDQUOT, "Disk quota exceeded")
+        real(path, data)
+
+    publication.write_atomically = write
+    try:
+        with checkpoint.Saver(folder, settings(), ranks) as saver:
+            for step in range(1, 5):
+                saver.save(engine, progress(step), FINGERPRINTS)
+                saver.wait()
+                errors.append(saver.last_error)
+    finally:
+        publication.write_atomically = real
+    return errors
+
+
 def no_space_left(state: Any, file: Any) -> None:
     file.write(b"half")
     raise OSError(errno.ENOSPC, "No space left on device")

@@ -42,8 +42,8 @@ def train_and_evaluate(
     scoring: Any = sys.modules[evaluate.__module__]
     real = scoring.score_answers
 
-    def recording(batch: PackedBatch, predictions: torch.Tensor) -> Any:
-        scores = real(batch, predictions)
+    def recording(batch: PackedBatch, predictions: torch.Tensor, losses: torch.Tensor) -> Any:
+        scores = real(batch, predictions, losses)
         outcomes.update(_outcomes(batch, predictions, dict(scores)))
         return scores
 

@@ -24,8 +24,9 @@ from tests.training import checkpoint_scenarios as scenarios
 from tests.training.kill_in_save import PHASES
 from training.checkpoint import finished, read_manifest, verify_files
 from training.checkpoint.__main__ import main
-from training.checkpoint.folder_layout import Manifest, candidates, to_prune
+from training.checkpoint.folder_layout import Manifest, candidates
 from training.checkpoint.lock import FolderLock
+from training.checkpoint.pruning import to_prune
 from training.checkpoint.verify import share
 from training.zero3.pickles import scan_pickle
 
@@ -278,6 +279,13 @@ def test_a_full_disk_is_a_warning_once_and_stops_the_run_the_second_time(
     assert [path.name for path in finished(folder)] == ["step-00000004", "step-00000005"]
     assert (folder / "latest").read_text() == "step-00000005"
     assert two_ranks.run(scenarios.resume, folder)[0][1] == "step-00000005"
+
+
+def test_what_follows_a_published_checkpoint_cannot_make_it_a_failed_one(
+    two_ranks: RankPool, tmp_path: Path
+) -> None:
+    assert two_ranks.run(scenarios.refuse_latest, tmp_path / "c") == [[None] * 4] * 2
+    assert [path.name[-1] for path in finished(tmp_path / "c")] == ["3", "4"]  # pruned all the same
 
 
 def test_a_real_full_file_system_leaves_the_last_checkpoint_whole(

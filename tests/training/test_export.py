@@ -242,7 +242,14 @@ def test_the_card_says_how_it_was_made(trained: Any, exported: Path) -> None:
 def test_an_older_evaluation_is_not_taken_for_this_steps(trained: Any, tmp_path: Path) -> None:
     run = copy_run(trained[0], tmp_path)
     found = json.loads((run / "evaluation.json").read_text())
+    for name in ("evaluation.json", "evaluations.jsonl"):
+        (run / name).unlink()  # hard links
     (run / "evaluation.json").write_text(json.dumps({**found, "step": 1}))
+    (run / "evaluations.jsonl").write_text(json.dumps({**found, "step": STEPS}) + "\n")
+    accuracy = f"{found['results'][0]['accuracy']:.1%}"
+    export(run, tmp_path / "kept")  # as of the best checkpoint, which is not the newest
+    assert accuracy in (tmp_path / "kept/README.md").read_text()
+    (run / "evaluations.jsonl").unlink()
     export(run, tmp_path / "out")
     assert f"Step {STEPS} was not evaluated" in (tmp_path / "out/README.md").read_text()
 

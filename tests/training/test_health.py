@@ -190,6 +190,7 @@ def test_a_stopped_rank_is_named_by_the_other(hangs: dict[str, Hang]) -> None:
     code, _, error = hangs["stopped"].finish(0)
     assert code == STUCK, error
     assert "error: rank 0 on" in error and "in step 4 (steps)" in error
+    assert f"raise faults.step_timeout_s ({hang.FAULTS.step_timeout_s:g})" in error
     blame = error.split("No longer alive: ")[1]
     pid = hangs["stopped"].ranks[1].pid
     assert blame.startswith(

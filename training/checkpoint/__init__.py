@@ -8,6 +8,7 @@ looks after one offline.
 from training.checkpoint.find import find, refuse_later
 from training.checkpoint.folder_layout import MANIFEST, TEMPORARY, finished, read_manifest
 from training.checkpoint.progress import Progress
+from training.checkpoint.pruning import best
 from training.checkpoint.resume import load, start_from
 from training.checkpoint.saver import Saver
 from training.checkpoint.verify import verify_files
@@ -17,6 +18,7 @@ __all__ = [
     "TEMPORARY",
     "Progress",
     "Saver",
+    "best",
     "find",
     "finished",
     "load",

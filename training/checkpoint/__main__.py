@@ -24,9 +24,9 @@ from training.checkpoint.folder_layout import (
     finished,
     read_manifest,
     remove,
-    to_prune,
 )
 from training.checkpoint.lock import FolderLock
+from training.checkpoint.pruning import best, to_prune
 from training.checkpoint.saver import gigabytes
 from training.checkpoint.verify import problems_of
 
@@ -51,7 +51,10 @@ def _parse_args(argv: list[str] | None) -> argparse.Namespace:
         "verify", help="check every checksum and pickle; exit status 1 names what is broken"
     )
     verify.set_defaults(run=_verify)
-    prune = commands.add_parser("prune", help="remove all but the newest checkpoints")
+    prune = commands.add_parser(
+        "prune",
+        help="remove all but the newest checkpoints and that of checkpoint.keep_best",
+    )
     prune.set_defaults(run=_prune)
     for command in (show, verify, prune):
         command.add_argument("path", type=path_argument, help="a run's checkpoints folder")
@@ -64,7 +67,7 @@ def _parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _list(args: argparse.Namespace) -> int:
-    latest = args.path / LATEST
+    latest, top = args.path / LATEST, best(args.path)
     newest = latest.read_text(errors="replace").strip() if latest.is_file() else ""
     print(f"{'step':>9}  {'saved':16}  {'ranks':>5}  {'size':>10}  {'files':>5}  kind")
     for path in candidates(args.path):
@@ -75,6 +78,7 @@ def _list(args: argparse.Namespace) -> int:
             continue
         saved = datetime.fromtimestamp((path / MANIFEST).stat().st_mtime)
         kind = "finished, latest" if path.name == newest else "finished"
+        kind += f", best ({top})" if top and top.path == path else ""
         print(
             f"{manifest.step:>9}  {saved:%Y-%m-%d %H:%M}  {manifest.world_size:>5}  "
             f"{gigabytes(manifest.total_bytes):>10}  {len(manifest.files):>5}  {kind}"

@@ -12,10 +12,10 @@ from training.checkpoint.folder_layout import (
     read_manifest,
     set_aside,
     step_of,
-    warn,
 )
 from training.checkpoint.verify import check_unlisted, share, verify_files
 from training.distributed import from_main
+from training.side_outputs import warn
 
 
 def find(resume: str, folder: Path) -> Path | None:

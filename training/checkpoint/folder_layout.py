@@ -1,4 +1,4 @@
-"""What a checkpoint folder looks like: names, the manifest, what is finished, pruning.
+"""What a checkpoint folder looks like: names, the manifest, what is finished.
 
 `DIR/step-00000100/` holds the engine's shards and `manifest.json`, which is written last;
 `DIR/latest` names the newest, for people: finished folders decide. `DIR/tmp-...` is being written
@@ -9,13 +9,10 @@ import hashlib
 import json
 import re
 import shutil
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-from tqdm import tqdm
 
 from data_pipeline.errors import InputError
 from data_pipeline.files import move_into_place, write_atomically
@@ -103,20 +100,6 @@ def finished(folder: Path) -> list[Path]:
     return [path for path in candidates(folder) if (path / MANIFEST).is_file()]
 
 
-def to_prune(folder: Path, keep: int, keep_every_steps: int) -> list[Path]:
-    """The finished checkpoints beyond the newest `keep`, without every m-th step's.
-
-    And of the damaged ones that resumes have set aside all but the newest: each is a whole one's
-    size.
-    """
-    damaged = sorted(folder.glob(BAD + "*"))[:-1]
-    return damaged + [
-        path
-        for path in finished(folder)[:-keep]
-        if not keep_every_steps or step_of(path) % keep_every_steps
-    ]
-
-
 def remove(path: Path) -> None:
     """Delete a checkpoint; a kill half-way leaves a temporary folder, never half a checkpoint."""
     doomed = path.with_name(f"{TEMPORARY}old-{path.name}")
@@ -138,12 +121,6 @@ def leftovers(folder: Path) -> Iterator[Path]:
 
 
 def publish(temporary: Path, final: Path, manifest: Manifest) -> None:
-    """Make a written folder the checkpoint `final`: manifest, fsync, rename, `latest`."""
+    """Make a written folder the checkpoint `final`: manifest, fsync, rename."""
     write_atomically(temporary / MANIFEST, manifest.to_json())
     move_into_place(temporary, final)
-    write_atomically(final.parent / LATEST, final.name.encode())
-
-
-def warn(text: str) -> None:
-    """Print a warning on this rank, above a progress bar."""
-    tqdm.write(f"warning: {text}", file=sys.stderr)

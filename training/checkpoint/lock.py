@@ -5,12 +5,13 @@ import json
 import os
 import socket
 import time
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import IO
 
 from data_pipeline.errors import InputError
-from training.checkpoint.folder_layout import warn
+from training.side_outputs import warn
 
 LOCK = ".lock"
 # A process that is just ending may still hold it; after a node loss a network file system keeps
@@ -49,11 +50,16 @@ class FolderLock:
                 self.file = None
                 raise (TimeoutError if same_job else InputError)(_in_use(self.path.parent, holder))
             time.sleep(0.1)
-        self.file.truncate(0)
         since = datetime.now().astimezone().isoformat(timespec="seconds")
         holder = {"host": socket.gethostname(), "pid": os.getpid(), "job": _job(), "since": since}
-        self.file.write(json.dumps(holder))
-        self.file.flush()
+        self._say(json.dumps(holder))
+
+    def _say(self, holder: str) -> None:
+        """Who holds the lock, for others to read: on a full disk nobody learns it."""
+        assert self.file is not None
+        with suppress(OSError):
+            os.ftruncate(self.file.fileno(), 0)
+            os.write(self.file.fileno(), holder.encode())
 
     def _try(self) -> bool:
         assert self.file is not None
@@ -76,7 +82,7 @@ class FolderLock:
 
     def release(self) -> None:
         if self.file is not None:
-            self.file.truncate(0)
+            self._say("")
             self.file.close()
             self.file = None
 

@@ -11,6 +11,7 @@ import shutil
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -18,14 +19,15 @@ import torch
 
 from data_pipeline.files import write_atomically
 from training.checkpoint.folder_layout import (
+    LATEST,
     TEMPORARY,
     Manifest,
     publish,
     remove,
     step_name,
-    to_prune,
-    warn,
 )
+from training.checkpoint.pruning import to_prune
+from training.side_outputs import attempt
 
 Report = dict[str, Any]
 """A rank's outcome: {"files": {name: {"bytes", "sha256"}}, "error": cause or None}."""
@@ -116,14 +118,12 @@ class Publication:
 
     def _after(self) -> None:
         """What follows a checkpoint that is safe: no failure here makes it a failed one."""
-        plan = self.plan
-        try:
-            if path := os.environ.get("PROGRESS_FILE"):
-                write_atomically(Path(path), f"{plan.step}\n".encode())
-            for old in to_prune(plan.folder, plan.keep, plan.keep_every_steps):
-                remove(old)
-        except OSError as error:
-            warn(f"{plan.final} is saved, but: {describe(error)}")
+        plan, but = self.plan, f"{self.plan.final} is saved, but"
+        attempt(but, lambda: write_atomically(plan.folder / LATEST, plan.final.name.encode()))
+        if path := os.environ.get("PROGRESS_FILE"):
+            attempt(but, lambda: write_atomically(Path(path), f"{plan.step}\n".encode()))
+        for old in to_prune(plan.folder, plan.keep, plan.keep_every_steps):
+            attempt(but, partial(remove, old))
 
 
 def marker(temporary: Path, rank: int) -> Path:

@@ -10,13 +10,15 @@ import torch.distributed
 
 from data_pipeline.errors import InputError
 from training.checkpoint import folder_layout as layout
-from training.checkpoint.folder_layout import Manifest, finished, warn
+from training.checkpoint.folder_layout import Manifest, finished
 from training.checkpoint.lock import FolderLock
 from training.checkpoint.progress import Progress, rng_state
+from training.checkpoint.pruning import write_scores
 from training.checkpoint.publication import Plan, Publication, first_error
 from training.config import CheckpointSettings
 from training.distributed import Ranks, all_reduce_sum, from_main
 from training.engine_interface import Engine
+from training.side_outputs import SideFiles, warn
 
 EXIT_WAIT_S = 60.0
 """Longest wait for this rank's own shards when the run ends with an error."""
@@ -83,14 +85,15 @@ class Saver:
         self._frozen = engine.frozen_hashes()
 
     def _check_space(self) -> None:
-        count = self.settings.keep + 1
-        there = len(finished(self.folder)[-self.settings.keep :])
+        kept = self.settings.keep + (self.settings.keep_best is not None)
+        count = kept + 1
+        there = len(finished(self.folder)[-kept:])
         free = shutil.disk_usage(self.folder).free
         if free < (count - there) * self._bytes:
             raise InputError(
-                f"{self.folder} has {gigabytes(free)} free; {count} checkpoints "
-                f"(checkpoint.keep + 1) of {gigabytes(self._bytes)} are needed, {there} of them "
-                "are there; make room, lower checkpoint.keep, or use another output_dir"
+                f"{self.folder} has {gigabytes(free)} free; {count} checkpoints (checkpoint.keep + "
+                f"{count - self.settings.keep}) of {gigabytes(self._bytes)} are needed, {there} of "
+                "them are there; make room, lower checkpoint.keep, or use another output_dir"
             )
 
     def save(
@@ -119,6 +122,11 @@ class Saver:
         finally:
             self.stall_s = time.perf_counter() - started
             self.total_stall_s += self.stall_s
+
+    def compare(self, evaluations: dict[int, dict[str, Any]], files: SideFiles) -> None:
+        """Say on rank 0 how good the steps were, for `checkpoint.keep_best`."""
+        if self.ranks.is_main:
+            write_scores(self.folder, self.settings.keep_best, evaluations, files)
 
     def wait(self) -> Path | None:
         """Wait until everything saved is published; returns the newest checkpoint.

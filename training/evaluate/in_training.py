@@ -1,4 +1,4 @@
-"""Accuracy on held-out shards at every token count.
+"""Accuracy and loss on held-out shards at every token count.
 
 An answer counts as right when greedy decoding would produce it exactly: see `forced_decoding`.
 """
@@ -24,12 +24,17 @@ ALL = "all"
 
 @dataclass
 class Score:
-    """Sums over answers: exact matches, and their tokens without the end of turn."""
+    """Sums over answers: exact matches, and their tokens without the end of turn.
+
+    supervised, loss: the tokens that training would learn, of all turns, and their cross-entropy.
+    """
 
     answers: int = 0
     exact: int = 0
     tokens: int = 0
     tokens_right: int = 0
+    supervised: int = 0
+    loss: float = 0.0
 
 
 @dataclass
@@ -68,6 +73,28 @@ class Evaluation:
             for (detail, count), score in sorted(self.scores.items())
         ]
 
+    def to_row(self, step: int) -> dict[str, Any]:
+        """The evaluation of a step as a row of evaluations.jsonl.
+
+        `accuracy` and `loss`, by which checkpoints are compared, are means over the token counts.
+        """
+        results = [
+            {**row, "loss": self.loss(row["detail"], row["num_image_tokens"])}
+            for row in self.to_json()
+        ]
+        overall = [row for row in results if row["detail"] == ALL]
+        means = {
+            name: sum(row[name] for row in overall) / len(overall)
+            for name in ("accuracy", "loss")
+            if overall
+        }
+        return {"step": step, **means, "results": results}
+
+    def loss(self, detail: str, count: int) -> float:
+        """Cross-entropy per supervised token."""
+        score = self.scores[detail, count]
+        return score.loss / max(1, score.supervised)
+
     def table(self) -> str:
         """Accuracy in percent, a row per level of detail and a column per token count.
 
@@ -83,6 +110,11 @@ class Evaluation:
             answers = self.scores[detail, self.counts[0]].answers
             rows.append([f"{detail}, {answers} answers", *cells])
         return text_table(rows)
+
+    def losses(self) -> str:
+        """The loss at each token count, in words."""
+        found = (f"{self.loss(ALL, n):.4f} ({n} tokens)" for d, n in self.scores if d == ALL)
+        return f"loss per supervised token: {', '.join(found)}"
 
 
 def evaluate(
@@ -107,8 +139,8 @@ def evaluate(
         loss_chunks: slices of a pack's logits.
         stop: whether this rank was asked to stop; given on all ranks or on none.
     """
-    details = sample_details(builder.mixture)
-    names = sorted({ALL, *details})
+    details = sample_details(builder.mixture, plan)
+    names = sorted({ALL, *details.values()})
     evaluation = Evaluation()
     engine.eval()
     for side in sorted(set(sides)):
@@ -121,13 +153,17 @@ def evaluate(
             batch = builder.build(pack)
             with torch.no_grad():
                 output = engine(**model_inputs(batch, ranks.device, loss_chunks))
-            for sample, score in score_answers(batch, output.predictions.cpu()):
+            scored = score_answers(batch, output.predictions.cpu(), output.token_losses.cpu())
+            for sample, score in scored:
                 for name in (ALL, details[sample]):
                     _add(sums[name], score)
         flat = [float(value) for name in names for value in vars(sums[name]).values()]
-        total = [round(value) for value in all_reduce_sum(flat, ranks.device)]
+        total = all_reduce_sum(flat, ranks.device)
+        size = len(vars(Score()))
         for i, name in enumerate(names):
-            score = Score(*total[4 * i : 4 * i + 4])
+            *counts, loss = total[size * i : size * (i + 1)]
+            answers, exact, tokens, right, supervised = map(round, counts)
+            score = Score(answers, exact, tokens, right, supervised, loss)
             if score.answers:
                 evaluation.scores[name, side * side] = score
     engine.train()
@@ -141,12 +177,15 @@ def _share(packs: list[PackPlan], ranks: Ranks) -> list[PackPlan]:
     return share + [PackPlan.empty()] * (rounds - len(share))
 
 
-def score_answers(batch: PackedBatch, predictions: torch.Tensor) -> list[tuple[int, Score]]:
-    """(sample id, score) of each sample's last assistant turn.
+def score_answers(
+    batch: PackedBatch, predictions: torch.Tensor, token_losses: torch.Tensor
+) -> list[tuple[int, Score]]:
+    """(sample id, score) of each sample: its last assistant turn, and the loss of all.
 
     Args:
         batch: the pack, on the host.
         predictions: int64 [K], most likely token at each supervised position, in order.
+        token_losses: float32 [K], the cross-entropy there.
     """
     positions = (batch.labels != IGNORE).nonzero().flatten()
     reference = batch.labels[positions]
@@ -159,16 +198,18 @@ def score_answers(batch: PackedBatch, predictions: torch.Tensor) -> list[tuple[i
         gaps = (positions[own].diff() > 1).nonzero().flatten().tolist()
         last = slice(own.start + (gaps[-1] + 1 if gaps else 0), own.stop)
         found = forced_answer(predictions[last], reference[last])
-        results.append((sample, Score(1, int(found.exact), found.tokens, found.tokens_right)))
+        loss = float(token_losses[own].double().sum())
+        answer = (1, int(found.exact), found.tokens, found.tokens_right)
+        results.append((sample, Score(*answer, own.stop - own.start, loss)))
     return results
 
 
-def sample_details(mixture: Mixture) -> list[str]:
-    """The level of detail of each sample of a single dataset, from its metadata, else `all`."""
-    details = []
-    for sample in range(len(mixture)):
+def sample_details(mixture: Mixture, plan: EvaluationPlan) -> dict[int, str]:
+    """The level of detail of each sample of the plan, from its metadata, else `all`."""
+    details = {}
+    for sample in plan.samples:
         metadata = mixture.read_sample(sample).get("metadata") or {}
-        details.append(str(metadata.get("detail", ALL)))
+        details[sample] = str(metadata.get("detail", ALL))
     return details
 
 

@@ -9,17 +9,18 @@ from tqdm import tqdm
 
 from data_pipeline.errors import InputError
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer
-from training.checkpoint.folder_layout import MANIFEST, Manifest, finished, read_manifest, warn
+from training.checkpoint.folder_layout import MANIFEST, Manifest, finished, read_manifest
 from training.checkpoint.verify import problems_of
 from training.config import RunConfig, load_config
-from training.metrics import read_metrics
+from training.metrics import read_evaluations, read_metrics
+from training.side_outputs import warn
 
 
 @dataclass(frozen=True)
 class TrainedRun:
     """A whole checkpoint and its run.
 
-    evaluation: rows of `evaluation.json` if that is of this step, else none. seen: sums of samples,
+    evaluation: the run's scores at this step, none if it was not evaluated. seen: sums of samples,
     images and tokens up to this step, empty if the run's metrics are not there.
     """
 
@@ -61,7 +62,7 @@ def open_run(path: Path, config: Path | None = None, tokenizer: str | None = Non
         settings,
         loaded,
         "bf16" if precision == "bf16" else "fp32",
-        _evaluation(run / "evaluation.json", manifest.step),
+        _evaluation(run, manifest.step),
         _seen(run / "metrics.jsonl", manifest.step),
     )
 
@@ -115,13 +116,14 @@ def _check_same(
         )
 
 
-def _evaluation(file: Path, step: int) -> list[dict[str, Any]]:
+def _evaluation(run: Path, step: int) -> list[dict[str, Any]]:
+    """The newest evaluation if it is of this step, else that of the history."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        rows: list[dict[str, Any]] = found["results"] if found["step"] == step else []
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
-    return rows
+        newest = dict(json.loads((run / "evaluation.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        newest = {}
+    found = [r.get("results") for r in (*read_evaluations(run), newest) if r.get("step") == step]
+    return (found or [None])[-1] or []
 
 
 def _seen(file: Path, step: int) -> dict[str, int]:

@@ -4,21 +4,22 @@ The live file is overwritten in place, about once a second, so that a process th
 no more than that; the next one turns it into an event.
 """
 
-import json
 import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from training.distributed import Ranks
+from training.side_outputs import SideFiles, encode_row, keep_rows, read_rows
 
 EVENTS, LIVE = "goodput.jsonl", "goodput.live"
 PHASES = ("startup", "steps", "data_wait", "checkpoint_stall", "evaluation", "other")
+STATE = {"event", "start", "time", "first_step", "step", "stalls", "seconds"}
 _LIVE_EVERY_S = 1.0
 _LIVE_BYTES = 1024  # one write, padded: a reader never sees the end of a longer one
 
@@ -30,9 +31,16 @@ class Goodput:
 
     Args:
         since: time.time() at the process's start, where that is not when Python started.
+        files: what writes the record; None: each call by itself.
     """
 
-    def __init__(self, output_dir: Path, ranks: Ranks, since: float | None = None) -> None:
+    def __init__(
+        self,
+        output_dir: Path,
+        ranks: Ranks,
+        since: float | None = None,
+        files: SideFiles | None = None,
+    ) -> None:
         self.is_main = ranks.is_main
         self.first_step = self.step_done = 0
         self.seconds = dict.fromkeys(PHASES, 0.0)
@@ -40,7 +48,7 @@ class Goodput:
         self._phase = "startup"
         if not self.is_main:
             return
-        output_dir.mkdir(parents=True, exist_ok=True)
+        self.files = files or SideFiles(background=False)
         self.path, self._live_path = output_dir / EVENTS, output_dir / LIVE
         earlier = self._adopt_killed()
         since = psutil.Process().create_time() if since is None else since
@@ -49,7 +57,6 @@ class Goodput:
         # From here on only the monotonic clock counts: the other one may be set at any time.
         self._started, self._origin = since, time.monotonic() - (time.time() - since)
         self._entered, self._live_written = self._origin, 0.0
-        self._live = os.open(self._live_path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
         where = {"host": socket.gethostname(), "pid": os.getpid()}
         job = {"job": os.environ["SLURM_JOB_ID"]} if "SLURM_JOB_ID" in os.environ else {}
         self._event("start", world_size=ranks.world_size, **where, **job)
@@ -57,16 +64,15 @@ class Goodput:
 
     def _adopt_killed(self) -> float:
         """Append the live record of a process that could not say that it ended; the last time."""
-        events = read_events(self.path)
-        last = float(events[-1]["time"]) if events else 0.0
-        try:
-            live = json.loads(self._live_path.read_bytes())
-        except (OSError, ValueError):
-            return last
-        if events and events[-1]["event"] != "end" and live["start"] == events[-1]["start"]:
-            if live["time"] > last:
-                _append(self.path, live)
-            last = max(last, float(live["time"]))
+        keep_rows(self.path, lambda row: True, self.files)
+        events, live = read_events(self.path), read_events(self._live_path)
+        if not events:
+            return 0.0
+        last = float(events[-1]["time"])
+        if live and events[-1]["event"] != "end" and live[-1]["start"] == events[-1]["start"]:
+            if live[-1]["time"] > last:
+                self.files.append(self.path, encode_row(live[-1]))
+            last = max(last, float(live[-1]["time"]))
         return last
 
     def ready(self, step: int) -> None:
@@ -104,8 +110,9 @@ class Goodput:
         """The process ends: "finished", "preempted", or what went wrong."""
         if self.is_main:
             self._event("end", reason=reason)
-            os.close(self._live)
-            self._live_path.unlink(missing_ok=True)
+            self.files.flush()  # or the live file might be written after it is removed
+            with suppress(OSError):
+                self._live_path.unlink(missing_ok=True)
             self.is_main = False
 
     def _switch(self, name: str) -> None:
@@ -129,35 +136,14 @@ class Goodput:
         }
 
     def _event(self, event: str, **more: Any) -> None:
-        _append(self.path, self._state(event) | more)
+        self.files.append(self.path, encode_row(self._state(event) | more))
 
     def _write_live(self, now: float) -> None:
-        text = json.dumps(self._state("killed")).encode()
-        os.pwrite(self._live, text.ljust(_LIVE_BYTES), 0)
+        row = encode_row(self._state("killed"))
+        self.files.replace(self._live_path, row.ljust(_LIVE_BYTES), in_place=True)
         self._live_written = now
 
 
-def _append(path: Path, event: dict[str, Any]) -> None:
-    """One line; should the last writer have died within its line, on a line of its own."""
-    with path.open("ab") as file:
-        if file.tell():
-            with path.open("rb") as reader:
-                reader.seek(-1, os.SEEK_END)
-                if reader.read(1) != b"\n":
-                    file.write(b"\n")
-        file.write(json.dumps(event).encode() + b"\n")
-
-
 def read_events(path: Path) -> list[dict[str, Any]]:
-    """The events of goodput.jsonl in order, without a line that a crash cut short."""
-    if not path.is_file():
-        return []
-    events = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            event = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(event, dict) and "event" in event:
-            events.append(event)
-    return events
+    """The events of goodput.jsonl in order, without what a crash left half written."""
+    return [row for row in read_rows(path) if row.keys() >= STATE]

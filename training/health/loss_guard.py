@@ -43,7 +43,7 @@ class LossGuard:
         """Go on from the metrics of earlier steps, in order (the same on every rank)."""
         for row in rows:
             self.skipped = int(row.get(SKIPPED, self.skipped))
-            self._remember(row["loss"])
+            self._remember(row["loss"] if isinstance(row["loss"], float) else math.nan)
 
     def update(self, engine: Engine, loss: float) -> Verdict:
         """Make the step, or leave it out where nothing may change.

@@ -10,6 +10,7 @@ from training.health.loss_guard import LossGuard
 from training.health.preemption import StopRequest
 from training.health.timeouts import set_timeout
 from training.health.watchdog import PATIENT, Watchdog
+from training.side_outputs import SideFiles
 
 # The watchdog speaks first, since it can name the rank that hangs.
 _GRACE_S = 30.0
@@ -17,6 +18,8 @@ _GRACE_S = 30.0
 
 class Monitor:
     """Stop requests, watchdog, timeouts, loss guard and goodput of a run, while it is entered.
+
+    And the writer of its `files`.
 
     A phase is one of `goodput.PHASES`; those of `watchdog.PATIENT` may take `startup_timeout_s`.
 
@@ -28,7 +31,8 @@ class Monitor:
         self.faults = config.faults
         self.stop = stop or StopRequest()
         self.guard = LossGuard(config.faults)
-        self.goodput = Goodput(config.output_dir, ranks)
+        self.files = SideFiles()
+        self.goodput = Goodput(config.output_dir, ranks, files=self.files)
         self.watchdog = Watchdog(config.output_dir / "health", ranks, config.faults)
         self.outcome = "finished"
         self._running = False
@@ -43,6 +47,7 @@ class Monitor:
 
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         self.goodput.end(self.outcome if kind is None else kind.__name__)
+        self.files.close()
         self._entered.close()
 
     def ready(self, step: int) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from training.distributed import all_reduce_max
+from training.side_outputs import shout
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 
@@ -48,7 +49,7 @@ class StopRequest:
             self.requested, self.reason = True, name
             text = f"{name}: stopping at the next step boundary"
         # print() is not safe here: the signal may have come in the middle of another print().
-        os.write(2, f"{text} (process {os.getpid()})\n".encode())
+        shout(f"{text} (process {os.getpid()})\n")
 
     @property
     def entered(self) -> bool:

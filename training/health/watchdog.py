@@ -19,6 +19,7 @@ from training.config import FaultSettings
 from training.distributed import Ranks
 from training.exit_codes import STUCK
 from training.health.suspects import describe, main_thread_place
+from training.side_outputs import attempt, shout
 
 # Phases that may take long on one rank while the others wait for it.
 PATIENT = frozenset({"startup", "checkpoint_stall", "evaluation", "other"})
@@ -39,7 +40,7 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> "Watchdog":
-        self.folder.mkdir(parents=True, exist_ok=True)
+        attempt("no watchdog reports", lambda: self.folder.mkdir(parents=True, exist_ok=True))
         self._thread.start()
         return self
 
@@ -57,11 +58,15 @@ class Watchdog:
         self._running = True
 
     @property
+    def timeout(self) -> str:
+        """The setting that says how long the present phase may last."""
+        patient = not self._running or self._beat[0] in PATIENT
+        return "startup_timeout_s" if patient else "step_timeout_s"
+
+    @property
     def timeout_s(self) -> float:
         """How long the present phase may last."""
-        if self._running and self._beat[0] not in PATIENT:
-            return self.settings.step_timeout_s
-        return self.settings.startup_timeout_s
+        return float(getattr(self.settings, self.timeout))
 
     def _watch(self) -> None:
         reported = -math.inf
@@ -112,11 +117,12 @@ class Watchdog:
             blame = f"the other ranks' reports cannot be read ({error})"
         message = (
             f"error: rank {self.ranks.rank} on {status['host']} made no progress for {waited:.0f} "
-            f"s in step {status['step']} ({status['phase']}), {status['place']}. {blame}. "
+            f"s in step {status['step']} ({status['phase']}), {status['place']}. {blame}. If that "
+            f"is no hang, raise faults.{self.timeout} ({self.timeout_s:g}). "
             f"Stacks of this rank: {stacks}\n"
         )
         # Not through sys.stderr: the main thread may hang while it holds its lock.
-        os.write(2, message.encode())
+        shout(message)
         faulthandler.dump_traceback(file=2, all_threads=True)
         try:
             with stacks.open("w", encoding="utf-8") as file:
@@ -124,7 +130,7 @@ class Watchdog:
                 file.flush()
                 faulthandler.dump_traceback(file=file, all_threads=True)
         except OSError as error:
-            os.write(2, f"the stacks could not be written: {error}\n".encode())
+            shout(f"the stacks could not be written: {error}\n")
         os._exit(STUCK)
 
 

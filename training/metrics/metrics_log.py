@@ -1,60 +1,78 @@
-"""Where the metrics of a run go: metrics.jsonl, TensorBoard, a progress bar."""
+"""Where the metrics of a run go: metrics.jsonl, evaluations.jsonl, TensorBoard, a progress bar."""
 
-import json
 from pathlib import Path
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from data_pipeline.files import write_atomically
 from training.distributed import Ranks
+from training.metrics.event_file import EventFile
+from training.side_outputs import SideFiles, encode_row, keep_rows, read_rows
+
+METRICS, EVALUATIONS = "metrics.jsonl", "evaluations.jsonl"
 
 
 class MetricsLog:
-    """Rank 0's record of a run: `metrics.jsonl`, TensorBoard events, a progress bar.
+    """Rank 0's record of a run: a row per step and per evaluation, TensorBoard, a progress bar.
 
-    Resuming drops the lines and events of steps that will run again.
+    Resuming drops the rows and events of steps that will run again, and nothing else.
     """
 
-    def __init__(self, folder: Path, ranks: Ranks, steps: int, first_step: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        ranks: Ranks,
+        steps: int,
+        first_step: int,
+        files: SideFiles | None = None,
+    ) -> None:
         self.is_main = ranks.is_main
+        self.evaluations: dict[int, dict[str, Any]] = {}
+        """By step, those on record; on rank 0 only."""
         if not self.is_main:
             return
-        folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / "metrics.jsonl"
-        kept = [row for row in read_metrics(self.path) if row["step"] <= first_step]
-        write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in kept).encode())
-        self.file = self.path.open("a", encoding="utf-8")
-        self.board = SummaryWriter(
-            str(folder / "tensorboard"), purge_step=first_step + 1, flush_secs=10
-        )
+        self.folder, self.files = folder, files or SideFiles(background=False)
+        for name in (METRICS, EVALUATIONS):
+            keep_rows(folder / name, lambda row: not _step(row) > first_step, self.files)
+        # Those taken out may still be in the file, which is written later.
+        rows = read_evaluations(folder)
+        self.evaluations = {row["step"]: row for row in rows if row["step"] <= first_step}
+        self.board = EventFile(folder / "tensorboard", first_step, self.files)
         self.bar = tqdm(total=steps, initial=first_step, unit="step", disable=None, leave=False)
 
     def write(self, step: int, metrics: dict[str, Any], show: bool) -> None:
         """Record the metrics of a 1-based step; `show` also prints its line."""
         if not self.is_main:
             return
-        self.file.write(json.dumps({"step": step, **metrics}) + "\n")
-        self.file.flush()
-        for name, value in metrics.items():
-            if isinstance(value, (int, float)):
-                tag = name.replace("_", "/", 1) if name.startswith("loss") else f"train/{name}"
-                self.board.add_scalar(tag, value, step)
+        self.files.append(self.folder / METRICS, encode_row({"step": step, **metrics}))
+        numbers = {k: float(v) for k, v in metrics.items() if isinstance(v, int | float)}
+        self.board.add({_tag(name): value for name, value in numbers.items()}, step)
         self.bar.update()
         if show:
             self.bar.write(step_line(step, int(self.bar.total), metrics))
 
-    def scalar(self, name: str, value: float, step: int) -> None:
-        """Add one value to TensorBoard."""
-        if self.is_main:
-            self.board.add_scalar(name, value, step)
+    def evaluation(self, row: dict[str, Any]) -> None:
+        """Record an evaluation, `Evaluation.to_row`, unless it is on record already."""
+        if not self.is_main or self.evaluations.get(row["step"]) == row:
+            return
+        self.evaluations[row["step"]] = row
+        self.files.append(self.folder / EVALUATIONS, encode_row(row))
+        values = {
+            f"{name}/{result['detail']}/{result['num_image_tokens']}": result[key]
+            for result in row["results"]
+            for name, key in (("accuracy", "accuracy"), ("eval_loss", "loss"))
+        }
+        self.board.add(values, row["step"])
 
     def close(self) -> None:
+        """Wait for what can be written."""
         if self.is_main:
             self.bar.close()
-            self.board.close()
-            self.file.close()
+            self.files.flush()
+
+
+def _tag(name: str) -> str:
+    return name.replace("_", "/", 1) if name.startswith("loss") else f"train/{name}"
 
 
 def step_line(step: int, steps: int, metrics: dict[str, Any]) -> str:
@@ -69,13 +87,29 @@ def step_line(step: int, steps: int, metrics: dict[str, Any]) -> str:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics file; a last line cut short by a crash is left out."""
-    if not path.is_file():
-        return []
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
+    """The rows of a metrics file by step; what is no row of a step is left out.
+
+    Where a step came again and its first row could not be taken out, the later one counts.
+    """
+    return _by_step(path, "loss")
+
+
+def read_evaluations(folder: Path) -> list[dict[str, Any]]:
+    """The evaluations of a run by step, as `Evaluation.to_row` made them."""
+    return _by_step(folder / EVALUATIONS, "results")
+
+
+def _by_step(path: Path, key: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for row in read_rows(path):
+        if _step(row) < 0 or key not in row:
+            continue
+        while rows and rows[-1]["step"] >= row["step"]:
+            rows.pop()
+        rows.append(row)
     return rows
+
+
+def _step(row: dict[str, Any]) -> int:
+    """The step that a row is of; -1 if it is of none."""
+    return row["step"] if type(row.get("step")) is int else -1

@@ -1,36 +1,46 @@
-"""The run as a picture: loss curves per token count, accuracy per level of detail."""
+"""The run as a picture: losses per token count, accuracy over the steps and at the end."""
 
 import math
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 from matplotlib.ticker import LogLocator
 
 from data_pipeline.plotting import picture
-from training.metrics.metrics_log import read_metrics
+from training.metrics.metrics_log import METRICS, read_evaluations, read_metrics
+
+Row = dict[str, Any]
+ALL = "all"
 
 
-def plot_run(metrics_path: Path, accuracy: dict[str, dict[int, float]], out: Path) -> None:
-    """Write a PNG of the loss (total and per token count) and of the accuracy.
+def plot_run(run: Path, accuracy: dict[str, dict[int, float]], out: Path) -> None:
+    """Write a PNG of the losses (total and per token count) and of the accuracy.
+
+    Where there was more than one evaluation, also of the accuracy at each.
 
     Args:
-        metrics_path: the run's metrics.jsonl.
+        run: the run's output_dir.
         accuracy: level of detail -> token count -> accuracy in 0..1; may be empty.
         out: the PNG.
     """
-    rows = read_metrics(metrics_path)
-    with picture(out, (12, 4.5), columns=2) as (_, (left, right)):
-        _plot_losses(left, rows)
-        _plot_accuracy(right, accuracy)
+    history = read_evaluations(run)
+    columns = 3 if len(history) > 1 else 2
+    with picture(out, (6 * columns, 4.5), columns=columns) as (_, axes):
+        _plot_losses(axes[0], read_metrics(run / METRICS), history)
+        if len(history) > 1:
+            _plot_history(axes[1], history)
+        _plot_accuracy(axes[-1], accuracy)
 
 
-def _plot_losses(axes: Any, rows: list[dict[str, Any]]) -> None:
+def _plot_losses(axes: Any, rows: list[Row], history: list[Row]) -> None:
     counts = sorted({int(k.removeprefix("loss_")) for row in rows for k in row if k[5:].isdigit()})
     for key, label in [("loss", "all"), *((f"loss_{c}", f"{c} tokens") for c in counts)]:
-        points = [(row["step"], row[key]) for row in rows if math.isfinite(row.get(key, math.nan))]
-        steps, values = zip(*points, strict=True) if points else ((), ())
+        steps, values = _points(rows, key)
         style = {"color": "black", "linewidth": 1.8} if key == "loss" else {"linewidth": 1.0}
-        axes.plot(steps, smooth(list(values)), label=label, **style)
+        axes.plot(steps, smooth(values), label=label, **style)
+    if held_out := [row for row in history if "loss" in row]:
+        axes.plot(*_points(held_out, "loss"), "k--o", markersize=4, label="held-out")
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
@@ -38,6 +48,30 @@ def _plot_losses(axes: Any, rows: list[dict[str, Any]]) -> None:
     axes.set(xlabel="step", ylabel="loss per supervised token", title="Training loss, smoothed")
     axes.grid(alpha=0.3)
     if rows:
+        axes.legend()
+
+
+def _points(rows: list[Row], key: str) -> tuple[list[int], list[float]]:
+    """Steps and values where there is a finite one."""
+    found = [(row["step"], row.get(key)) for row in rows]
+    points = [(s, v) for s, v in found if isinstance(v, int | float) and math.isfinite(v)]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def _plot_history(axes: Any, history: list[Row]) -> None:
+    """Accuracy of all levels of detail together at each evaluation, per token count."""
+    by_count: dict[int, list[tuple[int, float]]] = defaultdict(list)
+    for row in history:
+        for result in row["results"]:
+            if result["detail"] == ALL:
+                point = (row["step"], 100 * result["accuracy"])
+                by_count[result["num_image_tokens"]].append(point)
+    for count, points in sorted(by_count.items()):
+        axes.plot(*zip(*points, strict=True), marker="o", label=f"{count} tokens")
+    axes.set(xlabel="step", ylabel="exact match, %", ylim=(-3, 103))
+    axes.set_title("Held-out accuracy at each evaluation")
+    axes.grid(alpha=0.3)
+    if by_count:
         axes.legend()
 
 
