@@ -77,6 +77,9 @@ class TrainSettings(Settings):
     """Optimisation: AdamW, linear warm-up, cosine decay, clipping."""
 
     steps: int = Field(gt=0)
+    extend: Literal["stretch", "constant", "decay"] | None = None
+    """On resume with another schedule: as if it had been so from the start; the old one, then its
+    last rate; or a warm-up from the rate reached and a decay over the steps left."""
     modules: StageModules = StageModules()
     loss_weighting: LossWeighting = "sqrt"
     """How much a supervised token counts: 1, 1/n, 1/sqrt(n); see `data_pipeline.loss_weighting`."""
@@ -127,9 +130,22 @@ class CheckpointSettings(Settings):
     background: bool = True
     """Write while training goes on; false: each save waits until its checkpoint is published."""
     resume: PathText = "auto"
-    """`auto` (newest checkpoint of output_dir, if any), `never`, or a checkpoint folder."""
+    """`auto` (newest checkpoint of output_dir, if any), `never`, or a checkpoint folder; the last
+    two count at their first start, and later starts go on from the run's own checkpoints."""
     init_from: PathText | None = None
     """Weights of an earlier stage to start a new run from: a checkpoint, or a folder of them."""
+    init_allow: list[str] = []
+    """What may differ from that stage: data.tokenizer, model, or a part of it as model.pool."""
+
+    @field_validator("init_allow")
+    @classmethod
+    def _known_places(cls, names: list[str]) -> list[str]:
+        for name in names:
+            if name != "data.tokenizer" and name.split(".")[0] != "model":
+                raise ValueError(
+                    f"{name!r}: expected data.tokenizer, model, or a part as model.pool"
+                )
+        return names
 
 
 _LONGEST_S = 30 * 24 * 3600  # more is no limit, and what waits cannot count as far

@@ -3,8 +3,11 @@
 import os
 import re
 import socket
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +21,8 @@ DEVICES = Path("/dev")
 
 # Step ids from here on are a batch script and the shell of salloc, not tasks that srun started.
 FIRST_SPECIAL_STEP = 4294967290
+MISSING_AFTER_S, MISSING_EVERY_S = 10.0, 60.0
+"""When a rank says whom it waits for, and how often."""
 
 
 @dataclass(frozen=True)
@@ -182,6 +187,70 @@ def unseen_gpus() -> str:
         f"node {socket.gethostname()}: {reason}, but PyTorch sees none (driver? CUDA build of "
         "PyTorch? a container without --nv?)"
     )
+
+
+class StoppedError(Exception):
+    """Asked to stop before there was anything to save."""
+
+
+def wait_for_all(
+    ranks: Ranks, timeout_s: float, stop: Callable[[], bool] = lambda: False
+) -> torch.distributed.Store:
+    """Wait until every rank has come, and say who has not; `init_process_group` then is quick.
+
+    Returns:
+        The store they meet at, which rank 0 or its launcher holds: keep it until the group exists.
+
+    Raises:
+        StoppedError: if `stop()` became true.
+        TimeoutError: naming who has not come within `timeout_s`.
+    """
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    serves = ranks.is_main and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    began, quiet = time.monotonic(), MISSING_AFTER_S
+
+    def pause(absent: Callable[[], list[int]]) -> None:
+        nonlocal quiet
+        waited = time.monotonic() - began
+        if stop():
+            raise StoppedError(f"asked to stop while waiting for {_names(absent(), ranks)}")
+        if waited > timeout_s:
+            text = f"{_names(absent(), ranks)} has not come to {host}:{port}"
+            raise TimeoutError(f"{text} within {timeout_s:.0f} s (faults.startup_timeout_s)")
+        if waited > quiet:
+            quiet = waited + MISSING_EVERY_S
+            missing = absent()
+            if missing and set(range(ranks.rank)) <= {*missing}:  # one of those that wait speaks
+                text = (
+                    f"waiting at {host}:{port} for {_names(missing, ranks)}, {waited:.0f} s so far"
+                )
+                print(text, file=sys.stderr, flush=True)
+        time.sleep(min(1.0, 0.05 + waited / 20))
+
+    while not serves and not _answers(host, port):
+        pause(lambda: [0])
+    wait = timedelta(seconds=timeout_s)
+    store = torch.distributed.TCPStore(
+        host, port, None, serves, wait, wait_for_workers=False, multi_tenant=serves
+    )
+    store.set(f"here/{ranks.rank}", "")
+    store.add("here", 1)
+    while store.add("here", 0) < ranks.world_size:
+        pause(lambda: [r for r in range(ranks.world_size) if not store.check([f"here/{r}"])])
+    return store
+
+
+def _names(absent: list[int], ranks: Ranks) -> str:
+    names = ", ".join(map(str, absent[:20])) + ", ..." * (len(absent) > 20)
+    return f"rank {names} of {ranks.world_size} (this is rank {ranks.rank})"
+
+
+def _answers(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), timeout=1).close()
+    except OSError:
+        return False
+    return True
 
 
 def _free_port() -> int:

@@ -98,8 +98,15 @@ class Engine(Protocol):
             InputError: if it is of another model, or cannot be loaded by as many ranks.
         """
 
-    def load_weights(self, path: Path) -> None:
+    def load_weights(self, path: Path, world_size: int) -> list[str]:
         """Take only the weights of a verified checkpoint; other modules may have been frozen.
+
+        Args:
+            path: the checkpoint's folder.
+            world_size: the number of ranks that saved it.
+
+        Returns:
+            The names of its tensors that this model has not.
 
         Raises:
             InputError: if it is of another model.

@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from torch import nn
 
@@ -58,14 +60,58 @@ def parameter_groups(
     return groups
 
 
-def learning_rate_factor(step: int, train: TrainSettings) -> float:
-    """Factor on every peak learning rate at 0-based `step`: linear warm-up, then cosine decay."""
-    warmup = math.ceil(train.warmup_fraction * train.steps)
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = (step - warmup) / max(1, train.steps - warmup)
-    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-    return train.min_lr_fraction + (1 - train.min_lr_fraction) * cosine
+@dataclass(frozen=True)
+class Schedule:
+    """The factor on every peak learning rate: linear warm-up, then cosine decay to a fraction.
+
+    A run that was changed on its way keeps the schedule `before`. Then `how` says what follows:
+    `constant` holds the last factor of it once it has ended; `decay` leaves it after `start` steps,
+    for a warm-up from the factor reached there and a decay over what is left.
+    """
+
+    steps: int
+    warmup_fraction: float
+    min_lr_fraction: float
+    how: Literal["whole", "constant", "decay"] = "whole"
+    start: int = 0
+    before: "Schedule | None" = None
+
+    @classmethod
+    def of(cls, train: TrainSettings) -> "Schedule":
+        """That of a run from its beginning."""
+        return cls(train.steps, train.warmup_fraction, train.min_lr_fraction)
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> "Schedule":
+        """The inverse of `dataclasses.asdict`."""
+        before = fields["before"]
+        return cls(**{**fields, "before": cls.from_dict(before) if before else None})
+
+    def changed(self, train: TrainSettings, how: str, start: int) -> "Schedule":
+        """What follows after `start` steps of this one where the settings have become others."""
+        whole = Schedule.of(train)
+        if how == "stretch":
+            return whole
+        return replace(
+            whole, how="constant" if how == "constant" else "decay", start=start, before=self
+        )
+
+    def factor(self, step: int) -> float:
+        """At 0-based `step`."""
+        low = 0.0
+        if self.before:
+            if self.how == "constant":
+                return self.before.factor(min(step, self.before.steps - 1))
+            if step < self.start:
+                return self.before.factor(step)
+            low = self.before.factor(self.start - 1)
+        step, steps = step - self.start, self.steps - self.start
+        warmup = math.ceil(self.warmup_fraction * steps)
+        if step < warmup:
+            return low + (1 - low) * (step + 1) / warmup
+        progress = (step - warmup) / max(1, steps - warmup)
+        cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        return self.min_lr_fraction + (1 - self.min_lr_fraction) * cosine
 
 
 def module_table(model: nn.Module, modules: StageModules, shape: Shape = _own_shape) -> str:

@@ -10,51 +10,27 @@ from tqdm import tqdm
 
 from data_pipeline.corpus import cost_of, make_exact_builder, open_corpus, open_mixture
 from data_pipeline.errors import InputError
-from data_pipeline.files import file_lock
 from data_pipeline.index import build_index
 from data_pipeline.loader import PackBuilder, PackedBatch, StepLoader
 from data_pipeline.mixture import DatasetSettings
 from data_pipeline.plan import PLAN_VERSION, EvaluationPlan, LeftOut, PlanState
-from data_pipeline.prepare.demo_corpus import prepare_demo
-from data_pipeline.settings import PrepareSettings
+from data_pipeline.prepare.demo_corpus import prepare_once
 from data_pipeline.stats.advice import advice
 from data_pipeline.stats.placed import Placed
 from data_pipeline.storage import Storage
 from data_pipeline.tokenizer import load_tokenizer
 from kernels import implementation
 from training.checkpoint.pruning import Best
-from training.config import RunConfig, config_yaml
+from training.config import RunConfig
 from training.distributed import Ranks, from_main
 from training.engine_interface import Engine
 from training.evaluate.in_training import Evaluation, evaluate
 from training.metrics import MetricsLog
 from training.metrics.run_curve import plot_run
 from training.model.build import DTYPES
-from training.parameters import module_table
+from training.parameters import Schedule, module_table
 from training.precision import has_fast_bf16
 from training.side_outputs import SideFiles, attempt
-
-
-def check_prepared(settings: PrepareSettings) -> None:
-    """InputError if the demo corpus on disk was written with other settings."""
-    report = settings.out / "prepare.json"
-    found = json.loads(report.read_text(encoding="utf-8")) if report.is_file() else {}
-    wanted = {
-        "format": settings.format,
-        "seed": settings.seed,
-        "train": settings.train_samples,
-        "eval": settings.eval_samples,
-    }
-    there = {
-        key: found[key]["samples"] if key in ("train", "eval") else found[key]
-        for key in wanted
-        if key in found
-    }
-    if there != wanted:
-        raise InputError(
-            f"{settings.out} was prepared with {there or 'something else'}, data.prepare asks for "
-            f"{wanted}; remove the folder, or name another in data.prepare.out"
-        )
 
 
 class Run:
@@ -66,6 +42,7 @@ class Run:
     def __init__(self, config: RunConfig, ranks: Ranks, files: SideFiles | None = None) -> None:
         self.config, self.ranks = config, ranks
         self.files = files or SideFiles(background=False)
+        self.schedule = Schedule.of(config.train)
         data = config.data
         self.named_bad: set[str] = set()
         self.projector_impl = self._projector_impl()
@@ -108,33 +85,17 @@ class Run:
         data, settings = self.config.data, self.config.data.prepare
         assert settings is not None
         try:
-            self._write_demo(settings)
+            prepare_once(settings)
         except OSError as error:
             raise InputError(
                 f"cannot write the demo corpus to data.prepare.out, {settings.out}: {error}; use "
                 "another folder"
             ) from error
-        check_prepared(settings)
         tokenizer = load_tokenizer(data.tokenizer)
         storage = Storage(data.storage)
         sources = [source.shards for source in data.sources.values()]
         for patterns in filter(None, (*sources, data.eval_shards)):
             build_index(patterns, tokenizer, data.chat, 1, data.index_dir, storage)
-
-    def _write_demo(self, settings: PrepareSettings) -> None:
-        """Write the demo corpus if it is not there."""
-        if settings.out.exists():
-            return
-        settings.out.parent.mkdir(parents=True, exist_ok=True)
-        with file_lock(settings.out.with_name(f".{settings.out.name}.lock")):
-            if not settings.out.exists():  # else another run wrote it meanwhile
-                prepare_demo(
-                    settings.format,
-                    settings.out,
-                    train_samples=settings.train_samples,
-                    eval_samples=settings.eval_samples,
-                    seed=settings.seed,
-                )
 
     def _fingerprints(self) -> dict[str, Any]:
         """What a place in the plan and the optimizer's state depend on."""
@@ -175,10 +136,8 @@ class Run:
             tqdm.write(text)
 
     def announce(self, engine: Engine) -> None:
-        """Save the effective settings; say what trains, on what, and what the data left out."""
+        """Say what trains, on what, and what the data left out."""
         config = self.config
-        if self.ranks.is_main:
-            self.files.replace(config.output_dir / "config.yaml", config_yaml(config).encode())
         self.say(module_table(engine.module, config.train.modules, engine.shape))
         accumulation = config.data.pack.packs_per_step // self.ranks.world_size
         self.say(

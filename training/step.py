@@ -12,7 +12,6 @@ from training.health import LossGuard, Verdict
 from training.health.loss_guard import SKIPPED
 from training.metrics import StepMeter, weight_sum
 from training.model.pack_inputs import model_inputs
-from training.parameters import learning_rate_factor
 from training.run import Run
 
 
@@ -40,10 +39,9 @@ def train_step(
     The loss has one denominator per step, the sum of loss weights over all ranks and packs, so
     that it does not depend on how packs are shared out.
     """
-    settings = run.config.train
     # The engine averages gradients over ranks; the loss is a sum.
     scale = run.ranks.world_size / denominator
-    factor = learning_rate_factor(step - 1, settings)
+    factor = run.schedule.factor(step - 1)
     for group in engine.param_groups:
         group["lr"] = factor * group["peak_lr"]
     for number, pack in enumerate(batch.packs, start=1):

@@ -10,8 +10,6 @@ checkpoint of `output_dir` unless checkpoint.resume=never.
 
 import argparse
 import sys
-from pathlib import Path
-from typing import Any
 
 import torch.distributed
 
@@ -19,16 +17,15 @@ from data_pipeline.errors import InputError
 from data_pipeline.storage import StoreOutage
 from training import checkpoint, exit_codes
 from training.config import RunConfig, load_config
-from training.distributed import Ranks, from_main
+from training.distributed import Ranks, StoppedError
 from training.engine_interface import Engine
 from training.evaluate.in_training import Evaluation
 from training.health import Monitor, StopRequest
-from training.health.loss_guard import WINDOW
-from training.metrics import MetricsLog, StepMeter, read_metrics
+from training.metrics import MetricsLog, StepMeter
 from training.precision import settle_precision
 from training.run import Run
+from training.start import start
 from training.step import shared_denominator, train_step
-from training.zero3.engine import build_engine
 from training.zero3.extra import check_extra
 from training.zero3.process_group import init_distributed, quiet_libraries
 
@@ -114,33 +111,6 @@ def evaluate(
     return result
 
 
-def start(
-    run: Run, saver: checkpoint.Saver, monitor: Monitor
-) -> tuple[Engine, checkpoint.Progress]:
-    """The engine, with the weights that the config says, and where the run goes on from."""
-    config, folder, earlier = run.config, saver.folder, run.config.checkpoint.init_from
-    saved = checkpoint.find(config.checkpoint.resume, folder)
-    pretrained = not (saved or earlier)
-    engine: Engine = build_engine(config, run.tokenizer, run.ranks, pretrained)
-    progress = checkpoint.Progress()
-    if saved:
-        progress = checkpoint.load(engine, saved, run.fingerprints, run.new_window)
-        run.say(f"resumed from {saved} at step {progress.step}")
-    elif earlier:
-        run.say(f"weights from {checkpoint.start_from(engine, Path(earlier))}")
-    from_main(lambda: checkpoint.refuse_later(folder, progress.step))
-    saver.check_space(engine)
-    monitor.guard.restore(from_main(lambda: rows_before(config.output_dir, progress.step)))
-    run.announce(engine)
-    return engine, progress
-
-
-def rows_before(output_dir: Path, step: int) -> list[dict[str, Any]]:
-    """The metrics of the last steps up to `step`, as many as the guard compares with."""
-    rows = read_metrics(output_dir / "metrics.jsonl")
-    return [row for row in rows if row["step"] <= step][-WINDOW:]
-
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m training.train",
@@ -161,13 +131,16 @@ def main(argv: list[str] | None = None) -> int:
         check_extra(config)
         with StopRequest() as stop:
             on_cpu = config.train.device == "cpu"
-            ranks = init_distributed(config.faults.startup_timeout_s, on_cpu)
+            ranks = init_distributed(config.faults.startup_timeout_s, on_cpu, stop)
             code = train(config, ranks, stop)
     except InputError as error:
         # Every rank says so: another may end the job before rank 0 has come this far.
         print(f"error: {error}", file=sys.stderr, flush=True)
         outage = isinstance(error, StoreOutage)  # starting again may help
         return exit_codes.CRASH if outage else exit_codes.BAD_INPUT
+    except StoppedError as error:
+        print(error, file=sys.stderr, flush=True)
+        return exit_codes.PREEMPTED
     if code == exit_codes.OK:  # else a rank may wait for one that hangs
         torch.distributed.destroy_process_group()
     return code

@@ -1,5 +1,6 @@
 """One call that makes a demo corpus, for the command line and for the trainer."""
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any, Literal
 from tqdm import tqdm
 
 from data_pipeline.errors import InputError
+from data_pipeline.files import file_lock
 from data_pipeline.prepare.cells import CellCorpus, CellSample, Pictures, Split, draw_samples
 from data_pipeline.prepare.digits import digits_corpus
 from data_pipeline.prepare.grid import grid_corpus
@@ -17,6 +19,7 @@ from data_pipeline.prepare.shard_writer import (
     staged_output,
     write_report,
 )
+from data_pipeline.settings import PrepareSettings
 
 CORPORA = {"digits": digits_corpus, "grid": grid_corpus}
 
@@ -139,3 +142,45 @@ def _check_settings(
         )
     if seed < 0:
         raise InputError(f"the seed is {seed}; it must not be negative.")
+
+
+def prepare_once(settings: PrepareSettings) -> None:
+    """Write the demo corpus of a run's settings unless it is there.
+
+    Raises:
+        InputError: if the corpus there was written with other settings.
+    """
+    if not settings.out.exists():
+        settings.out.parent.mkdir(parents=True, exist_ok=True)
+        with file_lock(settings.out.with_name(f".{settings.out.name}.lock")):
+            if not settings.out.exists():  # else another run wrote it meanwhile
+                prepare_demo(
+                    settings.format,
+                    settings.out,
+                    train_samples=settings.train_samples,
+                    eval_samples=settings.eval_samples,
+                    seed=settings.seed,
+                )
+    _check_prepared(settings)
+
+
+def _check_prepared(settings: PrepareSettings) -> None:
+    """InputError if the demo corpus on disk was written with other settings."""
+    report = settings.out / "prepare.json"
+    found = json.loads(report.read_text(encoding="utf-8")) if report.is_file() else {}
+    wanted = {
+        "format": settings.format,
+        "seed": settings.seed,
+        "train": settings.train_samples,
+        "eval": settings.eval_samples,
+    }
+    there = {
+        key: found[key]["samples"] if key in ("train", "eval") else found[key]
+        for key in wanted
+        if key in found
+    }
+    if there != wanted:
+        raise InputError(
+            f"{settings.out} was prepared with {there or 'something else'}, data.prepare asks for "
+            f"{wanted}; remove the folder, or name another in data.prepare.out"
+        )

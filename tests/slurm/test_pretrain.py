@@ -269,6 +269,7 @@ def test_two_nodes_train_and_a_second_job_goes_on(
             DIGITS,
             f"output_dir={tmp_path}/run",
             f"train.steps={steps}",
+            "train.extend=stretch",
             "train.precision=fp32",
             "checkpoint.every_steps=3",
             "data.prepare=null",

@@ -11,6 +11,7 @@ from data_pipeline.loader import PackedBatch
 from data_pipeline.plan import PlanState
 from tests.training.scenarios import full_parameters, one_step, tiny_config
 from training import checkpoint
+from training.config import save_config
 from training.distributed import Ranks
 from training.evaluate.in_training import evaluate
 from training.metrics import MetricsLog, StepMeter
@@ -29,6 +30,9 @@ def train_and_evaluate(
     run = Run(config, ranks)
     engine = build_engine(config, run.tokenizer, ranks)
     run.announce(engine)
+    if ranks.is_main:
+        out.mkdir(parents=True, exist_ok=True)
+        save_config(config, out / "config.yaml")
     log = MetricsLog(out, ranks, steps, 0)
     meter = StepMeter(config.data.tokens.sides, config.data.pack.max_tokens, ranks)
     batches = run.loader.steps(PlanState())

@@ -149,7 +149,8 @@ def start_from(
     config = tiny_config(corpus, "seed=5", *overrides)
     run = Run(config, ranks)
     engine = build_engine(config, run.tokenizer, ranks)
-    checkpoint.start_from(engine, folder)
+    path = checkpoint.checkpoints_at(folder)[0]
+    engine.load_weights(path, checkpoint.read_manifest(path).world_size)
     meter = StepMeter(config.data.tokens.sides, config.data.pack.max_tokens, ranks)
     parameters = full_parameters(engine)
     batches = run.loader.steps(PlanState())

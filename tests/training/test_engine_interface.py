@@ -30,6 +30,7 @@ def test_no_other_file_names_deepspeed() -> None:
         file.relative_to(ROOT): lines for file in OUTSIDE if (lines := [*named(file.read_text())])
     }
     settings = found.pop(Path("training/config.py"))
+    assert found.pop(Path("training/start/changes.py")) == ['"deepspeed": HERE,']  # a section
     assert not found
     assert all("DeepSpeedSettings" in line or "`extra`" in line for line in settings)
 

@@ -11,6 +11,7 @@ from data_pipeline.errors import InputError
 from data_pipeline.storage import StoreError, StoreOutage
 from tests.ranks import free_port
 from training import exit_codes, train
+from training.exit_codes import CRASH, PREEMPTED
 
 ROOT = Path(__file__).parents[2]
 
@@ -54,11 +55,14 @@ run_rank(main)
 """
 
 
-def start(program: str, rank: int = 0, world_size: int = 1) -> subprocess.Popen[str]:
+def start(
+    program: str, rank: int = 0, world_size: int = 1, *arguments: str
+) -> subprocess.Popen[str]:
     settings = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     ranks = {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
     return subprocess.Popen(
-        [sys.executable, "-c", program],
+        [sys.executable, "-c", program, *arguments],
+        cwd=ROOT,
         env=os.environ | settings | ranks,
         stderr=subprocess.PIPE,
         text=True,
@@ -103,3 +107,44 @@ def test_a_store_that_fails_may_be_back_and_a_wrong_setting_stays_wrong(
     assert capsys.readouterr().err == "error: s3://a/0.tar: 503 (tried 5 times)\n"
     assert end(StoreError("s3://a/0.tar: refused")) == exit_codes.BAD_INPUT
     assert end(InputError("data.shards")) == exit_codes.BAD_INPUT
+
+
+WAITING = """
+import sys
+from training import distributed, exit_codes
+from training.train import main
+
+distributed.MISSING_AFTER_S = 0.2
+exit_codes.run_rank(lambda: main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_waits_for_another_says_so_and_ends_on_a_signal(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, rank: int
+) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    arguments = ("training/configs/digits.yaml", f"output_dir={tmp_path}")
+    process = start(WAITING, rank, 2, *arguments)
+    assert process.stderr is not None
+    said = process.stderr.readline()
+    assert f"for rank {1 - rank} of 2 (this is rank {rank})" in said
+    process.terminate()
+    _, rest = process.communicate(timeout=30)
+    assert process.returncode == PREEMPTED, said + rest
+    assert f"asked to stop while waiting for rank {1 - rank}" in rest
+
+
+@pytest.mark.multiprocess
+def test_a_rank_that_does_not_come_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    short = "faults.startup_timeout_s=1"
+    process = start(WAITING, 0, 3, "training/configs/digits.yaml", f"output_dir={tmp_path}", short)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == CRASH  # starting again may help
+    assert "rank 1, 2 of 3 (this is rank 0) has not come" in error and "startup_timeout_s" in error

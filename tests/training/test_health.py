@@ -4,8 +4,11 @@ import json
 import math
 import multiprocessing
 import os
+import pty
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -43,6 +46,65 @@ def handlers() -> Iterator[None]:
     yield
     for number, handler in earlier.items():
         signal.signal(number, handler)
+
+
+INTERRUPTED = """
+import os, signal, sys, time
+from training.health.preemption import AGAIN_S, StopRequest
+
+with StopRequest() as stop:
+    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGINT)  # as a launcher passes it on
+    assert stop.requested
+    print("noted", flush=True)
+    time.sleep(1.2 * AGAIN_S)
+    os.kill(os.getpid(), signal.SIGINT)
+    print("still there", flush=True)
+"""
+
+HUNG_UP = """
+import os, signal, sys
+from training.health.preemption import StopRequest
+
+with StopRequest() as stop:
+    open(sys.argv[1] + ".ready", "w").close()
+    signal.pause()
+    print("a word to nobody", flush=True)
+    open(sys.argv[1], "w").write(f"saved after {stop.reason}")
+"""
+
+IGNORED = """
+import os, signal
+from training.health.preemption import StopRequest
+
+with StopRequest() as stop:
+    os.kill(os.getpid(), signal.SIGHUP)
+    assert not stop.requested
+"""
+
+
+def test_a_second_interrupt_ends_at_once() -> None:
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGINT and done.stdout == "noted\n"
+    assert "SIGINT: stopping at the next step boundary; Ctrl-C again ends at once" in done.stderr
+
+
+def test_a_terminal_that_is_gone_does_not_end_a_run_before_it_saves(tmp_path: Path) -> None:
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execv(sys.executable, [sys.executable, "-c", HUNG_UP, str(tmp_path / "saved")])
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "saved.ready").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(0.2)
+    os.close(terminal)  # the kernel sends SIGHUP, and every write there fails
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert (tmp_path / "saved").read_text() == "saved after SIGHUP"
+
+
+def test_what_nohup_ignores_stays_ignored() -> None:
+    ignored = f"import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n{IGNORED}"
+    assert subprocess.run([sys.executable, "-c", ignored]).returncode == 0
 
 
 @pytest.mark.parametrize("first", SIGNALS)

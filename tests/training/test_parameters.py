@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from training.config import ModuleSettings, StageModules, TrainSettings
-from training.parameters import freeze, learning_rate_factor, module_table, parameter_groups
+from training.parameters import Schedule, freeze, module_table, parameter_groups
 
 
 class Tiny(nn.Module):
@@ -54,7 +54,8 @@ def test_freezing_is_undone_by_the_next_stage() -> None:
 
 def test_schedule_warms_up_linearly_and_decays_as_a_cosine() -> None:
     train = TrainSettings(steps=110, warmup_fraction=10 / 110, min_lr_fraction=0.1)
-    factors = [learning_rate_factor(step, train) for step in range(train.steps)]
+    schedule = Schedule.of(train)
+    factors = [schedule.factor(step) for step in range(train.steps)]
     assert factors[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert factors[10] == pytest.approx(1.0)
     assert factors[60] == pytest.approx(0.1 + 0.9 * 0.5)  # half-way down

@@ -181,7 +181,7 @@ def test_a_new_learning_rate_counts_after_a_resume(
     shutil.copytree(undisturbed, out)
     names = ("vision_model", "projector", "language_model")
     rates = [f"train.modules.{name}.lr=1.0e-6" for name in names]
-    Launch(digits_corpus, out, *rates, f"train.steps={STEPS + 1}").finish()
+    Launch(digits_corpus, out, *rates, f"train.steps={STEPS + 1}", "train.extend=stretch").finish()
     row = read_metrics(out / "metrics.jsonl")[-1]
     assert row["step"] == STEPS + 1
     assert row["lr"] <= 1e-6

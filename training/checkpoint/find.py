@@ -18,12 +18,13 @@ from training.distributed import from_main
 from training.side_outputs import warn
 
 
-def find(resume: str, folder: Path) -> Path | None:
+def find(resume: str, folder: Path, after: int = -1) -> Path | None:
     """The checkpoint that `checkpoint.resume` (auto, never, or a folder) means, None to start anew.
 
     Every rank calls this, holding the folder's lock (`Saver`). Each verifies a part of the files,
     and a checkpoint that is bad for one is bad for all: `auto` then goes on to the one before and
-    renames the bad one to `bad-...`, so that it is neither resumed nor counted later.
+    renames the bad one to `bad-...`, so that it is neither resumed nor counted later. Of those
+    after step `after` None says that none is whole.
 
     Raises:
         InputError: on every rank, if the named checkpoint is bad or all that there are.
@@ -35,7 +36,7 @@ def find(resume: str, folder: Path) -> Path | None:
         verify_together(path, "checkpoint.resume")
         return path
     # One rank decides what there is: on a shared file system others may not see it yet.
-    newest_first = from_main(lambda: candidates(folder)[::-1])
+    newest_first = from_main(lambda: [p for p in candidates(folder)[::-1] if step_of(p) > after])
     from_main(lambda: _compare_latest(folder, newest_first))
     problems: dict[Path, str] = {}
     for path in newest_first:
@@ -44,11 +45,12 @@ def find(resume: str, folder: Path) -> Path | None:
             from_main(lambda: _set_aside(problems))
             return path
         problems[path] = problem
-    if problems:
+    if problems and after < 1:
         raise InputError(
             f"{folder} has no whole checkpoint: {'; '.join(problems.values())}. Remove the folder "
             "to start anew, or name a checkpoint elsewhere in checkpoint.resume"
         )
+    from_main(lambda: _set_aside(problems))
     return None
 
 
@@ -111,6 +113,7 @@ def refuse_later(folder: Path, step: int) -> None:
     later = [path.name for path in finished(folder) if step_of(path) > step]
     if later:
         raise InputError(
-            f"{folder} holds {later[-1]}, later than step {step} where this run starts; remove the "
-            "later checkpoints or use another output_dir"
+            f"{folder} holds {later[-1]}, later than step {step} where this run starts; go on "
+            "from it with checkpoint.resume=auto, remove the later checkpoints, or use another "
+            "output_dir"
         )

@@ -10,7 +10,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,8 @@ FORMAT = 1
 class Manifest:
     """What a checkpoint holds: `files` maps a name to `{"bytes": n, "sha256": hex}`.
 
-    `frozen` maps a frozen parameter's name to the sha256 of its bytes.
+    `frozen` maps a frozen parameter's name to the sha256 of its bytes. `run` says of the run that
+    saved it its "settings", its "origin" and its "schedule"; older versions wrote none of them.
     """
 
     step: int
@@ -37,6 +38,7 @@ class Manifest:
     fingerprints: dict[str, Any]
     files: dict[str, dict[str, Any]]
     frozen: dict[str, str]
+    run: dict[str, Any] = field(default_factory=dict)
 
     @property
     def total_bytes(self) -> int:
@@ -49,6 +51,11 @@ class Manifest:
 
 def _checksum(fields: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def manifest_hash(path: Path) -> str:
+    """Equal for copies of a checkpoint only: its manifest holds the hashes of all files."""
+    return hashlib.sha256((path / MANIFEST).read_bytes()).hexdigest()
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -64,7 +71,9 @@ def read_manifest(path: Path) -> Manifest:
         whole = checksum == _checksum({"format": version, **fields})
         manifest = Manifest(**fields) if whole and version == FORMAT else None
     except FileNotFoundError:
-        raise InputError(f"{file} is missing, so {path.name} was never finished") from None
+        if not path.exists():
+            raise InputError(f"{path} does not exist") from None
+        raise InputError(f"{file} is missing, so {path.name} {_unfinished(path)}") from None
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
         raise InputError(f"{file} cannot be read: {error!r}") from error
     if not whole:
@@ -87,6 +96,21 @@ def step_name(step: int) -> str:
 def step_of(path: Path) -> int:
     """The step in a checkpoint's folder name."""
     return int(path.name.removeprefix("step-"))
+
+
+def _unfinished(path: Path) -> str:
+    """What a folder without a manifest is."""
+    if re.fullmatch(r"step-\d+", path.name):
+        return "was never finished"
+    inside = checkpoints_at(path)
+    return f"is not a checkpoint, as {inside[0]} is" if inside else "is not a checkpoint"
+
+
+def checkpoints_at(path: Path) -> list[Path]:
+    """The checkpoint that `path` is, or the finished ones of a folder or run, newest first."""
+    if (path / MANIFEST).is_file():
+        return [path]
+    return (finished(path) or finished(path / "checkpoints"))[::-1]
 
 
 def candidates(folder: Path) -> list[Path]:

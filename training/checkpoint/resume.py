@@ -1,4 +1,4 @@
-"""Loading a verified checkpoint: all of it to resume, or its weights to start a later stage."""
+"""Loading a verified checkpoint, to resume from it."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,8 +8,7 @@ import torch.distributed
 
 from data_pipeline.errors import InputError
 from data_pipeline.plan import PlanState
-from training.checkpoint.find import verify_together
-from training.checkpoint.folder_layout import finished, read_manifest
+from training.checkpoint.folder_layout import read_manifest
 from training.checkpoint.progress import Progress, new_rng_state, restore_rng
 from training.distributed import from_main
 from training.engine_interface import Engine
@@ -37,8 +36,11 @@ def load(
     """
     manifest = from_main(lambda: read_manifest(path))
     plan = PlanState.from_dict(manifest.plan)
-    if changed := _changes(manifest.fingerprints, fingerprints):
-        of_data = all(change.startswith(("data", "seed:")) for change in changed)
+    if changed := setting_changes(manifest.fingerprints, fingerprints):
+        of_data = all(
+            change.startswith(("data", "seed:")) and not change.startswith("data.tokenizer:")
+            for change in changed
+        )
         moved = change_plan(plan, manifest.fingerprints) if of_data and change_plan else None
         if moved is None:
             raise InputError(
@@ -56,28 +58,13 @@ def load(
     return Progress(manifest.step, plan)
 
 
-def start_from(engine: Engine, folder: Path) -> Path:
-    """Load only the weights of an earlier stage, from a checkpoint or the newest of a folder.
-
-    Optimizer, step and place in the data start anew; any number of ranks may have saved it, and
-    other modules may have been frozen. Returns the checkpoint.
-
-    Raises:
-        InputError: if there is no finished checkpoint, if it is damaged, or its model is another.
-    """
-    path = from_main(lambda: next(reversed(finished(folder)), folder))
-    verify_together(path, "checkpoint.init_from")
-    engine.load_weights(path)
-    return path
-
-
-def _changes(saved: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+def setting_changes(saved: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
     """The settings that differ, as `key.sub: saved -> now`."""
     changes = []
     for key in sorted(saved.keys() | now.keys()):
         old, new = saved.get(key), now.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
-            changes += _changes(old, new, f"{prefix}{key}.")
+            changes += setting_changes(old, new, f"{prefix}{key}.")
         elif old != new:
             changes.append(f"{prefix}{key}: {old!r} -> {new!r}")
     return changes

@@ -41,6 +41,8 @@ class Saver:
         """Why the last save failed; None if it did not."""
         self.failures = 0
         """Saves that failed, in a row."""
+        self.about_run: dict[str, Any] = {}
+        """What `Manifest.run` is to hold."""
         self._lock = FolderLock(folder)
         self._pending: Publication | None = None
         self._published: int | None = None
@@ -154,7 +156,8 @@ class Saver:
             self.settings.keep,
             self.settings.keep_every_steps,
             lambda files: Manifest(
-                progress.step, progress.plan.to_dict(), world_size, fingerprints, files, frozen
+                *(progress.step, progress.plan.to_dict(), world_size, fingerprints),
+                *(files, frozen, self.about_run),
             ),
         )
         self._pending = Publication(plan, shards, self.ranks.rank, world_size)

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from data_pipeline.errors import InputError
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer
-from training.checkpoint.folder_layout import MANIFEST, Manifest, finished, read_manifest
+from training.checkpoint.folder_layout import Manifest, checkpoints_at, read_manifest
 from training.checkpoint.verify import problems_of
 from training.config import RunConfig, load_config
 from training.metrics import read_evaluations, read_metrics
@@ -69,10 +69,7 @@ def open_run(path: Path, config: Path | None = None, tokenizer: str | None = Non
 
 def _newest_whole(path: Path) -> Path:
     """The checkpoint that `path` is, or the newest whole one of a run or folder."""
-    if (path / MANIFEST).is_file():
-        newest_first = [path]
-    else:
-        newest_first = (finished(path) or finished(path / "checkpoints"))[::-1]
+    newest_first = checkpoints_at(path)
     if not newest_first:
         raise InputError(
             f"{path} holds no finished checkpoint; give one like runs/digits/checkpoints/"

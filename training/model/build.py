@@ -121,7 +121,7 @@ def _whole(path: str, config: TokenFlexConfig, dtype: torch.dtype) -> PackedToke
         if getattr(found, key) != getattr(config, key)
     ]
     for part in ("vision_config", "text_config"):
-        different += _differences(getattr(found, part), getattr(config, part))
+        different += _differences(getattr(found, part), getattr(config, part)).values()
     if found.text_config.vocab_size != config.text_config.vocab_size:
         different.append("the vocabulary has another size; use the folder's own tokenizer")
     if different:
@@ -146,7 +146,7 @@ def _pretrained(part: str, settings: BackboneSettings, model: PreTrainedModel) -
         family, wanted = model.config.vision_family, model.config.vision_config
         loader, found = family.model_class, family.complete(found)
     # Of all keys, also of those that the settings leave out: a resume builds from the settings.
-    different = _differences(found, wanted)
+    different = [*_differences(found, wanted).values()]
     found_vocab = getattr(found, "vocab_size", 0) if part == "llm" else 0
     vocab_size = model.config.text_config.vocab_size
     if found_vocab > vocab_size:
@@ -159,16 +159,36 @@ def _pretrained(part: str, settings: BackboneSettings, model: PreTrainedModel) -
     return _loaded(name, path, loader, found, model.dtype, model.config._attn_implementation)
 
 
-def _differences(found: PreTrainedConfig, wanted: PreTrainedConfig) -> list[str]:
-    """The keys in which two configs describe different computations, in words."""
+def section_differences(found: ModelSettings, wanted: ModelSettings) -> dict[str, str]:
+    """The settings in which two model sections describe different computations, in words each.
+
+    A key that is left out counts as what it then is; the size of the vocabulary is not compared.
+    """
+    there, here = (model_config(settings, 1, 0) for settings in (found, wanted))
+    different = {
+        f"model.{key}": f"{key} is {getattr(there, key)!r} there and {getattr(here, key)!r} here"
+        for key in ("pool", "projector_hidden_ratio")
+        if getattr(there, key) != getattr(here, key)
+    }
+    for name, part in (("vision", "vision_config"), ("llm", "text_config")):
+        named = {key for section in (found, wanted) for key in getattr(section, name).config}
+        for key, text in _differences(getattr(there, part), getattr(here, part)).items():
+            if key != "layer_types" or key in named:  # else it follows from the number of layers
+                different[f"model.{name}.config.{key}"] = text
+    return different
+
+
+def _differences(found: PreTrainedConfig, wanted: PreTrainedConfig) -> dict[str, str]:
+    """The keys in which two configs describe different computations, in words each."""
     there, here = found.to_dict(), wanted.to_dict()
+    keys = sorted(here.keys() - _WITHOUT_EFFECT)
     if found.model_type != wanted.model_type:
-        return [f"model_type is {found.model_type!r} there and {wanted.model_type!r} here"]
-    return [
-        f"{key} is {there.get(key)!r} there and {here[key]!r} here"
-        for key in sorted(here.keys() - _WITHOUT_EFFECT)
-        if there.get(key) != here[key]
-    ]
+        keys = ["model_type"]
+    return {
+        key: f"{key} is {there.get(key)!r} there and {here.get(key)!r} here"
+        for key in keys
+        if there.get(key) != here.get(key)
+    }
 
 
 def _loaded(

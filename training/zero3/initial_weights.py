@@ -3,41 +3,56 @@
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed
+
 from data_pipeline.errors import InputError
-from training.distributed import from_main
+from training.zero3.saved_tensors import SavedTensor, saved_tensors
 
 
-def load_weights(engine: Any, path: Path) -> None:
-    """See `Engine.load_weights`; rank 0 reads the shards.
+def load_weights(engine: Any, path: Path, world_size: int) -> list[str]:
+    """See `Engine.load_weights`; each rank reads its own part of every tensor.
 
     engine: DeepSpeed's.
     """
-    from deepspeed.runtime.zero import GatheredParameters
+    from deepspeed.utils import safe_set_local_fp32_param
 
-    weights: dict[str, Any] = {}  # filled on rank 0 only
-    from_main(lambda: weights.update(_read_weights(engine, path)))
+    saved = {tensor.name: tensor for tensor in saved_tensors(path, world_size)}
+    parameters = dict(engine.module.named_parameters())
+    _check(path, saved, parameters)
+    rank = torch.distributed.get_rank()
     engine.optimizer.checkpoint_event_prologue()
-    for prefix, module in engine.module.named_modules():
-        if own := dict(module.named_parameters(prefix=prefix, recurse=False)):
-            with GatheredParameters(list(own.values()), modifier_rank=0):
-                for name in own.keys() & weights.keys():  # on rank 0, all; elsewhere none
-                    own[name].data.copy_(weights[name].contiguous())
-    engine.optimizer.refresh_fp32_params()
+    for name, parameter in parameters.items():
+        shard = parameter.ds_tensor
+        part = _part(saved[name], rank * shard.numel(), shard.numel())
+        shard.data.copy_(part.view_as(shard))
+        if parameter.requires_grad:  # the masters as they were saved, not as the model rounds them
+            safe_set_local_fp32_param(parameter, part)
     engine.optimizer.checkpoint_event_epilogue()
+    return sorted(saved.keys() - parameters.keys() - dict(engine.module.named_buffers()).keys())
 
 
-def _read_weights(engine: Any, path: Path) -> dict[str, Any]:
-    """Every parameter of the engine's model, read one at a time as it is used."""
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+def _part(tensor: SavedTensor, start: int, size: int) -> torch.Tensor:
+    """Elements `start` to `start + size` in fp32, [size]; zeros beyond the tensor's end."""
+    part, place = torch.zeros(size), 0
+    for piece in tensor.pieces():
+        first, last = max(start, place), min(start + size, place + len(piece))
+        if first < last:
+            part[first - start : last - start] = piece[first - place : last - place]
+        place += len(piece)
+    return part
 
-    # DeepSpeed's own load of weights alone leaves out what it partitions: under ZeRO-3, all.
-    weights: dict[str, Any] = get_fp32_state_dict_from_zero_checkpoint(
-        str(path.parent), tag=path.name, lazy_mode=True
-    )
-    for name, parameter in engine.module.named_parameters():
-        if name not in weights or tuple(weights[name].shape) != tuple(parameter.ds_shape):
-            raise InputError(
-                f"checkpoint.init_from={path} has no {name} of shape {tuple(parameter.ds_shape)}, "
-                "so it is of another model; take one of this model section"
-            )
-    return weights
+
+def _check(path: Path, saved: dict[str, SavedTensor], parameters: dict[str, Any]) -> None:
+    """InputError, naming them, if parameters lack in the checkpoint or have another shape."""
+    shapes = {name: tuple(parameter.ds_shape) for name, parameter in parameters.items()}
+    wrong = [
+        f"{name} of shape {shape}" + (f", but of {saved[name].shape}" if name in saved else "")
+        for name, shape in shapes.items()
+        if name not in saved or saved[name].shape != shape
+    ]
+    if wrong:
+        raise InputError(
+            f"checkpoint.init_from={path} has no {'; '.join(wrong)}, so it is of another model; "
+            "take one of this model section"
+        )

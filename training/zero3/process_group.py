@@ -2,18 +2,24 @@
 
 import logging
 import warnings
+from collections.abc import Callable
 from datetime import timedelta
 
-from training.distributed import Ranks, claim_device, launched_ranks
+from training.distributed import Ranks, claim_device, launched_ranks, wait_for_all
 
 
-def init_distributed(timeout_s: float = 1800.0, on_cpu: bool = False) -> Ranks:
-    """Join the process group described by the environment; see `launched_ranks`.
+def init_distributed(
+    timeout_s: float = 1800.0, on_cpu: bool = False, stop: Callable[[], bool] = lambda: False
+) -> Ranks:
+    """Join the process group described by the environment; see `launched_ranks`, `wait_for_all`.
 
-    timeout_s: longest wait for the others, there and in the collectives that follow.
-    on_cpu: whether the CPU is asked for.
+    Args:
+        timeout_s: longest wait for the others, there and in the collectives that follow.
+        on_cpu: whether the CPU is asked for.
+        stop: whether to give up waiting.
     """
     ranks = launched_ranks(on_cpu)
+    store = wait_for_all(ranks, timeout_s, stop)
 
     import deepspeed
     import deepspeed.ops
@@ -28,6 +34,7 @@ def init_distributed(timeout_s: float = 1800.0, on_cpu: bool = False) -> Ranks:
         auto_mpi_discovery=False,
         verbose=False,
     )
+    del store
     claim_device(ranks)
     return ranks
 

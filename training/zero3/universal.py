@@ -29,7 +29,7 @@ TEMPORARY = "tmp-universal-"
 GUARD = """
 import ctypes, signal
 ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
     signal.signal(number, signal.SIG_IGN)
 """
 CONVERT = """

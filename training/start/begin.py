@@ -1,0 +1,68 @@
+"""The start of a run: which checkpoint, whether the settings fit it, the engine, what is noted."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from training import checkpoint
+from training.checkpoint import Manifest, Progress
+from training.distributed import from_main
+from training.engine_interface import Engine
+from training.health import Monitor
+from training.health.loss_guard import WINDOW
+from training.metrics import read_metrics
+from training.run import Run
+from training.start.changes import check_origin, describe_changes, origin_of
+from training.start.earlier_stage import earlier_stage, take_weights
+from training.start.extension import continued
+from training.start.starts import Starts
+from training.zero3.engine import build_engine
+
+
+def start(run: Run, saver: checkpoint.Saver, monitor: Monitor) -> tuple[Engine, Progress]:
+    """The engine, with the weights that the config says, and where the run goes on from.
+
+    Raises:
+        InputError: on every rank, where the settings and what is on disk mean different things.
+    """
+    config, folder, starts = run.config, saver.folder, Starts(run.config)
+    saved = starts.find_checkpoint(folder, run.say)
+    stage = None if saved else earlier_stage(run)
+    manifest = from_main(lambda: checkpoint.read_manifest(saved)) if saved else None
+    from_main(lambda: checkpoint.refuse_later(folder, manifest.step if manifest else 0))
+    if saved and manifest:
+        from_main(lambda: check_origin(manifest.run.get("origin"), run, saved))
+        run.schedule = continued(manifest, run)
+    engine: Engine = build_engine(config, run.tokenizer, run.ranks, not (saved or stage))
+    progress = Progress()
+    if saved and manifest:
+        progress = checkpoint.load(engine, saved, run.fingerprints, run.new_window)
+        run.say(f"resumed from {saved} at step {progress.step}")
+        run.say(describe_changes(manifest, config, saved))
+    elif stage:
+        take_weights(engine, stage, run)
+    saver.check_space(engine)
+    monitor.guard.restore(from_main(lambda: rows_before(config.output_dir, progress.step)))
+    saver.about_run = about(run, manifest, stage)
+    starts.note(progress.step, saved or stage)
+    run.announce(engine)
+    return engine, progress
+
+
+def about(run: Run, manifest: Manifest | None, stage: Path | None) -> dict[str, Any]:
+    """What the run's checkpoints are to say of it."""
+    if manifest:
+        origin = manifest.run.get("origin")
+    else:
+        origin = from_main(lambda: origin_of(run.config, stage))
+    return {
+        "settings": run.config.model_dump(mode="json"),
+        "origin": origin,
+        "schedule": asdict(run.schedule),
+    }
+
+
+def rows_before(output_dir: Path, step: int) -> list[dict[str, Any]]:
+    """The metrics of the last steps up to `step`, as many as the guard compares with."""
+    rows = read_metrics(output_dir / "metrics.jsonl")
+    return [row for row in rows if row["step"] <= step][-WINDOW:]
