@@ -134,8 +134,8 @@ class CheckpointSettings(Settings):
     two count at their first start, and later starts go on from the run's own checkpoints."""
     init_from: PathText | None = None
     """Weights of an earlier stage to start a new run from: a checkpoint, or a folder of them."""
-    init_allow: list[str] = []
-    """What may differ from that stage: data.tokenizer, model, or a part of it as model.pool."""
+    init_allow: list[str] = Field(default_factory=list)
+    """What may differ from that stage or pretrained weights: model.pool, data.tokenizer, ..."""
 
     @field_validator("init_allow")
     @classmethod

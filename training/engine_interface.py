@@ -98,15 +98,17 @@ class Engine(Protocol):
             InputError: if it is of another model, or cannot be loaded by as many ranks.
         """
 
-    def load_weights(self, path: Path, world_size: int) -> list[str]:
+    def load_weights(self, path: Path, world_size: int, vocabulary: int = 0) -> list[str]:
         """Take only the weights of a verified checkpoint; other modules may have been frozen.
 
         Args:
             path: the checkpoint's folder.
             world_size: the number of ranks that saved it.
+            vocabulary: tensors of as many rows here may have fewer there, whose places are the
+                first; the other rows stay as they are. 0: none may.
 
         Returns:
-            The names of its tensors that this model has not.
+            What of it differs, in words: tensors that this model has not, or with more rows.
 
         Raises:
             InputError: if it is of another model.

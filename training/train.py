@@ -17,7 +17,7 @@ from data_pipeline.errors import InputError
 from data_pipeline.storage import StoreOutage
 from training import checkpoint, exit_codes
 from training.config import RunConfig, load_config
-from training.distributed import Ranks, StoppedError
+from training.distributed import Ranks, StoppedError, from_main
 from training.engine_interface import Engine
 from training.evaluate.in_training import Evaluation
 from training.health import Monitor, StopRequest

@@ -80,10 +80,22 @@ class Starting:
         return run(ranks, corpus, out, *overrides, crash=self.crash, stop=self.stop)
 
 
-def as_older(path: Path, copy: Path) -> Path:
+def as_older(path: Path, copy: Path, with_fingerprints: bool = False) -> Path:
     """A copy of a checkpoint as an earlier version wrote it, which noted less."""
     shutil.copytree(path, copy)
     manifest = read_manifest(copy)
-    kept = {"seed": manifest.fingerprints["seed"]}
+    seed = {"seed": manifest.fingerprints["seed"]}
+    kept = manifest.fingerprints if with_fingerprints else seed
     (copy / MANIFEST).write_bytes(replace(manifest, run={}, fingerprints=kept).to_json())
     return copy
+
+
+def with_more_tokens(model: Path, folder: Path, count: int) -> Path:
+    """A sentencepiece model with as many more tokens behind the others."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model.read_bytes())
+    for number in range(count):
+        proto.pieces.add(piece=f"<new{number}>", score=0.0, type=4)  # user-defined
+    (folder / "larger.model").write_bytes(proto.SerializeToString())
+    return folder / "larger.model"

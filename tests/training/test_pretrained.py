@@ -1,5 +1,6 @@
 """Runs start from other projects' parts or from an exported model, or say what does not fit."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,12 @@ from transformers import (
 
 from data_pipeline.errors import InputError
 from data_pipeline.tokenizer import load_tokenizer
+from tests.data_pipeline.small_tokenizers import save_hugging_face
 from tests.ranks import RankPool
 from tests.training import scenarios
+from training.export.hub_tokenizer import to_hub_tokenizer
 from training.model.build import build_model
+from training.start.pretrained_tokenizer import check_pretrained_tokenizer
 
 SMALL_TEXT = {
     "hidden_size": 64,
@@ -40,6 +44,30 @@ def save_llm(corpus: Path, folder: Path, **changes: Any) -> Path:
     fields = {**config, "vocab_size": 100, **changes}
     AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields)).save_pretrained(folder)
     return folder
+
+
+def test_weights_with_another_tokenizer_are_refused(digits_corpus: Path, tmp_path: Path) -> None:
+    """Even where the vocabulary is no larger; what it does counts, not the name."""
+    weights = save_llm(digits_corpus, tmp_path / "llm")
+    tokenizer = load_tokenizer(digits_corpus / "tokenizer.model")
+    config = scenarios.tiny_config(digits_corpus, f"model.llm.pretrained={weights}")
+    check_pretrained_tokenizer(config, tokenizer)  # it comes with none
+    save_hugging_face(weights)
+    with pytest.raises(InputError, match=r"model\.llm\.pretrained=.* has another tokenizer than"):
+        check_pretrained_tokenizer(config, tokenizer)
+    check_pretrained_tokenizer(config, load_tokenizer(shutil.copytree(weights, tmp_path / "copy")))
+    config.checkpoint.init_allow = ["data.tokenizer"]
+    check_pretrained_tokenizer(config, tokenizer)
+
+
+def test_the_tokenizer_of_an_exported_model_is_the_one_it_was_made_from(
+    digits_corpus: Path, tmp_path: Path
+) -> None:
+    tokenizer = load_tokenizer(digits_corpus / "tokenizer.model")
+    context = tokenizer.special_id("<IMG_CONTEXT>")
+    to_hub_tokenizer(tokenizer, context).save_pretrained(tmp_path)
+    config = scenarios.tiny_config(digits_corpus, f"model.pretrained={tmp_path}")
+    check_pretrained_tokenizer(config, tokenizer)
 
 
 def test_a_siglip_checkpoint_of_both_towers_gives_the_vision_tower(

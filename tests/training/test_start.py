@@ -118,6 +118,21 @@ def test_another_tokenizer_of_the_same_size_is_refused(
     assert "data.tokenizer: " in str(error) and "allow_change" not in str(error)
 
 
+def test_a_vocabulary_that_grew_keeps_the_rows_of_before(
+    start: Start, one_rank: RankPool, base: Path, digits_corpus: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(digits_corpus / "train", tmp_path / "train")
+    larger = start_scenarios.with_more_tokens(digits_corpus / "tokenizer.model", tmp_path, 3)
+    build_index(str(tmp_path / "train"), load_tokenizer(larger), ChatSettings(system=""))
+    own = (f"data.tokenizer={larger}", f"data.shards=[{tmp_path / 'train'}]", "train.steps=1")
+    settings = (*own, f"checkpoint.init_from={base}", "train.precision=fp32")
+    error, *_ = start(tmp_path / "x", *settings)
+    assert "init_allow=[data.tokenizer]" in str(error)
+    code, said, rows = start(tmp_path / "x", *settings, "checkpoint.init_allow=[data.tokenizer]")
+    assert code == 0 and "embed_tokens.weight has" in said and "lm_head.weight has" in said, code
+    assert rows[0]["loss"] < start(tmp_path / "y", *own)[2][0]["loss"]
+
+
 def test_an_unfinished_stage_and_one_that_is_not_there(
     start: Start, base: Path, tmp_path: Path
 ) -> None:
@@ -138,6 +153,12 @@ def test_a_stage_of_an_older_version_says_what_is_not_known(
     code, said, _ = start(tmp_path / "x", f"checkpoint.init_from={old}", "train.steps=1")
     assert code == 0 and "does not record its model and tokenizer: not compared" in said
     assert "does not record of how many" in said
+    noted_less = start_scenarios.as_older(
+        base / "checkpoints/step-00000004", tmp_path / "old/step-00000004", with_fingerprints=True
+    )
+    code, said, _ = start(tmp_path / "y", f"checkpoint.resume={noted_less}", "train.steps=5")
+    assert code == 0 and "does not record its schedule" in said
+    assert "does not record its settings" in said
 
 
 def test_another_beginning_of_a_run_that_has_checkpoints_is_refused(

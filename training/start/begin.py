@@ -15,6 +15,7 @@ from training.run import Run
 from training.start.changes import check_origin, describe_changes, origin_of
 from training.start.earlier_stage import earlier_stage, take_weights
 from training.start.extension import continued
+from training.start.pretrained_tokenizer import check_pretrained_tokenizer
 from training.start.starts import Starts
 from training.zero3.engine import build_engine
 
@@ -33,6 +34,8 @@ def start(run: Run, saver: checkpoint.Saver, monitor: Monitor) -> tuple[Engine, 
     if saved and manifest:
         from_main(lambda: check_origin(manifest.run.get("origin"), run, saved))
         run.schedule = continued(manifest, run)
+    if not (saved or stage):
+        from_main(lambda: check_pretrained_tokenizer(config, run.tokenizer))
     engine: Engine = build_engine(config, run.tokenizer, run.ranks, not (saved or stage))
     progress = Progress()
     if saved and manifest:

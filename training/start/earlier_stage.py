@@ -50,12 +50,15 @@ def earlier_stage(run: Run) -> Path | None:
 
 
 def take_weights(engine: Engine, path: Path, run: Run) -> None:
-    """Take the weights of the checkpoint that `earlier_stage` gave; say what stays behind."""
+    """Take the weights of the checkpoint that `earlier_stage` gave; say what differs."""
     world_size = from_main(lambda: checkpoint.read_manifest(path)).world_size
-    left = engine.load_weights(path, world_size)
+    vocabulary = 0
+    if _allowed("data.tokenizer", run.config.checkpoint.init_allow):
+        vocabulary = max(run.tokenizer.vocab_size, run.config.model.llm.config.get("vocab_size", 0))
+    different = engine.load_weights(path, world_size, vocabulary)
     run.say(f"weights from {path}")
-    if left:
-        run.say(f"warning: {path} also holds what this model has not: {', '.join(left)}")
+    if different:
+        run.say(f"warning: not all of {path} was taken as it is: {'; '.join(different)}")
 
 
 def _allowed(key: str, names: list[str]) -> bool:

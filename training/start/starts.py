@@ -42,7 +42,13 @@ class Starts:
         """
         resume, before = self.config.checkpoint.resume, self.followed
         if resume == "auto":
-            return checkpoint.find(resume, folder)
+            found = checkpoint.find(resume, folder)
+            if before and not found:
+                say(
+                    f"warning: the start of {before['time']}, with checkpoint.resume="
+                    f"{before['resume']}, saved nothing, and this one does not ask for it"
+                )
+            return found
         named = resume if resume == "never" else str(Path(resume).resolve())
         if before and before["resume"] == named:
             step = before["step"]
@@ -65,7 +71,7 @@ class Starts:
         `config.yaml`, the settings of what was trained last, is written if a step follows.
 
         Raises:
-            InputError: if it cannot be written.
+            InputError: if it cannot be written, and a later start has to know of this one.
         """
         from_main(lambda: self._note(step, source))
 
@@ -85,7 +91,10 @@ class Starts:
             if step < self.config.train.steps or not current.is_file():
                 save_config(self.config, current)
         except OSError as error:
-            raise InputError(f"cannot write to {self.folder}: {error}; make room there") from error
+            text = f"cannot write to {self.folder}: {error}; make room there"
+            if self.followed and self.followed["time"] == self.time:
+                raise InputError(text) from error
+            checkpoint.warn(text)
 
     def _last(self) -> dict[str, Any]:
         """What the newest start noted; one that was cut short by a kill does not count."""

@@ -113,8 +113,8 @@ class Zero3Engine(Engine):
         rng: dict[str, Any] = state["rng"]
         return rng
 
-    def load_weights(self, path: Path, world_size: int) -> list[str]:
-        return load_weights(self.deepspeed, path, world_size)
+    def load_weights(self, path: Path, world_size: int, vocabulary: int = 0) -> list[str]:
+        return load_weights(self.deepspeed, path, world_size, vocabulary)
 
 
 def _whole_shape(parameter: Any) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ from data_pipeline.errors import InputError
 from training.zero3.saved_tensors import SavedTensor, saved_tensors
 
 
-def load_weights(engine: Any, path: Path, world_size: int) -> list[str]:
+def load_weights(engine: Any, path: Path, world_size: int, vocabulary: int = 0) -> list[str]:
     """See `Engine.load_weights`; each rank reads its own part of every tensor.
 
     engine: DeepSpeed's.
@@ -19,33 +19,48 @@ def load_weights(engine: Any, path: Path, world_size: int) -> list[str]:
 
     saved = {tensor.name: tensor for tensor in saved_tensors(path, world_size)}
     parameters = dict(engine.module.named_parameters())
-    _check(path, saved, parameters)
+    _check(path, saved, parameters, vocabulary)
     rank = torch.distributed.get_rank()
     engine.optimizer.checkpoint_event_prologue()
     for name, parameter in parameters.items():
         shard = parameter.ds_tensor
-        part = _part(saved[name], rank * shard.numel(), shard.numel())
+        part = shard.detach().flatten().to("cpu", torch.float32, copy=True)
+        _fill(part, rank * shard.numel(), saved[name])
         shard.data.copy_(part.view_as(shard))
         if parameter.requires_grad:  # the masters as they were saved, not as the model rounds them
             safe_set_local_fp32_param(parameter, part)
     engine.optimizer.checkpoint_event_epilogue()
-    return sorted(saved.keys() - parameters.keys() - dict(engine.module.named_buffers()).keys())
+    grown = [
+        f"{name} has {parameter.ds_shape[0]} rows here, new from {saved[name].shape[0]} on"
+        for name, parameter in parameters.items()
+        if saved[name].shape != tuple(parameter.ds_shape)
+    ]
+    own = parameters.keys() | dict(engine.module.named_buffers()).keys()
+    return [*grown, *(f"{name} is not in this model" for name in sorted(saved.keys() - own))]
 
 
-def _part(tensor: SavedTensor, start: int, size: int) -> torch.Tensor:
-    """Elements `start` to `start + size` in fp32, [size]; zeros beyond the tensor's end."""
-    part, place = torch.zeros(size), 0
+def _fill(part: torch.Tensor, start: int, tensor: SavedTensor) -> None:
+    """Put elements from `start` on of a saved tensor into `part`, as far as there are any."""
+    place = 0
     for piece in tensor.pieces():
-        first, last = max(start, place), min(start + size, place + len(piece))
+        first, last = max(start, place), min(start + len(part), place + len(piece))
         if first < last:
             part[first - start : last - start] = piece[first - place : last - place]
         place += len(piece)
-    return part
 
 
-def _check(path: Path, saved: dict[str, SavedTensor], parameters: dict[str, Any]) -> None:
-    """InputError, naming them, if parameters lack in the checkpoint or have another shape."""
+def _check(
+    path: Path, saved: dict[str, SavedTensor], parameters: dict[str, Any], vocabulary: int
+) -> None:
+    """InputError, naming them, if parameters lack in the checkpoint or have another shape.
+
+    Those with a row for each of the `vocabulary` tokens may have fewer there.
+    """
     shapes = {name: tuple(parameter.ds_shape) for name, parameter in parameters.items()}
+    for name, shape in shapes.items():
+        there = saved[name].shape if name in saved else ()
+        if shape[0] == vocabulary and there[1:] == shape[1:] and 0 < there[0] < vocabulary:
+            shapes[name] = there
     wrong = [
         f"{name} of shape {shape}" + (f", but of {saved[name].shape}" if name in saved else "")
         for name, shape in shapes.items()
