@@ -80,7 +80,7 @@ def test_other_data_are_refused_on_resume_or_start_a_window(
 ) -> None:
     out = tmp_path / "run"
     shutil.copytree(trained[0], out)
-    settings = [*datasets(digits_corpus, "0.3"), "train.steps=8"]
+    settings = [*datasets(digits_corpus, "0.3"), "train.steps=8", "train.extend=stretch"]
     for change in changes:
         change = change.replace("TRAIN", str(digits_corpus / "train"))
         settings.append(change.replace("EVAL", str(digits_corpus / "eval")))

@@ -17,7 +17,7 @@ from training.checkpoint.folder_layout import (
 )
 from training.checkpoint.progress import Progress
 from training.checkpoint.pruning import best
-from training.checkpoint.resume import load, setting_changes
+from training.checkpoint.resume import load, place_of, setting_changes
 from training.checkpoint.saver import Saver
 from training.checkpoint.verify import verify_files
 
@@ -33,6 +33,7 @@ __all__ = [
     "finished",
     "load",
     "manifest_hash",
+    "place_of",
     "read_manifest",
     "refuse_later",
     "setting_changes",

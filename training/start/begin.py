@@ -32,6 +32,9 @@ def start(run: Run, saver: checkpoint.Saver, monitor: Monitor) -> tuple[Engine, 
     manifest = from_main(lambda: checkpoint.read_manifest(saved)) if saved else None
     from_main(lambda: checkpoint.refuse_later(folder, manifest.step if manifest else 0))
     if saved and manifest:
+        # Told now: a model of billions of parameters need not be built for that.
+        permitted = (lambda place, _: place) if config.data.allow_change else None
+        checkpoint.place_of(manifest, saved, run.fingerprints, permitted)
         from_main(lambda: check_origin(manifest.run.get("origin"), run, saved))
         run.schedule = continued(manifest, run)
     if not (saved or stage):
