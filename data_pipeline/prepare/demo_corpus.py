@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from tqdm import tqdm
 
@@ -19,7 +19,9 @@ from data_pipeline.prepare.shard_writer import (
     staged_output,
     write_report,
 )
-from data_pipeline.settings import PrepareSettings
+
+if TYPE_CHECKING:
+    from data_pipeline.settings import PrepareSettings  # which load torch
 
 CORPORA = {"digits": digits_corpus, "grid": grid_corpus}
 
@@ -144,7 +146,7 @@ def _check_settings(
         raise InputError(f"the seed is {seed}; it must not be negative.")
 
 
-def prepare_once(settings: PrepareSettings) -> None:
+def prepare_once(settings: "PrepareSettings") -> None:
     """Write the demo corpus of a run's settings unless it is there.
 
     Raises:
@@ -164,7 +166,7 @@ def prepare_once(settings: PrepareSettings) -> None:
     _check_prepared(settings)
 
 
-def _check_prepared(settings: PrepareSettings) -> None:
+def _check_prepared(settings: "PrepareSettings") -> None:
     """InputError if the demo corpus on disk was written with other settings."""
     report = settings.out / "prepare.json"
     found = json.loads(report.read_text(encoding="utf-8")) if report.is_file() else {}
