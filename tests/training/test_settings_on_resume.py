@@ -25,6 +25,8 @@ from training.start.changes import (
     rule_of,
 )
 
+# A value of another type stands for another value.
+pytestmark = pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")
 ROOT = Path(__file__).parents[2]
 CONFIG = load_config(ROOT / "training/configs/digits.yaml", ["data.datasets={}"])
 
