@@ -94,7 +94,7 @@ class Starts:
             text = f"cannot write to {self.folder}: {error}; make room there"
             if self.followed and self.followed["time"] == self.time:
                 raise InputError(text) from error
-            checkpoint.warn(text)
+            warn(text)
 
     def _last(self) -> dict[str, Any]:
         """What the newest start noted; one that was cut short by a kill does not count."""
