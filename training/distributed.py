@@ -131,10 +131,8 @@ def local_device(local_rank: int, on_cpu: bool = False) -> torch.device:
         return torch.device("cpu")
     count = torch.cuda.device_count()
     # Slurm may show each task its own GPU only; with more tasks than GPUs it is the same one.
-    launcher = os.environ.keys() & {
-        "LOCAL_WORLD_SIZE",
-        "LOCAL_SIZE",
-    }  # torchrun's, the deepspeed launcher's
+    # torchrun's, the deepspeed launcher's
+    launcher = os.environ.keys() & {"LOCAL_WORLD_SIZE", "LOCAL_SIZE"}
     own = count == 1 and _srun_task() and not launcher
     if own and _tasks_on_node() <= int(os.environ.get("SLURM_GPUS_ON_NODE", 1)):
         local_rank = 0
