@@ -2,7 +2,7 @@
 
 On a GPU every provider is timed on every case, with the ceilings of the GPU measured in the same
 run, and tables, CSV, JSON, a roofline plot and a Chrome trace are written. Without a GPU nothing is
-timed: calculated floors, memory kept for backward and the kernels' compile report are printed.
+timed: calculated floors and the kernels' compile report are printed, `--out` writes the floors.
 
     python -m kernels.profile
     python -m kernels.profile --shape T=64,n=12 --shape T=64,n=8/12/16,p=.2/.3/.5,pool=resize
@@ -20,6 +20,7 @@ from kernels.profile import calculated, measured
 from kernels.profile.bench import BenchSettings
 from kernels.profile.cases import SHAPE_HELP, Case, default_cases, parse_shape
 from kernels.profile.providers import PROVIDERS
+from kernels.profile.results import write_csv, write_json
 from kernels.profile.roofline import MODES, Peaks
 from kernels.profile.system import describe_machine
 from kernels.profile.text_report import format_providers
@@ -41,11 +42,18 @@ def main(argv: list[str] | None = None) -> int:
 def run_calculated(arguments: argparse.Namespace, cases: list[Case]) -> int:
     """Without a GPU: print what can be calculated; files only where --out says so."""
     peaks = Peaks(arguments.peak_tflops * 1e12, arguments.bandwidth * 1e12)
-    compiles = calculated.report(cases, peaks, arguments.frozen_vit, arguments.compile_report)
+    content, compiles = calculated.report(
+        cases, peaks, arguments.frozen_vit, arguments.compile_report
+    )
     if arguments.out:
+        from kernels.profile.plots import plot_calculated  # matplotlib, only where it draws
+
         arguments.out.mkdir(parents=True, exist_ok=True)
         machine = describe_machine(torch.device("cpu"), _command())
-        files = calculated.write_files(cases, peaks, arguments.frozen_vit, machine, arguments.out)
+        files = [arguments.out / f"calculated.{suffix}" for suffix in ("json", "csv", "png")]
+        write_json(files[0], content | {"machine": machine})
+        write_csv(files[1], content["cases"])
+        plot_calculated(cases, peaks, arguments.frozen_vit, files[2])
         _print_files(files)
     return 0 if compiles else 1
 

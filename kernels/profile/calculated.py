@@ -1,30 +1,24 @@
-"""Without a GPU: the calculated floors, memory counted on the CPU, and the compile report."""
+"""Without a GPU: the calculated floors, and the compile report."""
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 from typing import Any
-
-import torch
 
 from kernels.aligned_text import aligned
 from kernels.dispatch import interpreting
 from kernels.profile.cases import Case
-from kernels.profile.memory import saved_for_backward
-from kernels.profile.providers import PROVIDERS
-from kernels.profile.random_inputs import make_inputs
-from kernels.profile.results import write_csv, write_json
-from kernels.profile.roofline import Peaks
-from kernels.profile.text_report import calculated_rows, format_calculated
+from kernels.profile.roofline import MODES, WAYS, Peaks, floor_s, model_flops, saved_bytes
 
 # Both measured on an H200: an 8192^3 bf16 matrix product, a copy counted read plus written.
 ASSUMED = Peaks(flops=790e12, bandwidth=4.3e12)
-COUNTED = ("eager_grouped", "save", "recompute")
-# Small enough for seconds on a CPU; in the widths' usual proportions, so that shares are the same.
-COUNTED_CASE = Case((8, 12, 16), (0.2, 0.3, 0.5), tiles=10, channels=288, hidden=864, width=512)
 
 
-def report(cases: Sequence[Case], peaks: Peaks, frozen: bool, compile_report: bool) -> bool:
-    """Print all that can be known without a GPU; False where a kernel does not compile."""
+def report(
+    cases: Sequence[Case], peaks: Peaks, frozen: bool, compile_report: bool
+) -> tuple[dict[str, Any], bool]:
+    """Print all that can be known without a GPU.
+
+    Returns the same for a file, and whether every kernel compiles.
+    """
     compiles = True
     print("No GPU was found: nothing was timed. The figures below are calculated.\n")
     print(
@@ -34,28 +28,71 @@ def report(cases: Sequence[Case], peaks: Peaks, frozen: bool, compile_report: bo
         "matrix products if they were as fast as cuBLAS / recompute (backward only). Ratios:\n"
         "forward and backward together. Kept for backward: eager / compile / save / recompute.\n"
     )
-    print(format_calculated(cases, peaks, frozen))
-    print(f"\n{count_saved(frozen)}\n")
+    rows = [_row(case, peaks, frozen) for case in cases]
+    print(f"{_table(rows)}\n")
     if compile_report:
         compiles = _print_compile_report()
     else:
         print("Compile report left out (--no-compile-report).")
     print("\nNothing was timed: no GPU was found.")
-    return compiles
-
-
-def count_saved(frozen: bool) -> str:
-    """A table of what autograd's hooks see saved on a CPU, at reduced widths."""
-    case, device = COUNTED_CASE, torch.device("cpu")
-    inputs = make_inputs(case, device, frozen=frozen)
-    counts = {
-        name: sum(saved_for_backward(PROVIDERS[name].build(case, device), inputs))
-        for name in COUNTED
+    content = {
+        "kind": "calculated: nothing was timed, no GPU was found",
+        "assumed": {"tflops": peaks.flops / 1e12, "tb_per_s": peaks.bandwidth / 1e12},
+        "cases": rows,
     }
-    eager = counts["eager_grouped"]
-    rows = [[name, f"{n / 1e6:.2f}", f"{n / eager:.1%}"] for name, n in counts.items()]
-    title = f"Kept for backward, counted by autograd's hooks on the CPU at {case.name}"
-    return f"{title}:\n{aligned([['', 'MB', 'of eager'], *rows])}"
+    return content, compiles
+
+
+def _row(case: Case, peaks: Peaks, frozen: bool) -> dict[str, Any]:
+    """Floors in microseconds and bytes kept for backward."""
+    return {
+        "kind": "calculated",
+        "case": case.name,
+        "tokens": case.rows,
+        "gflop_forward": model_flops(case, "forward") / 1e9,
+        "frozen_vit": frozen,
+        **{
+            f"floor_us_{mode}_{way}": 1e6 * floor_s(case, way, mode, peaks, frozen)
+            for mode in MODES
+            for way in WAYS
+        },
+        **{f"saved_bytes_{way}": saved_bytes(case, way, frozen) for way in WAYS},
+    }
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> str:
+    """Every way, and how they compare."""
+    header = [
+        "calculated",
+        *("tokens", "GFLOP fwd"),
+        *("forward us", "backward us", "cublas over eager", "over compile"),
+        *("fused over eager", "over compile"),
+        *("kept for backward MB", "of eager"),
+    ]
+    lines = []
+    for row in rows:
+        forward, backward, both = (
+            [row[f"floor_us_{mode}_{way}"] for way in WAYS] for mode in MODES
+        )
+        eager, compiled, cublas, fused, _ = both
+        kept = [row[f"saved_bytes_{way}"] for way in ("eager", "compile", "cublas", "recompute")]
+        lines.append(
+            [
+                row["case"],
+                str(row["tokens"]),
+                f"{row['gflop_forward']:.0f}",
+                _slashed(forward[:4]),
+                _slashed(backward),
+                *(f"{b / a:.2f}x" for a in (cublas, fused) for b in (eager, compiled)),
+                _slashed(value / 1e6 for value in kept),
+                f"{kept[2] / kept[0]:.0%} / {kept[3] / kept[0]:.0%}",
+            ]
+        )
+    return aligned([header, *lines])
+
+
+def _slashed(values: Iterable[float]) -> str:
+    return " / ".join(f"{value:.0f}" for value in values)
 
 
 def _print_compile_report() -> bool:
@@ -81,23 +118,3 @@ def _print_compile_report() -> bool:
         "python -m kernels.compile_report lists each"
     )
     return True
-
-
-def write_files(
-    cases: Sequence[Case], peaks: Peaks, frozen: bool, machine: dict[str, Any], out: Path
-) -> list[Path]:
-    """JSON, CSV and PNG of the calculated floors, each saying that it is calculated."""
-    from kernels.profile.plots import plot_calculated
-
-    rows = [{"kind": "calculated"} | row for row in calculated_rows(cases, peaks, frozen)]
-    paths = [out / f"calculated.{suffix}" for suffix in ("json", "csv", "png")]
-    content = {
-        "kind": "calculated: nothing was timed, no GPU was found",
-        "assumed": {"tflops": peaks.flops / 1e12, "tb_per_s": peaks.bandwidth / 1e12},
-        "machine": machine,
-        "cases": rows,
-    }
-    write_json(paths[0], content)
-    write_csv(paths[1], rows)
-    plot_calculated(cases, peaks, frozen, paths[2])
-    return paths

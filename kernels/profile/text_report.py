@@ -1,14 +1,13 @@
-"""What is printed: a table per case, the targets, and the calculated floors."""
+"""What is printed of a measurement: a table per case, and the targets."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from kernels.aligned_text import aligned
 from kernels.profile.bench import CaseResult, Measured
-from kernels.profile.cases import Case
 from kernels.profile.providers import PROVIDERS
 from kernels.profile.results import speedup, worst
-from kernels.profile.roofline import WAYS, Peaks, floor_s, model_flops, saved_bytes
+from kernels.profile.roofline import floor_s, model_flops
 from kernels.profile.targets import Target
 from kernels.profile.timing import Timing
 
@@ -107,61 +106,3 @@ def format_targets(targets: Sequence[Target]) -> str:
 def format_providers() -> str:
     """Name and meaning of every provider."""
     return "\n".join(f"  {p.name:<14} {p.says}" for p in PROVIDERS.values())
-
-
-def calculated_rows(cases: Sequence[Case], peaks: Peaks, frozen: bool) -> list[dict[str, object]]:
-    """Floors in microseconds and bytes kept for backward, by case."""
-    return [
-        {
-            "case": case.name,
-            "tokens": case.rows,
-            "gflop_forward": model_flops(case, "forward") / 1e9,
-            "frozen_vit": frozen,
-            **{
-                f"floor_us_{mode}_{way}": 1e6 * floor_s(case, way, mode, peaks, frozen)
-                for mode in LABELS
-                for way in WAYS
-            },
-            **{f"saved_bytes_{way}": saved_bytes(case, way, frozen) for way in WAYS},
-        }
-        for case in cases
-    ]
-
-
-def format_calculated(cases: Sequence[Case], peaks: Peaks, frozen: bool) -> str:
-    """The calculated floors; every way, and how they compare."""
-    header = [
-        "calculated",
-        *("tokens", "GFLOP fwd"),
-        *("forward us", "backward us", "cublas over eager", "over compile"),
-        *("fused over eager", "over compile"),
-        *("kept for backward MB", "of eager"),
-    ]
-    rows = []
-    for case in cases:
-        floors = {
-            mode: [floor_s(case, way, mode, peaks, frozen) for way in WAYS] for mode in LABELS
-        }
-        kept = [saved_bytes(case, way, frozen) for way in WAYS]
-        eager, compiled, cublas, fused, _ = floors["both"]
-        rows.append(
-            [
-                case.name,
-                str(case.rows),
-                f"{model_flops(case, 'forward') / 1e9:.0f}",
-                _slashed(1e6 * value for value in floors["forward"][:4]),
-                _slashed(1e6 * value for value in floors["backward"]),
-                *(
-                    f"{theirs / ours:.2f}x"
-                    for ours in (cublas, fused)
-                    for theirs in (eager, compiled)
-                ),
-                _slashed(kept[i] / 1e6 for i in (0, 1, 2, 4)),
-                f"{kept[2] / kept[0]:.0%} / {kept[4] / kept[0]:.0%}",
-            ]
-        )
-    return aligned([header, *rows])
-
-
-def _slashed(values: Iterable[float]) -> str:
-    return " / ".join(f"{value:.0f}" for value in values)
