@@ -19,31 +19,19 @@ from kernels.profile.text_report import LABELS
 
 MARKERS = {"forward": "o", "backward": "s", "both": "D", "kernel": "*"}
 COLORS = {name: f"C{i}" for i, name in enumerate((*PROVIDERS, "pool_norm"))}  # of 10
-COPY_TARGET = 0.7
 
 
 def plot_measured(results: Sequence[CaseResult], device: str, out: Path) -> None:
-    """Every provider, case and mode under the ceilings, and the pool + norm kernel's bandwidth."""
-    figure, (overview, detail, right) = plt.subplots(
-        1, 3, figsize=(20, 6.5), constrained_layout=True, width_ratios=(3, 3, 2)
-    )
+    """Every provider, case and mode, and the pool + norm kernel, under the ceilings."""
+    figure, axes = plt.subplots(figsize=(11, 7), constrained_layout=True)
     points = [row for result in results for row in rows_of(result)]
-    whole = [row for row in points if row["mode"] != "kernel"]
-    for axes, shown in ((overview, points), (detail, whole)):
-        for dtype, peaks in {result.case.dtype: result.peaks for result in results}.items():
-            _draw_ceilings(axes, peaks, dtype, points)
-        _draw_points(axes, shown)
-    _label_roofline(overview, f"Roofline, ceilings measured in the same run ({device})")
-    _label_roofline(detail, "The same, only the whole op")
-    if whole:
-        peak = max(result.peaks.flops for result in results) / 1e12
-        detail.set_xlim(
-            min(row["flops_per_byte"] for row in whole) / 1.5,
-            max(row["flops_per_byte"] for row in whole) * 1.5,
-        )
-        detail.set_ylim(min(row["tflops"] for row in whole) / 1.5, peak * 1.5)
-    _legend(overview, points)
-    _draw_pool_norm(right, [row for row in points if row["mode"] == "kernel"])
+    for dtype, peaks in {result.case.dtype: result.peaks for result in results}.items():
+        _draw_ceilings(axes, peaks, dtype, points)
+    _draw_points(axes, points)
+    axes.set(xlabel="FLOP per byte moved (calculated)", ylabel="TFLOP/s", xscale="log")
+    axes.set(yscale="log", title=f"Roofline, ceilings measured in the same run ({device})")
+    axes.grid(alpha=0.3, which="both")
+    _legend(axes, points)
     figure.savefig(out, dpi=110)
     plt.close(figure)
 
@@ -87,13 +75,6 @@ def _draw_ceilings(axes: Any, peaks: Peaks, dtype: str, points: Sequence[dict[st
     )
 
 
-def _label_roofline(axes: Any, title: str) -> None:
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set(xlabel="FLOP per byte moved (calculated)", ylabel="TFLOP/s", title=title)
-    axes.grid(alpha=0.3, which="both")
-
-
 def _legend(axes: Any, points: Sequence[dict[str, Any]]) -> None:
     """Colour is the provider, shape the mode, hollow any mode but adaptive."""
     entries = [
@@ -118,25 +99,6 @@ def _legend(axes: Any, points: Sequence[dict[str, Any]]) -> None:
             )
         )
     axes.legend(handles=entries, fontsize=8, loc="lower right")
-
-
-def _draw_pool_norm(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
-    axes.set_title("Pooling + LayerNorm kernel alone")
-    axes.set(xlabel="share of the measured copy bandwidth")
-    if not rows:
-        axes.text(0.5, 0.5, "not measured", ha="center", transform=axes.transAxes)
-        return
-    names = [_short(row["case"]) for row in rows]
-    bars = axes.barh(names, [row["roofline"] for row in rows], color=COLORS["pool_norm"])
-    axes.bar_label(bars, [f"{row['gb_per_s']:.0f} GB/s" for row in rows], padding=3)
-    axes.axvline(COPY_TARGET, color="black", linestyle="--", label=f"target {COPY_TARGET:.0%}")
-    axes.set_xlim(0, max(1.25, 1.3 * max(row["roofline"] for row in rows)))
-    axes.invert_yaxis()
-    axes.legend(loc="lower right")
-
-
-def _short(case: str) -> str:
-    return case.replace(",p=", "\np=").replace(",pool=", "\n")
 
 
 def plot_calculated(cases: Sequence[Case], peaks: Peaks, frozen: bool, out: Path) -> None:
