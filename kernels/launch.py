@@ -28,6 +28,11 @@ class LaunchConfig:
     num_warps: int = 4
     num_stages: int = 1
 
+    @property
+    def options(self) -> dict[str, int]:
+        """What the launch is called with, beside the kernel's own arguments."""
+        return {**self.constants, "num_warps": self.num_warps, "num_stages": self.num_stages}
+
 
 Buckets = Mapping[int, LaunchConfig]  # log2 of the fewest rows an entry is for -> entry
 

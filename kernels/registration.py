@@ -88,11 +88,11 @@ def projector_forward(
 
 
 @projector_forward.register_fake
-def _(x, sides, norm_weight, norm_bias, w1, b1, w2, b2, w3, b3, options):
+def _(x, sides, *rest):
+    *weights, options = rest
     rows = torch.library.get_ctx().new_dynamic_size(min=0)
-    weights = Weights(norm_weight, norm_bias, w1, b1, w2, b2, w3, b3)
     table = x.new_empty(rows + 2 * x.shape[0], dtype=torch.int32)
-    return (*_empty_results(x, weights, rows, Options.decode(options).keep), table)
+    return (*_empty_results(x, Weights(*weights), rows, Options.decode(options).keep), table)
 
 
 def _empty_results(x: Tensor, w: Weights, rows: Any, keep: str) -> tuple[Any, ...]:
@@ -147,12 +147,9 @@ def projector_backward(
 
 
 @projector_backward.register_fake
-def _(
-    grad, sides, table, pooled, mean, rstd, gate, value,
-    norm_weight, norm_bias, w1, b1, w2, b2, w3, b3, options, needs,
-):  # fmt: skip
-    weights = Weights(norm_weight, norm_bias, w1, b1, w2, b2, w3, b3)
-    grid = Options.decode(options).grid
+def _(grad, sides, *rest):
+    *_, options, needs = rest
+    weights, grid = Weights(*rest[-10:-2]), Options.decode(options).grid
     return tuple(_empty_gradients(grad, sides, weights, grid, Needs(*needs)))
 
 

@@ -22,7 +22,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from kernels.launch import TILES_VARIABLE, LaunchConfig, device_architecture, launch_config, trial
+from kernels.launch import (
+    SAFE_DEFAULT,
+    TABLE,
+    TILES_VARIABLE,
+    LaunchConfig,
+    device_architecture,
+    launch_config,
+    trial,
+)
 from kernels.passes import Pooling
 from kernels.profile.system import describe_machine
 from kernels.profile.timing import time_call
@@ -240,10 +248,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    names = [
-        "pool_norm", "norm", "norm_backward", "pool_backward", "swiglu", "swiglu_backward",
-        "column_sum", "dual_gemm", "gate_gemm",
-    ]  # fmt: skip
+    names = list(TABLE[SAFE_DEFAULT])
     parser.add_argument("--out", type=Path, default=Path("tiles.json"), help="where to write")
     parser.add_argument("--kernel", action="append", choices=names, help="only this (repeatable)")
     parser.add_argument("--rows", type=int, nargs="+", default=list(ROWS), help="values of M")

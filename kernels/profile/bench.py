@@ -1,7 +1,8 @@
 """Measuring one case: every provider on the same inputs, one after another, one of them twice."""
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
 
@@ -162,25 +163,18 @@ def _time_pool_norm(
     return time_call(lambda i: sets[i % len(sets)], run, device, settings.min_ms)
 
 
-class _noting_failure:
+@contextmanager
+def _noting_failure(result: CaseResult, name: str, device: torch.device) -> Iterator[None]:
     """Turns an exception of one provider into a note, and checks that the GPU still answers."""
-
-    def __init__(self, result: CaseResult, name: str, device: torch.device) -> None:
-        self.result, self.name, self.device = result, name, device
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> bool:
-        if not isinstance(error, Exception):
-            return False
+    try:
+        yield
+    except Exception as error:
         lines = str(error).strip().splitlines() or ["no message"]
-        self.result.failed[self.name] = f"{type(error).__name__}: {lines[0]}"
+        result.failed[name] = f"{type(error).__name__}: {lines[0]}"
         error.__traceback__ = None  # its frames hold tensors
         try:
-            synchronize(self.device)
-            if self.device.type == "cuda":
+            synchronize(device)
+            if device.type == "cuda":
                 torch.cuda.empty_cache()
         except RuntimeError as lost:
-            raise DeviceLostError(f"{self.name} on {self.result.case.name}: {lines[0]}") from lost
-        return True
+            raise DeviceLostError(f"{name} on {result.case.name}: {lines[0]}") from lost

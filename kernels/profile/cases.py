@@ -2,8 +2,10 @@
 
 import math
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 
@@ -90,7 +92,8 @@ class Case:
         parts.append(f"pool={self.pool}")
         if self.grid != usual.grid:
             parts.append(f"grid={self.grid[0]}x{self.grid[1]}")
-        for key, field in (("C", "channels"), ("F", "hidden"), ("D", "width"), ("dtype", "dtype")):
+        for key in ("C", "F", "D", "dtype"):
+            field, _ = _READERS[key]
             if getattr(self, field) != getattr(usual, field):
                 parts.append(f"{key}={getattr(self, field)}")
         return ",".join(parts)
@@ -122,7 +125,10 @@ def parse_shape(text: str) -> Case:
         values[key] = value
     if "n" not in values:
         raise ValueError(f"no side n in {text!r}; add for example n=12, or n=8/12/16 for a mix")
-    read = {_FIELDS[key]: _READERS[key](key, value) for key, value in values.items()}
+    read = {}
+    for key, value in values.items():
+        field, reader = _READERS[key]
+        read[field] = reader(key, value)
     ns = read["ns"]
     shares = read.pop("shares", (1.0,) * len(ns))
     if len(shares) != len(ns):
@@ -168,21 +174,15 @@ def _one_of(*choices: str):
     return read
 
 
-_READERS = {
-    "T": _whole,
-    "n": _sides,
-    "p": _shares,
-    "pool": _one_of(*POOL_MODES),
-    "grid": _grid,
-    "C": _whole,
-    "F": _whole,
-    "D": _whole,
-    "dtype": _one_of(*DTYPES),
+# Key -> the field of `Case` that it sets, and what reads its value.
+_READERS: dict[str, tuple[str, Callable[[str, str], Any]]] = {
+    "T": ("tiles", _whole),
+    "n": ("ns", _sides),
+    "p": ("shares", _shares),
+    "pool": ("pool", _one_of(*POOL_MODES)),
+    "grid": ("grid", _grid),
+    "C": ("channels", _whole),
+    "F": ("hidden", _whole),
+    "D": ("width", _whole),
+    "dtype": ("dtype", _one_of(*DTYPES)),
 }
-_FIELDS = dict(
-    zip(
-        _READERS,
-        ("tiles", "ns", "shares", "pool", "grid", "channels", "hidden", "width", "dtype"),
-        strict=True,
-    )
-)

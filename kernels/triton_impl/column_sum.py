@@ -37,8 +37,6 @@ def column_sum(parts: Tensor) -> Tensor:
         total,
         rows,
         columns,
-        **config.constants,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **config.options,
     )
     return total

@@ -60,9 +60,7 @@ def dual_gemm_swiglu(
         KEEP_GATES=keep_gates,
         USE_TMA=use_tma,
         INTERPRET=INTERPRET,
-        **config.constants,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **config.options,
     )
     return gated, a, b
 

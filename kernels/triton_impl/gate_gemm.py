@@ -69,9 +69,7 @@ def gate_gemm_backward(
         F=hidden,
         USE_TMA=use_tma,
         INTERPRET=INTERPRET,
-        **config.constants,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **config.options,
     )
     sums = column_sum(partials.view(row_blocks, 2 * hidden)).view(2, hidden)
     return da, db, gated, sums[0], sums[1]

@@ -54,9 +54,7 @@ def norm(
         norm_bias,
         normed,
         **row_blocks(channels),
-        **config.constants,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **config.options,
     )
     return normed
 
@@ -165,9 +163,7 @@ def norm_backward(
         KEEP_GRAD=keep_grad,
         KEEP_NORMED=keep_normed,
         **row_blocks(channels),
-        **config.constants,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **config.options,
     )
     sums = column_sum(parts)
     return grad_pooled, sums[:channels], sums[channels:], normed

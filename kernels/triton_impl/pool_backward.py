@@ -83,8 +83,6 @@ def pool_backward(grad: Tensor, pooling: Pooling) -> Tensor:
         HEIGHT=height,
         WIDTH=width,
         **row_blocks(channels),
-        **config.constants,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **config.options,
     )
     return grad_x

@@ -137,8 +137,6 @@ def pool_norm(
         EPS=eps,
         KEEP_POOLED=keep_pooled,
         **row_blocks(channels),
-        **config.constants,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **config.options,
     )
     return pooled, normed, mean, rstd

@@ -30,9 +30,7 @@ def swiglu(gate: Tensor, value: Tensor) -> Tensor:
         value,
         product,
         gate.numel(),
-        **config.constants,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **config.options,
     )
     return product
 
@@ -100,9 +98,7 @@ def swiglu_backward(
         rows,
         hidden,
         ROWS=ROWS,
-        **config.constants,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **config.options,
     )
     sums = column_sum(parts)
     return grad_gate, grad_value, grad, sums[:hidden], sums[hidden:]
