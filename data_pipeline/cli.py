@@ -25,6 +25,15 @@ def run_cli(main: Callable[[], object]) -> None:
         sys.exit(2)
 
 
+def command_parser(module: str, description: str | None) -> argparse.ArgumentParser:
+    """The parser of `python -m MODULE`, whose description is shown line by line as it stands."""
+    return argparse.ArgumentParser(
+        prog=f"python -m {module}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """`options.config`, `options.overrides`: the config of a training run and changes to it."""
     parser.add_argument("config", metavar="CONFIG.yaml", help="the config of the training run")

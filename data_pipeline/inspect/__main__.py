@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
-from data_pipeline.cli import add_config_arguments, at_least, run_cli
+from data_pipeline.cli import add_config_arguments, at_least, command_parser, run_cli
 from data_pipeline.corpus import open_config
 from data_pipeline.errors import InputError
 from data_pipeline.files import write_atomically
@@ -43,11 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     defaults = InspectSettings()
-    parser = argparse.ArgumentParser(
-        prog="python -m data_pipeline.inspect",
-        description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("data_pipeline.inspect", _DESCRIPTION)
     add_config_arguments(parser)
     parser.add_argument("--out", type=path_argument, required=True, metavar="PAGE.html")
     numbers = {

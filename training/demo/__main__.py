@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from data_pipeline.cli import at_least, run_cli
+from data_pipeline.cli import at_least, command_parser, run_cli
 from data_pipeline.errors import InputError
 from training.demo.gradio_page import build_page
 from training.generate import add_model_arguments, load_model
@@ -54,11 +54,7 @@ def _import_gradio() -> Any:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m training.demo",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("training.demo", __doc__)
     add_model_arguments(parser)
     parser.add_argument("--device", help="cuda, cuda:1, cpu (default: the GPU if there is one)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")

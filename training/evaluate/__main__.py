@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from data_pipeline.cli import at_least
+from data_pipeline.cli import at_least, command_parser
 from data_pipeline.errors import InputError
 from data_pipeline.files import write_atomically
 from data_pipeline.machine import cpu_model, git_commit, num_cores, versions
@@ -138,11 +138,7 @@ def _machine(loaded: LoadedModel, ranks: Ranks) -> dict[str, Any]:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m training.evaluate",
-        description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("training.evaluate", _DESCRIPTION)
     add_model_arguments(parser)
     parser.add_argument(
         "shards", nargs="+", type=path_text, metavar="SHARDS", help="folders, globs or URLs"

@@ -4,20 +4,14 @@ python -m training.export runs/digits out/digits                     # the newes
 python -m training.export runs/digits/checkpoints/step-00001200 out/digits --dtype bf16
 """
 
-import argparse
-
-from data_pipeline.cli import run_cli
+from data_pipeline.cli import command_parser, run_cli
 from data_pipeline.paths import path_argument, path_text
 from training.export import export
 from training.export.safetensors_files import parse_size
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m training.export",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("training.export", __doc__)
     parser.add_argument(
         "checkpoint", type=path_argument, help="a checkpoint, or a run's output_dir"
     )

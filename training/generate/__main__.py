@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import TextStreamer
 
-from data_pipeline.cli import at_least, run_cli
+from data_pipeline.cli import at_least, command_parser, run_cli
 from data_pipeline.errors import InputError
 from data_pipeline.paths import path_argument
 from data_pipeline.text_table import text_table
@@ -142,11 +142,7 @@ def _read_line() -> str | None:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m training.generate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("training.generate", __doc__)
     add_model_arguments(parser)
     parser.add_argument("--device", help="cuda, cuda:1, cpu (default: the GPU if there is one)")
     parser.add_argument(

@@ -8,10 +8,9 @@ stall (what a save holds training up), evaluation, startup (until the first step
 end of one process to the start of the next), lost (steps done again after a restart), other.
 """
 
-import argparse
 import json
 
-from data_pipeline.cli import run_cli
+from data_pipeline.cli import command_parser, run_cli
 from data_pipeline.errors import InputError
 from data_pipeline.paths import path_argument
 from training.goodput.accounting import summarize, table
@@ -19,11 +18,7 @@ from training.goodput.goodput_plot import plot
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m training.goodput",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("training.goodput", __doc__)
     parser.add_argument("run", type=path_argument, metavar="RUN", help="output_dir of the run")
     rate = parser.add_mutually_exclusive_group()
     rate.add_argument("--failures-per-day", type=float, metavar="X", help="expected in this job")

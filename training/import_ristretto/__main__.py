@@ -6,11 +6,9 @@ python -m training.import_ristretto --reverse out/ristretto Ristretto-back/
 Both directions read and write weights, settings and tokenizer; no code of the source folder runs.
 """
 
-import argparse
-
 import transformers
 
-from data_pipeline.cli import run_cli
+from data_pipeline.cli import command_parser, run_cli
 from data_pipeline.paths import path_argument
 from training.export.safetensors_files import parse_size
 from training.import_ristretto.release import from_release, to_release
@@ -18,11 +16,7 @@ from training.import_ristretto.release_config import CODE_FILES
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m training.import_ristretto",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("training.import_ristretto", __doc__)
     parser.add_argument("source", type=path_argument, help="folder to read")
     parser.add_argument(
         "out", type=path_argument, help="folder to write; must not exist, or be empty"

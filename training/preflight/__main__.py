@@ -10,6 +10,7 @@ instead of waiting for it. Exit status: 0; 1 for a bad node; 2 for a wrong setti
 import argparse
 import sys
 
+from data_pipeline.cli import command_parser
 from data_pipeline.errors import InputError
 from data_pipeline.yaml_text import write_yaml
 from training import exit_codes
@@ -18,11 +19,7 @@ from training.zero3.extra import check_extra
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m training.preflight",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("training.preflight", __doc__)
     parser.add_argument("config", help="YAML file, for example training/configs/digits.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
     parser.add_argument("--timeout", type=float, default=60, metavar="S", help="seconds (60)")

@@ -3,21 +3,16 @@
 python -m training.record runs/digits out.json --command "make pretrain" --wall-s 200
 """
 
-import argparse
 import json
 
-from data_pipeline.cli import run_cli
+from data_pipeline.cli import command_parser, run_cli
 from data_pipeline.files import write_atomically
 from data_pipeline.paths import path_argument
 from training.record.run_record import record
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m training.record",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("training.record", __doc__)
     parser.add_argument("run", type=path_argument, help="the run's output_dir")
     parser.add_argument("out", type=path_argument, help="JSON file to write")
     parser.add_argument("--command", required=True, help="the command that ran it")
