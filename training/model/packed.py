@@ -102,15 +102,8 @@ class PackedTokenFlex(TokenFlexForConditionalGeneration):
         supervision = None
         if labels is not None and input_ids is not None:
             supervision = find_supervision(labels, loss_weights, input_ids.device)
-        segments = None
-        alone = attention_mask is None and past_key_values is None
-        if input_ids is not None and len(input_ids) == 1 and alone:
-            segments = find_segments(input_ids, position_ids, cu_seqlens, max_seqlen)
-        elif cu_seqlens is not None:
-            raise InputError(
-                "cu_seqlens came with several rows, inputs_embeds, an attention_mask or a cache; "
-                "give the whole pack as one row of input_ids without them"
-            )
+        row = input_ids if attention_mask is None and past_key_values is None else None
+        segments = find_segments(row, position_ids, cu_seqlens, max_seqlen)
         if input_ids is None or (supervision is None and segments is None):
             return super().forward(
                 input_ids,
@@ -126,21 +119,12 @@ class PackedTokenFlex(TokenFlexForConditionalGeneration):
                 mm_encoder_outputs,
                 **kwargs,
             )
-        inputs_embeds = self.get_input_embeddings()(input_ids)
-        inputs_embeds = self._insert_images(input_ids, inputs_embeds, pixel_values, tile_sides)
-        hidden = self.language_model.get_decoder()(
-            inputs_embeds=inputs_embeds,
-            position_ids=position_ids,
-            use_cache=False,
-            **self._attention_arguments(attention_mask, segments),
-        ).last_hidden_state
-        if segments is not None:
-            check_isolation(self.config.text_config, segments)
-        lm_head = self.get_output_embeddings()
+        embeds = self._insert_images(input_ids, pixel_values, tile_sides)
+        hidden = self._decode(embeds, position_ids, attention_mask, segments)
         if supervision is None:
-            return TokenFlexOutput(logits=lm_head(hidden))
+            return TokenFlexOutput(logits=self.get_output_embeddings()(hidden))
         loss, token_losses, predictions = chunked_cross_entropy(
-            hidden, supervision, lm_head, loss_chunks
+            hidden, supervision, self.get_output_embeddings(), loss_chunks
         )
         return TokenFlexOutput(
             loss=loss,
@@ -152,15 +136,15 @@ class PackedTokenFlex(TokenFlexForConditionalGeneration):
     def _insert_images(
         self,
         input_ids: Tensor,
-        inputs_embeds: Tensor,
         pixel_values: Tensor | None,
         tile_sides: Sequence[int] | Tensor | None,
     ) -> Tensor:
-        """Put the image features at the image positions of inputs_embeds [B, L, D].
+        """Embeddings of the tokens, image features at the image positions: [B, L, D].
 
         Without tiles a blank one runs and contributes zero: under ZeRO-3 a rank that skips a module
         leaves the others waiting for ever.
         """
+        inputs_embeds = self.get_input_embeddings()(input_ids)
         image_positions = torch.eq(input_ids, self.config.image_token_id)
         if pixel_values is None or len(pixel_values) == 0:
             _check_count(image_positions, 0)
@@ -171,19 +155,30 @@ class PackedTokenFlex(TokenFlexForConditionalGeneration):
         _check_count(image_positions, len(features))
         return inputs_embeds.masked_scatter(image_positions[..., None], features)
 
-    def _attention_arguments(
-        self, attention_mask: Tensor | None, segments: PackedSegments | None
-    ) -> dict[str, Any]:
-        """How the decoder learns where samples end.
+    def _decode(
+        self,
+        inputs_embeds: Tensor,
+        position_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        segments: PackedSegments | None,
+    ) -> Tensor:
+        """The language model's last hidden states [B, L, D]; no sample sees another.
 
-        Other attention functions than ours find that in position_ids by themselves. Ours gets the
-        segments, and an unused 4D mask, which keeps transformers from searching position_ids: that
-        would wait for the device.
+        Other attention functions than ours find the samples' ends in position_ids by themselves.
+        Ours gets the segments, and an unused 4D mask, which keeps transformers from searching
+        position_ids: that would wait for the device.
         """
-        if segments is None or self.config.text_config._attn_implementation != ATTENTION_NAME:
-            return {"attention_mask": attention_mask}
-        unused = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=segments.cu_seqlens.device)
-        return {"attention_mask": unused, "segments": segments}
+        ends: dict[str, Any] = {"attention_mask": attention_mask}
+        if segments is not None and self.config.text_config._attn_implementation == ATTENTION_NAME:
+            unused = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=segments.cu_seqlens.device)
+            ends = {"attention_mask": unused, "segments": segments}
+        decoder = self.language_model.get_decoder()
+        output = decoder(
+            inputs_embeds=inputs_embeds, position_ids=position_ids, use_cache=False, **ends
+        )
+        if segments is not None:
+            check_isolation(self.config.text_config, segments)
+        return output.last_hidden_state
 
 
 def _check_count(image_positions: Tensor, features: int) -> None:

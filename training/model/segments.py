@@ -73,16 +73,23 @@ def bucket_capacity(lengths: np.ndarray) -> np.ndarray:
 
 
 def find_segments(
-    input_ids: Tensor,
+    input_ids: Tensor | None,
     position_ids: Tensor | None,
     cu_seqlens: Tensor | None,
     max_seqlen: int | None,
 ) -> PackedSegments | None:
-    """The samples of a row, input_ids [1, L], or None when it is one sample.
+    """The samples of a row, input_ids [1, L], or None when it is one sample or no row alone.
 
     position_ids: [1, L]; without cu_seqlens, a sample starts wherever they do not count on by one
     (finding out waits for the device). Raises InputError when the arguments do not fit together.
     """
+    if input_ids is None or len(input_ids) != 1:
+        if cu_seqlens is not None:
+            raise InputError(
+                "cu_seqlens came with several rows, inputs_embeds, an attention_mask or a cache; "
+                "give the whole pack as one row of input_ids without them"
+            )
+        return None
     length = input_ids.shape[1]
     if position_ids is None:
         if cu_seqlens is not None:
