@@ -38,10 +38,9 @@ def image_tiles(
     resample: Resample = "pillow",
     out: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Decode an image file and cut it into tiles; see `decode_rgb` for what becomes of its pixels.
+    """Decode an image file and cut it into tiles; see `upright_rgb` for what becomes of its pixels.
 
-    With neither `reduced` nor torch's resampling the result is that of
-    `cut_tiles(decode_rgb(data), tiling)`, bit for bit.
+    With neither `reduced` nor torch's resampling the result is that of Pillow alone, bit for bit.
 
     Args:
         data: the whole file.
@@ -54,7 +53,7 @@ def image_tiles(
         uint8 [num_tiles(*size, tiling), 3, tile_size, tile_size].
 
     Raises:
-        InputError: as `decode_rgb`, or the image has another size, or libjpeg-turbo warns of
+        InputError: as `open_image`, or the image has another size, or libjpeg-turbo warns of
             damage.
     """
     with open_image(data) as image:

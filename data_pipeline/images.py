@@ -1,4 +1,4 @@
-"""Image files as bytes -> their size from the header, or a correct RGB picture.
+"""Image files as bytes -> their size from the header, or an opened picture.
 
 What goes wrong is an `InputError` that says why; the caller knows where the bytes came from and
 adds it.
@@ -18,7 +18,6 @@ from data_pipeline.processor.picture_tokenflex import (
     orientation_of,
     reason,
     upright,
-    upright_rgb,
 )
 
 # File name endings of these formats, lower case: the one list for every reader.
@@ -33,29 +32,14 @@ def has_image_suffix(name: str) -> bool:
     return f".{name.rpartition('.')[2].lower()}" in IMAGE_SUFFIXES
 
 
-def image_size(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """(width, height) in pixels as `decode_rgb` will return them; reads the header only.
+def image_size(data: bytes) -> tuple[int, int]:
+    """(width, height) in pixels of the upright picture; reads the header only.
 
     Raises:
-        InputError: not an image of a known format, or more than `max_pixels` pixels.
+        InputError: not an image of a known format, or more than `MAX_PIXELS` pixels.
     """
-    with open_image(data, max_pixels) as image:
+    with open_image(data) as image:
         return upright(image.size, orientation_of(image))
-
-
-def decode_rgb(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decode an image file into RGB, upright according to its EXIF orientation.
-
-    Args:
-        data: the whole file; see `upright_rgb` for what becomes of its pixels.
-        max_pixels: checked before decoding; Pillow in addition refuses twice its own
-            `Image.MAX_IMAGE_PIXELS`.
-
-    Raises:
-        InputError: as `image_size`, or the file is truncated or damaged.
-    """
-    with open_image(data, max_pixels) as image:
-        return upright_rgb(image)
 
 
 @contextmanager

@@ -58,15 +58,6 @@ def count_tiles(widths: np.ndarray, heights: np.ndarray, settings: TilingSetting
     return rule.count_tiles(rule.grids_for(widths, heights, *limits).prod(1), settings.thumbnail)
 
 
-def cut_tiles(image: Image.Image, settings: TilingSettings) -> np.ndarray:
-    """Cut an RGB image into tiles, row by row, the thumbnail last.
-
-    Returns:
-        uint8 [num_tiles, 3, tile_size, tile_size].
-    """
-    return cut_grid(image, grid_for(*image.size, settings), settings)
-
-
 def cut_grid(
     pixels: Pixels,
     grid: tuple[int, int],
@@ -76,7 +67,7 @@ def cut_grid(
     resample: Resample = "pillow",
     out: np.ndarray | None = None,
 ) -> np.ndarray:
-    """As `cut_tiles`, with the grid (columns, rows) given.
+    """Cut a picture into the tiles of a grid (columns, rows), row by row, the thumbnail last.
 
     Args:
         extent: (width, height) of the part of `pixels` that the picture fills, from its upper left
@@ -84,7 +75,7 @@ def cut_grid(
         out: the array to write into and return, uint8 [tiles of the grid, 3, tile_size, tile_size].
     """
     if isinstance(pixels, Image.Image) and pixels.mode != "RGB":
-        raise ValueError(f"tiles are cut from RGB, got mode {pixels.mode}; use decode_rgb")
+        raise ValueError(f"tiles are cut from RGB, got mode {pixels.mode}; convert it")
     resizer = _resize_torch if resample == "torch" else _resize_pillow
     resized = partial(resizer, pixels, extent)
     return rule.cut_tiles(resized, grid, settings.tile_size, settings.thumbnail, out)

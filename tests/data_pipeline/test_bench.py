@@ -14,8 +14,7 @@ from data_pipeline.bench import bench_prepare
 from data_pipeline.bench.__main__ import main
 from data_pipeline.bench.photos import make_photo
 from data_pipeline.errors import InputError
-from data_pipeline.images import decode_rgb
-from data_pipeline.tiling import cut_tiles
+from tests.data_pipeline.pictures import cut_tiles, decode_rgb
 
 ROOT = Path(__file__).parents[2]
 

@@ -13,8 +13,8 @@ from PIL import Image
 from data_pipeline import decode
 from data_pipeline.decode import image_tiles
 from data_pipeline.errors import InputError
-from data_pipeline.images import decode_rgb
-from data_pipeline.tiling import TilingSettings, cut_tiles, grid_for, num_tiles
+from data_pipeline.tiling import TilingSettings, grid_for, num_tiles
+from tests.data_pipeline.pictures import cut_tiles, decode_rgb
 
 TILING = TilingSettings(tile_size=32, max_tiles=6)
 SIZES = [(64, 64), (61, 47), (1, 1), (3, 200), (333, 257), (7, 7)]

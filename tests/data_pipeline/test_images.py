@@ -7,9 +7,10 @@ import pytest
 from PIL import ExifTags, Image, ImageOps, PngImagePlugin
 
 from data_pipeline.errors import InputError
-from data_pipeline.images import decode_rgb, image_size, open_image
+from data_pipeline.images import image_size, open_image
 from data_pipeline.processor.picture_tokenflex import FORMATS
 from tests.data_pipeline.image_files import png_header
+from tests.data_pipeline.pictures import decode_rgb
 
 WHITE = (255, 255, 255)
 # EXIF orientation -> how the upright picture is turned into the stored one.

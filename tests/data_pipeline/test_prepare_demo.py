@@ -12,13 +12,13 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from data_pipeline.images import decode_rgb
 from data_pipeline.prepare.__main__ import main
 from data_pipeline.prepare.cells import CellCorpus, Split, draw_samples
 from data_pipeline.prepare.demo_corpus import prepare_demo
 from data_pipeline.prepare.digits import digits_corpus
 from data_pipeline.prepare.grid import COLORS, grid_corpus
 from data_pipeline.tokenizer import load_tokenizer
+from tests.data_pipeline.pictures import decode_rgb
 from tests.data_pipeline.shards import read_shards
 
 

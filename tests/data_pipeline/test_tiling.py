@@ -11,7 +11,8 @@ from PIL import Image
 from pydantic import ValidationError
 
 from data_pipeline.processor import tiling_tokenflex
-from data_pipeline.tiling import TilingSettings, count_tiles, cut_tiles, grid_for, num_tiles
+from data_pipeline.tiling import TilingSettings, count_tiles, grid_for, num_tiles
+from tests.data_pipeline.pictures import cut_tiles
 
 
 def internvl_grid(width: int, height: int, size: int, low: int, high: int) -> tuple[int, int]:

@@ -13,11 +13,11 @@ from PIL import Image
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast
 
 from data_pipeline.chat import ChatSettings, expand_images, tokenize_chat, tokenize_prompt
-from data_pipeline.images import decode_rgb
 from data_pipeline.processor.prompt_tokenflex import SPECIAL_TOKENS
-from data_pipeline.tiling import TilingSettings, cut_tiles
+from data_pipeline.tiling import TilingSettings
 from data_pipeline.tokenizer import HuggingFaceTokenizer
 from tests.data_pipeline.image_files import png_header
+from tests.data_pipeline.pictures import cut_tiles, decode_rgb
 from tests.data_pipeline.small_tokenizers import save_hugging_face
 from tests.training.tiny import TILE, make_processor, make_tokenizer, picture
 from training.model import TokenFlexImageProcessor, TokenFlexProcessor, chatml_template
