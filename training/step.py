@@ -1,12 +1,8 @@
 """One optimizer step over all ranks: the loss's one denominator, the gradients, the update."""
 
-from typing import Any
-
-import torch.distributed
-
 from data_pipeline.errors import InputError
 from data_pipeline.loader import StepBatch
-from training.distributed import Ranks, all_reduce_sum
+from training.distributed import Ranks, all_reduce_sum, gather
 from training.engine_interface import Engine
 from training.health import LossGuard, Verdict
 from training.health.loss_guard import SKIPPED
@@ -79,7 +75,5 @@ def report_fault(verdict: Verdict, batch: StepBatch, step: int, run: Run) -> Non
 def sample_names(batch: StepBatch, run: Run) -> str:
     """The first samples of the step over all ranks, as shard:key (all ranks must call this)."""
     ids = [sample for pack in batch.packs for sample in pack.sample_ids]
-    everyone: list[Any] = [None] * run.ranks.world_size
-    torch.distributed.all_gather_object(everyone, ids)
-    names = [run.mixture.name(sample) for ids in everyone for sample in ids]
+    names = [run.mixture.name(sample) for ids in gather(ids) for sample in ids]
     return f"{', '.join(names[:20])}{', ...' if len(names) > 20 else ''}"

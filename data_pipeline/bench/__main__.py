@@ -89,18 +89,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def _module(name: str) -> Any:
     if name not in NAMES:
         raise InputError(f"there is no benchmark {name!r}; name any of {', '.join(NAMES)}")
-    full_name = f"data_pipeline.bench.bench_{name}"
     try:
-        return importlib.import_module(full_name)
+        return importlib.import_module(f"data_pipeline.bench.bench_{name}")
     except ModuleNotFoundError as error:
-        if error.name != full_name:
-            raise InputError(
-                f"the benchmark {name} needs the package {error.name}, which is not installed; "
-                f"run: pip install {error.name}"
-            ) from error
         raise InputError(
-            f"the benchmark {name} is missing here: there is no {full_name}; name others of "
-            f"{', '.join(NAMES)}"
+            f"the benchmark {name} needs the package {error.name}, which is not installed; "
+            f"run: pip install {error.name}"
         ) from error
 
 

@@ -5,6 +5,7 @@ import multiprocessing
 import resource
 import tempfile
 import time
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,10 @@ import webdataset
 from PIL import Image
 from tqdm import tqdm
 
-from data_pipeline.chat import ChatSettings, template_fingerprint
+from data_pipeline.chat import ChatSettings
 from data_pipeline.index import load_index
 from data_pipeline.index.columns import OF_IMAGES, OF_SAMPLES, ShardColumns, save_columns
-from data_pipeline.index.header import SCHEMA, ShardHeader
+from data_pipeline.index.header import ShardHeader
 from data_pipeline.index.index_files import find_index_files
 from data_pipeline.index.index_shard import index_shard
 from data_pipeline.prepare.demo_corpus import prepare_demo
@@ -119,11 +120,13 @@ def _loading(place: Path, samples: int) -> dict[str, Any]:
     folder = place / "large"
     folder.mkdir()
     (files,) = [find_index_files(Storage().expand(str(_shard(folder, 0))), None)[str(folder)]]
+    storage = Storage()
+    like, _ = index_shard(storage.expand(str(place / "digits/train"))[0], tokenizer, CHAT, storage)
     headers = {}
     for number in tqdm(range(samples // SAMPLES_PER_SHARD), desc="write", disable=None):
         (shard,) = Storage().expand(str(_shard(folder, number)))
         columns = _random_columns(number)
-        header = _header(shard.name, columns, tokenizer)
+        header = _header(like, shard.name, columns)
         save_columns(files.columns(shard), header.to_dict(), columns)
         headers[shard.name] = header
     files.write_manifest(headers)
@@ -184,23 +187,16 @@ def _random_columns(number: int) -> ShardColumns:
     )
 
 
-def _header(name: str, columns: ShardColumns, tokenizer: Tokenizer) -> ShardHeader:
-    return ShardHeader(
-        schema=SCHEMA,
+def _header(like: ShardHeader, name: str, columns: ShardColumns) -> ShardHeader:
+    """That of a shard which was indexed, with what differs in this one."""
+    return replace(
+        like,
         shard=name,
         bytes=1 << 20,
         version="0",
-        tokenizer=tokenizer.fingerprint,
-        tokenizer_source=tokenizer.source,
-        template=template_fingerprint(CHAT),
-        chat=CHAT.model_dump(),
         samples=len(columns),
         images=len(columns.image_offset),
         text_tokens=int(columns.text_tokens.sum(dtype=np.int64)),
         supervised_tokens=int(columns.supervised_tokens.sum(dtype=np.int64)),
-        unused_images=0,
-        passed_over={},
-        decoded=False,
         digest=columns.digest(),
-        bad=[],
     )

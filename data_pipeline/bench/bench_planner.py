@@ -22,7 +22,7 @@ from data_pipeline.balance.fit import best_fit
 from data_pipeline.bench.mixes import MIXES, draw_mix
 from data_pipeline.stats.measures import SampleCosts, fewest_packs
 from data_pipeline.stats.measures import measure as measure_packs
-from data_pipeline.stats.simulation import WINDOW_SAMPLES, PackBudget, planned_windows
+from data_pipeline.stats.simulation import WINDOW_SAMPLES, PackBudget, plan_all, planned_windows
 
 _SEED = 1
 _PACKS_PER_STEP = 64
@@ -49,15 +49,10 @@ def measure(quick: bool) -> dict[str, Any]:
 def _quality(mix: str, budget: PackBudget, windows: int) -> dict[str, Any]:
     tokens, tiles = draw_mix(mix, _SEED, windows * WINDOW_SAMPLES, budget.max_tokens)
     per_step, max_tokens = budget.packs_per_step, budget.max_tokens
-    pack = np.full(len(tokens), -1, dtype=np.int64)
-    num_steps = 0
-    started = time.process_time()
-    for part in planned_windows(_windows(tokens, tiles, WINDOW_SAMPLES), budget):
-        placed = part.packing.pack >= 0
-        pack[part.ids[placed]] = num_steps * per_step + part.packing.pack[placed]
-        num_steps += part.packing.num_steps
-    seconds = time.process_time() - started
     samples = SampleCosts(tokens, tiles, DEFAULT_COST.flops(tokens, tiles))
+    started = time.process_time()
+    pack, num_steps = plan_all(np.arange(len(tokens)), samples, budget, WINDOW_SAMPLES)
+    seconds = time.process_time() - started
     window = tokens[:WINDOW_SAMPLES]
     decreasing = (int(best_fit(np.sort(window)[::-1], max_tokens).max()) + 1) * max_tokens
     least = fewest_packs(window, max_tokens) * max_tokens

@@ -1,7 +1,6 @@
 """Gathers what the page shows: plans, chooses samples, and builds their packs."""
 
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -97,8 +96,9 @@ def inspect_plan(config: DataConfig, corpus: Corpus, settings: InspectSettings) 
         return views.view(*place, to_build[place], wanted[place])
 
     with ThreadPoolExecutor(config.data.loader.threads) as pool:
-        progress = tqdm(total=len(to_build), desc="building packs", unit="pack", disable=None)
-        built = dict(zip(to_build, _advance(pool.map(build, to_build), progress), strict=True))
+        packs = pool.map(build, to_build)
+        bar = tqdm(packs, "building packs", len(to_build), unit="pack", disable=None)
+        built = dict(zip(to_build, bar, strict=True))
     samples = [built[step, pack].samples[place] for step, pack, place in chosen]
     return Inspection(
         config=config,
@@ -188,10 +188,3 @@ def _step_view(number: int, step: StepPlan, packs: list[PackView]) -> StepView:
         tiles=np.array([pack.num_tiles for pack in step.packs]),
         flops=np.array([pack.flops for pack in step.packs]),
     )
-
-
-def _advance(items: Iterator[PackView], progress: tqdm) -> Iterator[PackView]:
-    with progress:
-        for item in items:
-            progress.update()
-            yield item

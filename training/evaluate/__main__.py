@@ -13,7 +13,7 @@ import torch
 from data_pipeline.cli import at_least, command_parser
 from data_pipeline.errors import InputError
 from data_pipeline.files import write_atomically
-from data_pipeline.machine import cpu_model, git_commit, num_cores, versions
+from data_pipeline.machine import git_commit, num_cores, versions
 from data_pipeline.paths import path_argument, path_text
 from training import exit_codes
 from training.distributed import Ranks
@@ -123,10 +123,9 @@ def _say_left_out(held_out: HeldOut) -> None:
 
 
 def _machine(loaded: LoadedModel, ranks: Ranks) -> dict[str, Any]:
-    cuda = loaded.device.type == "cuda"
     return {
         "machine": {
-            "device": torch.cuda.get_device_name(loaded.device) if cuda else cpu_model(),
+            "device": loaded.device_name,
             "cores": num_cores(),
             "threads": torch.get_num_threads(),
             "ranks": ranks.world_size,

@@ -17,7 +17,6 @@ from tqdm import tqdm
 
 from data_pipeline.errors import InputError
 from data_pipeline.files import write_atomically
-from data_pipeline.machine import cpu_model
 from training.distributed import Ranks, from_main, gather
 from training.evaluate.examples import Example, HeldOut
 from training.evaluate.latency import measure_latency
@@ -167,9 +166,8 @@ def _latencies(
     if not samples:
         return {}
     path = settings.out / "latency.json"
-    cuda = loaded.device.type == "cuda"
     machine = {
-        "device": torch.cuda.get_device_name(loaded.device) if cuda else cpu_model(),
+        "device": loaded.device_name,
         "host": platform.node(),
         "threads": torch.get_num_threads(),
         "samples": samples,

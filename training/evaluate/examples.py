@@ -30,7 +30,6 @@ from training.generate import LoadedModel, user_errors
 
 MAX_ROWS = 32
 _PROBE = "question"
-_CHECKED = 64  # samples whose ids are compared
 
 
 @dataclass(frozen=True)

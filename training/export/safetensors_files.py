@@ -14,19 +14,10 @@ from tqdm import tqdm
 
 from data_pipeline.errors import InputError
 from data_pipeline.files import write_atomically
-from training.export.weights import INDEX, SINGLE, Weight
+from training.export.weights import DTYPES, INDEX, SINGLE, Weight
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def parse_size(text: str) -> int:

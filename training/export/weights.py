@@ -15,6 +15,17 @@ from training.zero3.saved_tensors import SavedTensor, saved_tensors
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""By their names in safetensors files."""
 _NAMED = 8
 """Most names in one message."""
 
@@ -79,7 +90,7 @@ def folder_weights(folder: Path, file: str | None = None) -> list[Weight]:
                     if name not in found:
                         raise InputError(f"{path} has no {name}, which {INDEX} says it has")
                     part = stored.get_slice(name)
-                    dtype = _DTYPES[part.get_dtype()]
+                    dtype = DTYPES[part.get_dtype()]
                     read = _stored_reader(path, name)
                     weights.append(Weight(name, tuple(part.get_shape()), dtype, read))
         except InputError:
@@ -87,18 +98,6 @@ def folder_weights(folder: Path, file: str | None = None) -> list[Weight]:
         except Exception as error:  # the library's own kinds
             raise InputError(f"{path} cannot be read as safetensors: {error}") from error
     return weights
-
-
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 
 
 def _stored_reader(file: Path, name: str) -> Callable[[], Tensor]:

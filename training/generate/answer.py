@@ -124,10 +124,8 @@ def generate_answer(
     )
 
 
-def prepare_messages(
-    loaded: LoadedModel, messages: Sequence[Mapping[str, Any]], num_image_tokens: Any
-) -> Any:
-    """The inputs of a conversation that ends with the user's turn.
+def prepare_messages(loaded: LoadedModel, messages: Sequence[Any], num_image_tokens: Any) -> Any:
+    """The inputs of a conversation that ends with the user's turn, or of several.
 
     Raises:
         InputError: an image cannot be used, or the prompt is too long.

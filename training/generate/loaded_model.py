@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.utils.logging import disable_progress_bar
 
 from data_pipeline.errors import InputError
+from data_pipeline.machine import cpu_model
 from data_pipeline.paths import path_text
 from data_pipeline.processor.arguments_tokenflex import side_of
 from training.model.hub import (
@@ -55,6 +56,12 @@ class LoadedModel:
     def dtype(self) -> torch.dtype:
         """Of the weights."""
         return self.model.dtype
+
+    @property
+    def device_name(self) -> str:
+        """The GPU's name, or the processor's."""
+        cuda = self.device.type == "cuda"
+        return torch.cuda.get_device_name(self.device) if cuda else cpu_model()
 
     @property
     def patches_per_side(self) -> int:

@@ -8,7 +8,8 @@ import torch
 
 from data_pipeline.errors import InputError
 from training.distributed import local_device
-from training.generate import greedy_settings, load_model, user_errors
+from training.generate import greedy_settings, load_model
+from training.generate.answer import prepare_messages
 
 try:
     from lmms_eval.api.model import lmms as _Base
@@ -101,15 +102,7 @@ class TokenFlexLmmsEval(_Base):
     def _answer(self, batch: Sequence[Any]) -> list[str]:
         conversations = [as_messages(self._messages(request)) for request in batch]
         loaded, wanted = self._loaded, self._wanted(batch[0])
-        with user_errors():
-            inputs = loaded.processor.apply_chat_template(
-                conversations,
-                tokenize=True,
-                return_dict=True,
-                return_tensors="pt",
-                add_generation_prompt=True,
-                num_image_tokens=self.num_image_tokens,
-            )
+        inputs = prepare_messages(loaded, conversations, self.num_image_tokens)
         output = loaded.model.generate(
             **loaded.on_device(inputs), generation_config=self._settings(wanted)
         )
