@@ -46,7 +46,6 @@ class StepView:
 
     number: int
     window: int
-    epochs: tuple[float, ...]
     packs: list[PackView]
     tokens: np.ndarray
     tiles: np.ndarray
@@ -182,7 +181,6 @@ def _step_view(number: int, step: StepPlan, packs: list[PackView]) -> StepView:
     return StepView(
         number=number,
         window=step.window,
-        epochs=step.epochs,
         packs=packs,
         tokens=np.array([pack.tokens for pack in step.packs]),
         tiles=np.array([pack.num_tiles for pack in step.packs]),

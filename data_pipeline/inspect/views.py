@@ -71,7 +71,6 @@ class Segment:
 class PackView:
     """A pack as it was built; `flops` is the planner's, `samples` are by place in the pack."""
 
-    step: int
     pack: int
     tokens: int
     tiles: int
@@ -96,7 +95,6 @@ class ViewBuilder:
         samples = unpack(batch, plan, self.tokenizer)
         names = [self.mixture.name(sample) for sample in batch.sample_ids]
         return PackView(
-            step=step,
             pack=pack,
             tokens=batch.planned_tokens,
             tiles=len(batch.tiles),

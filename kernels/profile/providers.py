@@ -79,21 +79,13 @@ def eager_loop(case: Case, device: torch.device) -> Call:
     return call
 
 
-@dataclass(frozen=True)
-class TilesOfSide:
-    """The tiles that share a side: n, and which they are, int64 on the device."""
-
-    n: int
-    tiles: Tensor
-
-
-def group_by_side(case: Case, device: torch.device) -> tuple[list[TilesOfSide], Tensor]:
-    """The groups, and for each row of the result where it lies in the groups one after another."""
+def group_by_side(case: Case, device: torch.device) -> tuple[list[tuple[int, Tensor]], Tensor]:
+    """(n, its tiles) of each side, int64, and where each row lies in the groups laid in a row."""
     groups, rows = [], []
     first_row = torch.tensor(case.sides).square().cumsum(0) - torch.tensor(case.sides).square()
     for n in sorted(set(case.sides)):
         tiles = torch.tensor([tile for tile, side in enumerate(case.sides) if side == n])
-        groups.append(TilesOfSide(n, tiles.to(device)))
+        groups.append((n, tiles.to(device)))
         rows.append((first_row[tiles][:, None] + torch.arange(n * n)).flatten())
     return groups, torch.cat(rows).argsort().to(device)
 
@@ -105,7 +97,7 @@ def eager_grouped(case: Case, device: torch.device) -> Call:
     groups, order = group_by_side(case, device)
 
     def call(x: Tensor, w: Weights) -> Tensor:
-        found = [norm_and_mlp(torch_pool(x[g.tiles], g.n, case), w).flatten(0, 1) for g in groups]
+        found = [norm_and_mlp(torch_pool(x[own], n, case), w).flatten(0, 1) for n, own in groups]
         return torch.cat(found)[order]
 
     return call
@@ -118,7 +110,7 @@ def eager_batched(case: Case, device: torch.device, gate: Callable = _silu_produ
     groups, order = group_by_side(case, device)
 
     def call(x: Tensor, w: Weights) -> Tensor:
-        pooled = [torch_pool(x[group.tiles], group.n, case).flatten(0, 1) for group in groups]
+        pooled = [torch_pool(x[own], n, case).flatten(0, 1) for n, own in groups]
         return norm_and_mlp(torch.cat(pooled)[order], w, gate)
 
     return call

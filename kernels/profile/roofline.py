@@ -80,22 +80,7 @@ def steps(case: Case, way: str, mode: str, frozen: bool = False) -> list[Step]:
     if mode == "both":
         return steps(case, way, "forward", frozen) + steps(case, way, "backward", frozen)
     sizes = _Sizes(case)
-    if mode == "forward":
-        forwards = {
-            "eager": _eager_forward,
-            "compile": _compile_forward,
-            "fused": _fused_forward,
-        }
-        return forwards.get(way, _cublas_forward)(sizes)
-    if way == "recompute":
-        return [*_gates_again(sizes), *_cublas_backward(sizes, frozen, recompute=True)]
-    backwards = {
-        "eager": _eager_backward,
-        "compile": _compile_backward,
-        "cublas": _cublas_backward,
-        "fused": _fused_backward,
-    }
-    return backwards[way](sizes, frozen)
+    return _FORWARD[way](sizes) if mode == "forward" else _BACKWARD[way](sizes, frozen)
 
 
 def floor_s(case: Case, way: str, mode: str, peaks: Peaks, frozen: bool = False) -> float:
@@ -257,9 +242,26 @@ def _fused_backward(s: _Sizes, frozen: bool) -> list[Step]:
     ]
 
 
-def _gates_again(s: _Sizes) -> list[Step]:
-    """ "recompute": the normalised rows and both gates from the pooled rows."""
-    return [Step("norm again", 2 * s.mc), *_gates(s)]
+def _recompute_backward(s: _Sizes, frozen: bool) -> list[Step]:
+    """The normalised rows and both gates from the pooled rows, then as `_cublas_backward`."""
+    again = [Step("norm again", 2 * s.mc), *_gates(s)]
+    return [*again, *_cublas_backward(s, frozen, recompute=True)]
+
+
+_FORWARD: dict[str, Callable[[_Sizes], list[Step]]] = {
+    "eager": _eager_forward,
+    "compile": _compile_forward,
+    "cublas": _cublas_forward,
+    "fused": _fused_forward,
+    "recompute": _cublas_forward,
+}
+_BACKWARD: dict[str, Callable[[_Sizes, bool], list[Step]]] = {
+    "eager": _eager_backward,
+    "compile": _compile_backward,
+    "cublas": _cublas_backward,
+    "fused": _fused_backward,
+    "recompute": _recompute_backward,
+}
 
 
 def saved_bytes(case: Case, way: str, frozen: bool = False) -> int:
