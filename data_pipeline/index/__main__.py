@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from data_pipeline.chat import ChatSettings
-from data_pipeline.cli import at_least, fraction, run_cli, storage_option
+from data_pipeline.cli import at_least, command_parser, fraction, run_cli, storage_option
 from data_pipeline.errors import InputError
 from data_pipeline.index.builder import build_index
 from data_pipeline.index.check import check_index
@@ -117,11 +117,7 @@ def _share(text: str) -> tuple[int, int]:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_pipeline.index",
-        description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("data_pipeline.index", _DESCRIPTION)
     parser.add_argument(
         "shards",
         nargs="+",
