@@ -1,6 +1,5 @@
 """The index of a data set in memory: counts of every shard, columns of those in use."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -9,14 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_pipeline.index.cache import ColumnsCache
-from data_pipeline.index.columns import (
-    CHAT,
-    COLUMNS,
-    OF_IMAGES,
-    OF_SAMPLES,
-    ShardColumns,
-    join_keys,
-)
+from data_pipeline.index.columns import ShardColumns
 from data_pipeline.index.header import BadSample
 from data_pipeline.index.sample import read_checked, sample_of
 from data_pipeline.storage import Shard, Storage
@@ -61,40 +53,6 @@ class Index:
         self.totals = dict(totals or {})
         self.storage = storage or Storage()
         self._cache = ColumnsCache(load, _CACHE_BYTES)
-
-    @classmethod
-    def from_columns(
-        cls,
-        shards: Sequence[Shard] = (Shard("memory.tar"),),
-        sizes: Sequence[int] | None = None,
-        keys: Sequence[str] | None = None,
-        *,
-        fingerprint: str = "",
-        bad: Sequence[BadSample] = (),
-        storage: Storage | None = None,
-        **columns: npt.ArrayLike,
-    ) -> "Index":
-        """An index of arrays in memory: `text_tokens`, and any of the other whole-set columns.
-
-        `sizes` are the samples of each shard (default: all in the first). What is not given is
-        zero; `image_start` must come with columns of images.
-        """
-        whole = _filled(columns, keys)
-        num_samples = len(whole["text_tokens"])
-        sizes = [num_samples, *[0] * (len(shards) - 1)] if sizes is None else sizes
-        starts = np.cumsum([0, *sizes])
-        assert starts[-1] == num_samples and len(starts) == len(shards) + 1, "sizes do not fit"
-
-        def load(shard: int) -> ShardColumns:
-            return _part(whole, int(starts[shard]), int(starts[shard + 1]))
-
-        index = cls(
-            *(shards, sizes, len(whole["image_width"]), load),
-            fingerprint=fingerprint,
-            bad=bad,
-            storage=storage,
-        )
-        return index
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -154,12 +112,6 @@ class Index:
     def read_text(self, i: int) -> bytes:
         """The member with the text of sample i; InputError as in `read`."""
         return self._read(i, [self._text(i)])[0]
-
-    def read_json(self, i: int) -> bytes:
-        """Sample i as JSON; InputError as in `read`."""
-        shard, row = self.locate(i)
-        is_json = self.columns(shard).kind[row] == CHAT
-        return self.read_text(i) if is_json else json.dumps(self.read_sample(i)).encode()
 
     def read_images(self, i: int) -> list[bytes]:
         """The image files of sample i in reading order; InputError as in `read`."""
@@ -230,28 +182,3 @@ class Index:
     def keys(self) -> npt.NDArray[np.str_]:
         """str [S]."""
         return self.join("keys")
-
-
-def _filled(
-    columns: Mapping[str, npt.ArrayLike], keys: Sequence[str] | None
-) -> dict[str, npt.NDArray[Any]]:
-    """Whole-set columns, zeros where nothing is given."""
-    given = {name: np.asarray(values, dtype=COLUMNS[name]) for name, values in columns.items()}
-    num_samples = len(given["text_tokens"])
-    whole = {name: np.zeros(num_samples, COLUMNS[name]) for name in OF_SAMPLES}
-    whole["image_start"] = np.zeros(num_samples + 1, np.int64)
-    num_images = len(given.get("image_width", ()))
-    whole |= {name: np.zeros(num_images, COLUMNS[name]) for name in OF_IMAGES}
-    keys = [str(i) for i in range(num_samples)] if keys is None else keys
-    return whole | given | {"keys": np.array(keys, dtype=np.str_)}
-
-
-def _part(whole: dict[str, npt.NDArray[Any]], first: int, last: int) -> ShardColumns:
-    image_start = whole["image_start"][first : last + 1]
-    images = slice(image_start[0], image_start[-1])
-    return ShardColumns(
-        image_start=image_start - image_start[0],
-        key_text=join_keys(whole["keys"][first:last].tolist()),
-        **{name: whole[name][first:last] for name in OF_SAMPLES},
-        **{name: whole[name][images] for name in OF_IMAGES},
-    )

@@ -113,7 +113,7 @@ def test_columns_describe_what_webdataset_reads(shards: Path, tokenizer: Tokeniz
     for i, sample in enumerate(expected):
         assert index.keys[i] == sample["__key__"]
         assert index.name(i) == f"{Path(sample['__url__']).name}:{sample['__key__']}"
-        assert index.read_json(i) == sample["json"]
+        assert index.read_text(i) == sample["json"]
         messages = parse_sample(sample["json"])["messages"]
         assert index.read_images(i) == [sample[name] for name in image_names(messages)]
         images = slice(index.image_start[i], index.image_start[i + 1])
@@ -437,18 +437,18 @@ def test_a_replaced_shard_is_opened_anew(
 ) -> None:
     shard = shards / "shard-000000.tar"
     index = build_and_load(shards, tokenizer)
-    index.read_json(0)  # it stays open
+    index.read_text(0)  # it stays open
     write_shard(tmp_path / "new.tar", [ordinary(50), ordinary(51)]).replace(shard)
     index = build_and_load(shards, tokenizer)
-    assert index.read_json(1) == ordinary(51)["json"]
+    assert index.read_text(1) == ordinary(51)["json"]
     # The same, indexed by another process.
     write_shard(tmp_path / "other" / shard.name, [ordinary(62), ordinary(61)])
     build_index(str(tmp_path / "other"), tokenizer, CHAT)
-    index.read_json(1)
+    index.read_text(1)
     (tmp_path / "other" / shard.name).replace(shard)
     shutil.rmtree(shards / "index")
     (tmp_path / "other" / "index").replace(shards / "index")
-    assert load_index(str(shard), tokenizer, CHAT).read_json(1) == ordinary(61)["json"]
+    assert load_index(str(shard), tokenizer, CHAT).read_text(1) == ordinary(61)["json"]
 
 
 def cut(shards: Path) -> None:

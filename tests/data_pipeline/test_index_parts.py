@@ -17,13 +17,13 @@ from data_pipeline.chat import ChatSettings
 from data_pipeline.errors import InputError
 from data_pipeline.image_header import _jpeg_size, _png_size, read_image_size
 from data_pipeline.images import image_size
-from data_pipeline.index import Index, ShardColumns, build_index, load_index
+from data_pipeline.index import ShardColumns, build_index, load_index
 from data_pipeline.index import open_index as load_module
 from data_pipeline.index.cache import ColumnsCache
 from data_pipeline.index.prompts import remembering
 from data_pipeline.storage import Shard
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer
-from tests.data_pipeline.indexes import make_index, replaced
+from tests.data_pipeline.indexes import index_of, make_index, replaced
 from tests.data_pipeline.small_tokenizers import TEXTS, save_hugging_face, save_sentencepiece
 from tests.data_pipeline.test_index import ordinary, write_shard
 
@@ -186,7 +186,7 @@ def test_columns_stay_while_there_is_room() -> None:
 def test_columns_from_several_threads() -> None:
     keys = [f"k{i}" for i in range(40)]
     shards = [Shard(f"{k}.tar") for k in range(8)]
-    index = Index.from_columns(shards, [5] * 8, keys, text_tokens=range(40))
+    index = index_of(shards, [5] * 8, keys, text_tokens=range(40))
     index._cache._max_bytes = 3 * index.columns(0).nbytes  # so that columns come and go
     failed: list[int] = []
 
@@ -209,7 +209,7 @@ def test_an_index_made_of_arrays() -> None:
     assert len(made) == made.images == 3 and made.image_sizes(2).tolist() == [[3, 4], [5, 6]]
     assert made.key(1) == "s1" and made.supervised_tokens.tolist() == [1, 1, 1]
     shards = [Shard("a.tar"), Shard("b.tar")]
-    split = Index.from_columns(
+    split = index_of(
         shards, [1, 2], text_tokens=[5, 6, 7], image_start=[0, 1, 1, 3], image_width=[1, 3, 5]
     )
     assert split.shard.tolist() == [0, 1, 1] and split.name(2) == "b.tar:2"
@@ -218,4 +218,4 @@ def test_an_index_made_of_arrays() -> None:
     np.testing.assert_array_equal(split.join("image_start"), [0, 1, 1, 3])
     changed = replaced(made, text_tokens=[9, 9, 9])
     assert changed.text_tokens.tolist() == [9, 9, 9] and changed.image_sizes(0).tolist() == [[1, 2]]
-    assert len(Index.from_columns(text_tokens=[])) == 0
+    assert len(index_of(text_tokens=[])) == 0
