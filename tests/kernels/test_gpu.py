@@ -10,11 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import token_adaptive_projector
+from kernels import projector_reference, token_adaptive_projector
 from kernels.passes import Pooling
 from kernels.tile_layout import tile_layout
 from tests.kernels.inputs import eager, gradients, make_tiles, make_weights, relative_error
-from tests.kernels.reference import projector_reference
 
 pytestmark = [
     pytest.mark.gpu,

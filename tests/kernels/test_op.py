@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
-from kernels import POOL_MODES, dispatch, launch, token_adaptive_projector
+from kernels import POOL_MODES, dispatch, launch, projector_reference, token_adaptive_projector
 from kernels import registration as ops
 from kernels.tile_layout import tile_layout
 from tests.kernels.inputs import (
@@ -27,7 +27,6 @@ from tests.kernels.inputs import (
     make_weights,
     relative_error,
 )
-from tests.kernels.reference import projector_reference
 
 GRID = (4, 5)
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import POOL_MODES, pooling_table, token_adaptive_projector
+from kernels import POOL_MODES, pooling_table, projector_reference, token_adaptive_projector
 from kernels.tables import axis_tables
 from tests.kernels.inputs import (
     CHANNELS,
@@ -16,7 +16,6 @@ from tests.kernels.inputs import (
     make_weights,
     relative_error,
 )
-from tests.kernels.reference import projector_reference
 
 SIDES = list(range(1, 25))
 GRIDS = [(8, 8), (27, 27), (5, 9), (3, 32)]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import POOL_MODES, token_adaptive_projector
+from kernels import POOL_MODES, projector_reference, token_adaptive_projector
 from kernels.dispatch import interpreting
 from kernels.passes import Pooling
 from kernels.tile_layout import tile_layout
@@ -19,7 +19,6 @@ from tests.kernels.inputs import (
     relative_error,
     torch_pool,
 )
-from tests.kernels.reference import projector_reference
 
 pytestmark = pytest.mark.skipif(
     DEVICE.type == "cpu" and not interpreting(), reason="needs a GPU or TRITON_INTERPRET=1"

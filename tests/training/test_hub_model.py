@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 import data_pipeline.processor
 import training.model.hub as hub
 from kernels import POOL_MODES, pooling_table
-from tests.kernels.reference import projector_reference
+from kernels.reference import projector_reference
 from tests.training.tiny import GRID, TILE, make_model, make_processor, picture
 from training.model import PackedTokenFlex, TokenFlexForConditionalGeneration, TokenFlexProcessor
 from training.model.hub import TokenFlexProjector, pooling_tokenflex
