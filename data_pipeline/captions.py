@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from data_pipeline.errors import InputError
+from data_pipeline.files import LFS_POINTER
 
 PROMPT = "Describe the image."
 _CAPTION_KEYS = ("caption", "text")
@@ -23,6 +24,8 @@ def caption_messages(image_name: str, caption: str) -> list[dict[str, Any]]:
 
 def caption_of_text(data: bytes) -> str:
     """The caption in a text file, its line ends as one; InputError if not UTF-8, or empty."""
+    if data.startswith(LFS_POINTER):
+        raise InputError("the caption is a pointer of Git LFS; fetch the file: git lfs pull")
     try:
         return _checked(data.removeprefix(_BOM).decode().replace("\r\n", "\n"))
     except UnicodeDecodeError as error:
@@ -54,7 +57,7 @@ def parse_metadata(data: bytes) -> dict[str, Any]:
 def caption_of_metadata(content: Mapping[str, Any]) -> str:
     """The caption in metadata; InputError if there is none, or more than one."""
     found = {key: content[key] for key in content if key.lower() in _CAPTION_KEYS and content[key]}
-    texts = [text for text in found.values() if isinstance(text, str)]
+    texts = [text for value in found.values() for text in _only(value)]
     if len(texts) == 1:
         return _checked(texts[0])
     if lists := [text for text in found.values() if isinstance(text, list)]:
@@ -62,6 +65,13 @@ def caption_of_metadata(content: Mapping[str, Any]) -> str:
             f'"caption" is a list of {len(lists[0])}, expected one text; write one picture for each'
         )
     raise InputError(f'the JSON has {len(texts) or "no"} text as "caption" or "text"')
+
+
+def _only(value: Any) -> list[str]:
+    """A text, alone or in a list of one."""
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    return [value] if isinstance(value, str) else []
 
 
 def _checked(caption: str) -> str:

@@ -13,6 +13,8 @@ from typing import Any
 
 from data_pipeline.errors import InputError
 
+LFS_POINTER = b"version https://git-lfs"
+"""How the file begins that Git leaves in place of a large one until `git lfs pull`."""
 Seen = Callable[[int], object]
 """Told how many bytes have just been read."""
 

@@ -11,6 +11,7 @@ from io import BytesIO
 from PIL import Image
 
 from data_pipeline.errors import InputError
+from data_pipeline.files import LFS_POINTER
 from data_pipeline.processor.picture_tokenflex import (
     FORMATS,
     MAX_PIXELS,
@@ -45,6 +46,8 @@ def image_size(data: bytes) -> tuple[int, int]:
 @contextmanager
 def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
     """The opened, not yet decoded image; whatever goes wrong in the block is an `InputError`."""
+    if data.startswith(LFS_POINTER):
+        raise InputError("a pointer of Git LFS, no image; fetch the file itself: git lfs pull")
     try:
         with open_picture(BytesIO(data), max_pixels) as image:
             yield image

@@ -13,11 +13,14 @@ from data_pipeline.processor.prompt_tokenflex import IMAGE as PLACEHOLDER
 # Placeholders of other trainers and models; lower case, as they are compared without regard to it.
 _CLAIMS = re.compile(
     r"<img>[^<\s]*[./][^<]*</img>"  # Qwen-VL: a path between the tags; without, they are text
-    r"|<(?:video|audio|sound|speech|imagehere|start_of_image|point_?cloud)>"
+    r"|<(?:video|audio|sound|speech|imagehere|point_?cloud|vila/(?:image|video|sound)|mm_(?:image|video)"
+    r"|(?:start|end)_of_(?:image|video)|fake_token_around_image|(?:image|im|img)_patch"
+    r"|(?:image|img|video)[_-](?:placeholder|pad|token|soft_token))>"
     r"|<(?:image|picture|video|audio)[ _-]?\d+>"  # <image_1>, <image 1>
-    r"|<\|(?:image|video|audio|vision_start|vision_end|image_pad|video_pad|vision_pad|image_\d+"
+    r"|<\|(?:(?:begin|end)_of_(?:image|video|audio)|(?:image|video|audio)_(?:start|end)|image|img"
+    r"|video|audio|vision_start|vision_end|image_pad|video_pad|vision_pad|image_\d+"
     r"|video_\d+|audio_\d+|audio_bos|audio_eos)\|>"
-    r"|\[img\]|<image>",
+    r"|\[img\]|<\s*image\s*/?>",
     re.IGNORECASE,
 )
 

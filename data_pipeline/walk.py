@@ -10,7 +10,23 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-LEFT_BEHIND = frozenset(("__MACOSX", "@eaDir", "__pycache__", "lost+found", "Thumbs.db"))
+LEFT_BEHIND = frozenset(
+    ("__MACOSX", "@eaDir", "__pycache__", "lost+found", "Thumbs.db", "desktop.ini")
+)
+
+
+_DOCUMENTS = frozenset(
+    (
+        *("readme", "license", "licence", "copying", "notice", "authors", "changelog", "citation"),
+        *("dataset_info", "dataset_infos"),
+    )
+)
+
+
+def is_about_the_data(name: str) -> bool:
+    """Whether a file's name is that of a document about a data set, or begins as metadata do."""
+    stem = name.rpartition("/")[2].partition(".")[0].lower()
+    return stem in _DOCUMENTS or stem.startswith("_")
 
 
 def is_left_behind(folder: str) -> bool:

@@ -17,6 +17,7 @@ from data_pipeline.index.open_index import load_index
 from data_pipeline.machine import num_cores
 from data_pipeline.paths import path_text
 from data_pipeline.storage import Storage, StorageSettings
+from data_pipeline.storage.expand import passed_over
 from data_pipeline.tokenizer import load_tokenizer
 
 MAX_BAD_FRACTION = 0.01
@@ -71,6 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "supervised tokens": index.totals["supervised_tokens"],
         "bad samples left out": len(index.bad),
     }
+    for text in passed_over(options.shards):
+        print(text)
     print(", ".join(f"{count:,} {what}" for what, count in counts.items()))
     for files in find_index_files(index.shards, options.index_dir).values():
         print(f"index: {files.manifest}")
@@ -87,7 +90,7 @@ def _verdict(index: Index, most: float) -> int:
     first = index.bad[0]
     print(
         f"error: {100 * share:.3g} % of the samples or shards cannot be used, more than "
-        f"--max-bad-fraction {most}; the manifest names them, the first {first.shard}:{first.key}: "
+        f"--max-bad-fraction {most}; the manifest names them, the first {first.name}: "
         f"{first.reason}. The index is written",
         file=sys.stderr,
     )

@@ -21,6 +21,11 @@ class BadSample:
     reason: str
     fault: str = ""
 
+    @property
+    def name(self) -> str:
+        """ "shard-file:key", or the shard that is left out whole."""
+        return f"{self.shard}:{self.key}" if self.key else self.shard
+
 
 @dataclass(frozen=True)
 class ShardHeader:

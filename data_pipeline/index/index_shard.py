@@ -9,6 +9,7 @@ from data_pipeline.index.sample_row import Row, SampleFault, SampleReader
 from data_pipeline.index.tar import ShardFault, group_samples, scan_tar
 from data_pipeline.storage import ReadAhead, Shard, ShardStat, Storage
 from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.walk import is_about_the_data
 
 
 def index_shard(
@@ -26,11 +27,19 @@ def index_shard(
     samples = SampleReader(reader, tokenizer, chat, decode)
     found: dict[str, Row | SampleFault] = {}
     passed: Counter[str] = Counter()
+    documents: dict[str, list[str]] = {}
     for key, group in group_samples(scan_tar(reader), passed):
         try:
             found[key] = samples.row(key, group)
         except SampleFault as fault:
             found[key] = fault
+            if is_about_the_data(key) and not group.has_pictures():
+                stem = key.rpartition("/")[2]
+                documents[key] = [f"{stem}.{suffix}" for suffix in group.members]
+    for key, names in documents.items():
+        if isinstance(found[key], SampleFault):
+            del found[key]
+            passed.update(names)
     rows = {key: row for key, row in found.items() if isinstance(row, Row)}
     bad = [
         {"key": key, "fault": fault.fault, "reason": str(fault)}

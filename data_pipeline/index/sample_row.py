@@ -15,6 +15,8 @@ from data_pipeline.index.columns import CAPTION_JSON, CAPTION_TEXT, CHAT, RECORD
 from data_pipeline.index.prompts import remembering
 from data_pipeline.index.sample import CAPTIONED_IMAGE, chat_messages, is_chat, read_record
 from data_pipeline.index.tar import Member, SampleMembers
+from data_pipeline.records import vocabulary
+from data_pipeline.records.values import is_absent
 from data_pipeline.storage import ReadAhead
 from data_pipeline.tokenizer import Tokenizer
 
@@ -22,7 +24,8 @@ _MAX_TEXT_BYTES = 64 << 20  # far above any conversation; a larger one would sta
 _OTHER_MEDIA = frozenset(
     ("mp4", "avi", "mkv", "mov", "webm", "m4v", "mp3", "wav", "flac", "ogg", "m4a", "aac", "opus")
 )
-_TOLD_BY = ("messages", "conversations", "conversation", "texts", "question", "query")
+_TOLD_BY = frozenset((*vocabulary.TURNS, "question", "questions", "query"))
+"""Not "prompt" and the like, which stand beside captions too."""
 
 
 class SampleFault(InputError):
@@ -143,13 +146,19 @@ def _text(key: str, group: SampleMembers, texts: Mapping[str, bytes]) -> _Text:
         except InputError:
             if txt is None:
                 raise
-        if content is not None and any(name in content for name in _TOLD_BY):
+        if content is not None and _is_record(content, alone=txt is None):
             return _of_json(json, data, content, key, group)
     pictures = _plain_pictures(group)
     if json is None and (txt is None or not pictures):
         beside = ", ".join(group.members)
         missing = f"{key}.json" if not pictures else f"{key}.json or {key}.txt"
         dotted = any("." in name for name in group.members)
+        unread = [n for n in group.members if f".{_suffix(n)}" in vocabulary.MEDIA_SUFFIXES]
+        if unread and not pictures and not _pictures(group):
+            raise SampleFault(
+                "media that is not read",
+                f"a member {key}.{unread[0]} is of a kind that is not read; save it as PNG or JPEG",
+            )
         hint = "; a key ends at the first dot of a member's name" if dotted else ""
         raise SampleFault("no text member", f"there is no member {missing} beside {beside}{hint}")
     if not pictures:
@@ -159,6 +168,14 @@ def _text(key: str, group: SampleMembers, texts: Mapping[str, bytes]) -> _Text:
     if len(pictures) > 1:
         raise InputError(f"there is one caption for several images: {', '.join(pictures)}")
     return _caption(txt, json, texts, content, pictures)
+
+
+def _is_record(content: Mapping[str, Any], alone: bool) -> bool:
+    """Whether JSON, alone or beside a caption in txt, is told by turns or a question."""
+    said = {str(k).lower() for k, value in content.items() if alone or not is_absent(value)}
+    if said & _TOLD_BY:
+        return True
+    return alone and not said & {*vocabulary.CAPTION} and bool(said & {*vocabulary.QUESTION})
 
 
 def _caption(

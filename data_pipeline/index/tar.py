@@ -6,6 +6,7 @@ ustar, GNU long names and large sizes, PAX names and sizes. It is stricter on pu
 without its end marker is reported as truncated, where `tarfile` returns what came before.
 """
 
+import re
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -13,12 +14,16 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from data_pipeline.errors import InputError
+from data_pipeline.files import LFS_POINTER
+from data_pipeline.images import has_image_suffix
 from data_pipeline.storage import ReadAhead
-from data_pipeline.walk import is_left_behind
+from data_pipeline.walk import is_about_the_data, is_left_behind
 
 _BLOCK = 512
+_NO_TAR = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", LFS_POINTER)  # of packed files
 _ZEROS = bytes(_BLOCK)
 _PAX_KEYS = (b"path", b"size")
+_WEBDATASET_META = re.compile("__.*__").fullmatch  # __meta__.json: readers pass it over
 _ADLER = 65521  # Adler-32 knows sums modulo this prime
 _REWRITE = "write or copy it again"
 
@@ -51,6 +56,10 @@ class SampleMembers:
         alike = [member for other, member in self.members.items() if other.lower() == name]
         return alike[0] if len(alike) == 1 else None
 
+    def has_pictures(self) -> bool:
+        """Whether a member is a picture by its name."""
+        return any(has_image_suffix(f".{name}") for name in self.members)
+
 
 def scan_tar(reader: ReadAhead) -> Iterator[Member]:
     """The members of an uncompressed tar in order, directories left out.
@@ -68,8 +77,9 @@ def group_samples(
     """Members by webdataset key: folder and file name up to its first dot.
 
     A group comes when a member of another key follows, and once more at the end if members were
-    added after that: the last one counts. Names without a suffix, hidden ones and those in hidden
-    folders or in folders that systems leave behind belong to no sample; `passed` counts them.
+    added after that: the last one counts. Names without a suffix, hidden ones, those that systems
+    leave behind and webdataset's metadata (__meta__.json) belong to no sample; `passed` counts
+    them.
     """
     groups: dict[str, SampleMembers] = {}
     changed: dict[str, None] = {}  # an ordered set
@@ -77,9 +87,9 @@ def group_samples(
     for member in members:
         folder, slash, file_name = member.name.rpartition("/")
         stem, _, suffix = file_name.partition(".")
-        if not stem or not suffix or (folder and is_left_behind(folder)):
+        if not stem or not suffix or _WEBDATASET_META(stem) or is_left_behind(member.name):
             if passed is not None:
-                passed[f".{suffix.lower()}" if suffix and stem else stem and "no suffix"] += 1
+                passed[_kind(file_name, stem, suffix)] += 1
             continue
         key = folder + slash + stem
         if key != current:
@@ -93,6 +103,13 @@ def group_samples(
         yield current, groups[current]
     for key in changed:
         yield key, groups[key]
+
+
+def _kind(file_name: str, stem: str, suffix: str) -> str:
+    """What a member of no sample is counted under: documents and metadata by name."""
+    if stem and (not suffix or _WEBDATASET_META(stem)):
+        return file_name if is_about_the_data(file_name) else "no suffix"
+    return f".{suffix.lower()}" if stem else ""
 
 
 def _add(group: SampleMembers, folder: str, suffix: str, member: Member) -> None:
@@ -136,7 +153,7 @@ class _Scanner:
                 long_name = _text(self.read(data, size))
             elif kind == b"x":
                 pax = self._pax_records(data, size)
-            elif kind not in b"Kg":
+            elif kind not in b"KgV":  # a long link, a global header, GNU's volume label
                 name = pax.get("path") or long_name or _name(header)
                 regular = kind in b"0\0007"
                 if pax:
@@ -148,7 +165,7 @@ class _Scanner:
 
     def _check(self, header: bytes, offset: int) -> tuple[bytes, int]:
         """Type flag and data size of a header block, its checksum verified."""
-        if len(header) < _BLOCK:
+        if len(header) < _BLOCK and (offset or not header.startswith(_NO_TAR)):
             raise ShardFault(
                 f"{self.shard} is truncated: no end marker at byte {offset}, where the file ends; "
                 f"{_REWRITE}"
@@ -162,9 +179,8 @@ class _Scanner:
                 raise ValueError
             return kind, size
         except ValueError:
-            what = "is not an uncompressed tar file" if offset == 0 else "is damaged"
             raise ShardFault(
-                f"{self.shard} {what}: no valid tar header (or a sparse "
+                f"{self.shard} {_what_it_is(header, offset)}: no valid tar header (or a sparse "
                 f"file, which is not supported) at byte {offset}; {_REWRITE}"
             ) from None
 
@@ -199,6 +215,15 @@ class _Scanner:
                     "files do; readers would miss what follows: write one tar, or keep them apart"
                 )
             offset += len(chunk)
+
+
+def _what_it_is(header: bytes, offset: int) -> str:
+    if offset:
+        return "is damaged"
+    if header.startswith(LFS_POINTER):
+        return "is a pointer of Git LFS, fetch the file itself (git lfs pull)"
+    packed = " but a packed one" if header.startswith(_NO_TAR) else ""
+    return f"is not an uncompressed tar file{packed}"
 
 
 def _sum(data: bytes) -> int:

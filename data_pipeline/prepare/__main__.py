@@ -6,8 +6,9 @@ python -m data_pipeline.prepare hf://datasets/ORG/NAME OUT/   # parquet; s3://, 
 python -m data_pipeline.prepare --format folder DIR OUT/
 python -m data_pipeline.prepare --format digits OUT/
 
-records  files with a record for every sample: .json (a list), .jsonl, .parquet, .csv, or a folder
-         of parquet files, or an ImageFolder with its metadata.jsonl or .csv. A record has turns
+records  files with a record for every sample: .json (a list, or an object that holds one), .jsonl,
+         .parquet, .arrow, .csv, .tsv, JSON and CSV also packed (.gz, .zst), a folder of such parts
+         or that datasets saved, an ImageFolder with its metadata.jsonl or .csv. A record has turns
          ("messages", "conversations", "texts"), or a "question" with its "answer" (and "choices"),
          or a "caption"; its pictures are in "image" or "images", or inside the turns, as paths,
          bytes or data: URIs. They go where the text says <image>, or else first. llava, messages
@@ -15,7 +16,8 @@ records  files with a record for every sample: .json (a list), .jsonl, .parquet,
 folder   images with a caption beside each: photo.jpg with photo.txt, photo.jpg.txt or
          photo.caption, or photo.json holding {"caption": "..."}.
 mixture  a list of datasets: InternVL's meta JSON or LLaVA-NeXT's data YAML. Each is converted to
-         OUT/NAME, and OUT/mixture.yaml is the data.datasets section, weights carried over.
+         OUT/NAME, and OUT/mixture.yaml is the data.datasets section, weights carried over. Typed
+         again after an interruption, the command keeps the datasets that are finished.
 digits   demo corpus: grids of real handwritten digits (needs scikit-learn).
 grid     demo corpus: grids of coloured cells.
 

@@ -1,5 +1,6 @@
 """The loop shared by the formats that convert somebody's files: faulty samples do not end it."""
 
+import json
 import re
 import sys
 from collections import Counter
@@ -13,8 +14,10 @@ from tqdm import tqdm
 from data_pipeline.errors import InputError
 from data_pipeline.image_header import read_image_size
 from data_pipeline.prepare.shard_writer import (
+    REPORT_NAME,
     SampleWriter,
     ShardLimits,
+    read_report,
     staged_output,
     write_report,
 )
@@ -31,12 +34,13 @@ class Conversion:
     """How samples are converted, whatever their format.
 
     limits: of a shard. overwrite: replace what an earlier run wrote. strict: the first sample that
-    cannot be used ends the run.
+    cannot be used ends the run. keep: what an earlier run wrote with the same settings stays.
     """
 
     limits: ShardLimits = field(default_factory=ShardLimits)
     overwrite: bool = False
     strict: bool = False
+    keep: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,15 @@ def convert(
     Raises:
         InputError: no candidate is usable, one is faulty and `strict`, or `out` may not be written.
     """
+    limits = conversion.limits
+    settings = {
+        **settings,
+        "samples_per_shard": limits.samples,
+        "shard_bytes": limits.num_bytes,
+        **_state_of(sources[0]),
+    }
+    if conversion.keep and not conversion.overwrite and (out / REPORT_NAME).is_file():
+        return _kept(out, settings, conversion.strict)
     skipped: list[dict[str, str]] = []
     left_out: Counter[str] = Counter()
     with staged_output(out, overwrite=conversion.overwrite, sources=sources) as staged:
@@ -130,6 +143,33 @@ def convert(
     return report
 
 
+def _state_of(source: Path | str) -> dict[str, int]:
+    """Bytes and time of a file, by which a later run knows it again."""
+    if isinstance(source, str) or not source.is_file():
+        return {}
+    stat = source.stat()
+    return {"source_bytes": stat.st_size, "source_modified_ns": stat.st_mtime_ns}
+
+
+def _kept(out: Path, settings: Mapping[str, Any], strict: bool) -> dict[str, Any]:
+    """The report of what an earlier run wrote; InputError for other settings: what differs."""
+    report = read_report(out)
+    differing = [
+        f"{name} was {report.get(name)!r}, now {value!r}"
+        for name, value in json.loads(json.dumps(settings)).items()
+        if report.get(name) != value
+    ]
+    if strict and report["skipped"]:
+        differing.append(f"{len(report['skipped'])} samples were left out, now --strict")
+    if differing:
+        raise InputError(
+            f"{out} is there already, made otherwise: {'; '.join(differing)}. Remove it, or pass "
+            "--overwrite to make all anew"
+        )
+    print(f"{out}: kept, made by an earlier run with the same settings")
+    return report
+
+
 def reasons(texts: Iterable[str]) -> list[tuple[str, int]]:
     """Faults of one kind counted together, the most frequent first: names and numbers left out."""
     return Counter(_PARTICULARS.sub("..", text)[:160] for text in texts).most_common()
@@ -143,7 +183,8 @@ def _read_image(image: Path | bytes) -> bytes:
     try:
         data = image.read_bytes()
     except (OSError, ValueError) as error:
-        raise InputError(f"the image {image} cannot be read: {error}") from error
+        why = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"the image {str(image)[:300]} cannot be read: {why}") from error
     try:
         read_image_size(data)
     except InputError as error:

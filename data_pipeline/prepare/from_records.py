@@ -14,9 +14,10 @@ from data_pipeline.chat import check_sample
 from data_pipeline.draw import uniform_hash
 from data_pipeline.errors import InputError
 from data_pipeline.prepare.convert import Candidate, Conversion, Sample, Unwanted, convert
+from data_pipeline.prepare.entries import Entry, RemoteTable
 from data_pipeline.prepare.picture_sources import find_picture, member_suffix
-from data_pipeline.prepare.record_files import Entry, RemoteTable, count_entries, read_entries
-from data_pipeline.records import Record, parse_record, record_kind
+from data_pipeline.prepare.record_files import ARROW_SUFFIXES, count_entries, read_entries
+from data_pipeline.records import Record, check_others, parse_record, record_kind
 from data_pipeline.walk import PassedOver
 
 RELEVANCE = "relevance_min"
@@ -44,7 +45,9 @@ class Share:
         return frozenset(chosen.tolist())
 
 
-_LOOKED_AT = 20  # records that tell what a source holds
+_LOOKED_AT = 20  # records of a file, and files, that tell what a source holds
+_FILES_LOOKED_AT = 8
+_TABLES = (".parquet", *ARROW_SUFFIXES)  # rows are named by their place, not by an id
 
 
 def prepare_records(
@@ -96,23 +99,40 @@ def prepare_records(
             "source": str(source),
             "files": len(files),
             "min_relevance": min_relevance,
-            **({"map": dict(renamed)} if renamed else {}),
-            **({"ignore": list(ignored)} if ignored else {}),
+            "images_in": str(images) if images else None,
+            "share": str(share) if share else None,
+            "map": dict(renamed or {}),
+            "ignore": list(ignored),
         },
         passed_over=passed_over,
     )
 
 
-def what_it_holds(
-    entries: Iterator[Entry], renamed: Mapping[str, str] | None = None
-) -> tuple[str | None, Iterator[Entry]]:
-    """What records are told by: "turns", "question", "caption" or None; and the same records.
+def what_they_hold(
+    files: Sequence[Path] | Sequence[RemoteTable], renamed: Mapping[str, str] | None = None
+) -> tuple[str, Iterator[Entry]]:
+    """What files hold, "records of turns (under 'messages')"; and all records of the first.
 
-    The first ones tell it, and are read only once.
+    The first records tell it, and are read only once. Of many files some are looked at; what most
+    hold is said, and how many do not. InputError if there is one file and it does not parse.
     """
+    looked = files[:: max(1, len(files) // _FILES_LOOKED_AT)][:_FILES_LOOKED_AT]
+    first, begun = _look(looked[0], renamed or {}, len(files) == 1)
+    told = [first, *(_look(path, renamed or {}, alone=False)[0] for path in looked[1:])]
+    most = max(told, key=lambda what: (what is not None, told.count(what)))
+    odd = [path for path, what in zip(looked, told, strict=True) if what != most]
+    but = f"; {len(odd)} of {len(looked)} files looked at hold others, as {odd[0]}" if odd else ""
+    return f"records of {most or 'no known keys'}{but}", begun
+
+
+def _look(
+    path: Path | RemoteTable, renamed: Mapping[str, str], alone: bool
+) -> tuple[str | None, Iterator[Entry]]:
+    """What the first records of a file are told by, None if nothing; and all its records."""
+    entries = _entries(path, alone)
     first = list(islice(entries, _LOOKED_AT))
-    told = next(filter(None, (_told_by(entry.value, renamed or {}) for entry in first)), None)
-    return told, chain(first, entries)
+    told = (_told_by(entry.value, renamed) for entry in first)
+    return next(filter(None, told), None), chain(first, entries)
 
 
 def _told_by(record: Any, renamed: Mapping[str, str]) -> str | None:
@@ -146,17 +166,27 @@ def _candidates(
         beside = path.parent if isinstance(path, Path) else None
         # The end of a long path tells more, and the number must not be cut off.
         stem = inner.with_suffix("").as_posix()[-54:]
-        chosen = share.numbers(sum(1 for _ in read_entries(path))) if share else None
-        entries, begun = begun or read_entries(path), None
+        chosen = share.numbers(sum(1 for _ in _entries(path, alone))) if share else None
+        entries, begun = begun or _entries(path, alone), None
         for entry in entries:
             if chosen is not None and entry.number not in chosen:
                 yield Candidate(entry.where, partial(_leave_out, f"sampling_strategy {share}"))
                 continue
-            name = f"{stem}_{entry.number:08d}" if inner.suffix.lower() == ".parquet" else None
+            name = f"{stem}_{entry.number:08d}" if inner.suffix.lower() in _TABLES else None
             label = entry.where if alone and name is None else f"{inner}, {entry.where}"
             own = entry.value.get("id") if isinstance(entry.value, Mapping) else None
             label += f" (id {own!r:.80})" if own is not None else ""
             yield Candidate(label, partial(read, entry, name, images or beside))
+
+
+def _entries(path: Path | RemoteTable, alone: bool) -> Iterator[Entry]:
+    """The records of a file; one file of several that cannot be read is a fault among others."""
+    try:
+        yield from read_entries(path)
+    except InputError as error:
+        if alone:
+            raise
+        yield Entry("the file", 0, fault=error)
 
 
 def _build(
@@ -174,6 +204,7 @@ def _build(
     if isinstance(entry.value, Mapping) and min_relevance is not None:
         _check_relevance(entry.value.get(RELEVANCE), min_relevance)
     record = parse_record(entry.value, renamed=renamed, ignored=ignored)
+    check_others(record.metadata, record.images)
     pictures = [_picture(source, number, folder) for number, source in enumerate(record.images)]
     suffixes = [_suffix(number, picture) for number, picture in enumerate(pictures)]
     messages = _with_suffixes(record, suffixes)

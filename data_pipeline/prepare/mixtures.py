@@ -7,7 +7,7 @@ InternVL's meta JSON: {name: {"root", "annotation", "repeat_time", ...}}; LLaVA-
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +38,15 @@ def prepare_mixture(
     """Convert every dataset of a list to `out`/NAME, and write `out`/mixture.yaml.
 
     The YAML is a `data.datasets` section: each dataset weighs its samples times its repeats.
-    Returns the reports by name. Each dataset is converted whole or not at all, one after the other.
+    Returns the reports by name. Each dataset is converted whole or not at all, one after the other;
+    those that an earlier run made with the same settings from the same files are kept.
 
     Raises:
-        InputError: the list or one of its datasets cannot be used, or one is there already and
-            may not be overwritten.
+        InputError: the list or one of its datasets cannot be used, or one is there already, made
+            otherwise.
     """
     datasets = read_list(source, images)
+    conversion = replace(conversion, keep=True)
     reports: dict[str, Any] = {}
     section: dict[str, Any] = {}
     for dataset in datasets:

@@ -5,10 +5,14 @@ import binascii
 import os
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from data_pipeline.errors import InputError
 from data_pipeline.images import open_image
 
+_SHORTEST_BASE64 = 64
+_BASE64_STARTS = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "Qk", "SUkq", "TU0A", "AAAA")
+"""How JPEG, PNG, GIF, WebP, BMP, TIFF, AVIF begin in base64."""
 _EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "JPEG2000": "jp2"}
 
 
@@ -16,7 +20,7 @@ def find_picture(source: Any, folder: Path | None) -> Path | bytes:
     """The file, or its bytes, of a picture that a record names.
 
     Args:
-        source: bytes; a path, relative to `folder` or absolute inside it; or a data: URI.
+        source: bytes; a path, relative to `folder` or absolute inside it; a data: URI; or base64.
         folder: of the pictures; links inside it may lead elsewhere. None: there is none.
 
     Raises:
@@ -27,13 +31,17 @@ def find_picture(source: Any, folder: Path | None) -> Path | bytes:
     name = str(source)
     if name.startswith("data:"):
         return _decode(name)
+    if (data := _plain_base64(name)) is not None:
+        return data
     if "://" in name and not name.startswith("file://"):
         raise InputError(
             f"the image {name[:80]!r} is a URL; download it (img2dataset does) and name the file"
         )
     if folder is None:
         raise InputError(f"the image {name[:80]!r} is a path; name its folder with --images")
-    path = _inside(name.removeprefix("file://"), folder)
+    if name.startswith("file://"):
+        name = unquote(name.removeprefix("file://").removeprefix("localhost"))
+    path = _inside(name, folder)
     if "\\" in name and not path.is_file():  # written on Windows
         path = _inside(name.replace("\\", "/"), folder)
     return path
@@ -71,6 +79,16 @@ def _decode(uri: str) -> bytes:
     if not head.endswith(";base64"):
         raise InputError(f"the image {uri[:40]!r} is a data: URI without base64")
     try:
-        return base64.b64decode(data, validate=True)
+        return base64.b64decode("".join(data.split()), validate=True)
     except (binascii.Error, ValueError) as error:
         raise InputError(f"the image {uri[:40]!r} is no base64: {error}") from error
+
+
+def _plain_base64(text: str) -> bytes | None:
+    """The picture that a text is in base64, as tables hold it; None for any other text."""
+    if len(text) < _SHORTEST_BASE64 or "." in text or not text.startswith(_BASE64_STARTS):
+        return None
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)
+    except ValueError:
+        return None

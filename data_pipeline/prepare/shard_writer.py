@@ -75,7 +75,8 @@ class SampleWriter:
         if metadata is not None:
             record["metadata"] = metadata
         try:
-            text = json.dumps(record, ensure_ascii=False).encode()
+            # A table's metadata may be dates and the like: as text.
+            text = json.dumps(record, ensure_ascii=False, default=str).encode()
         except UnicodeEncodeError as error:
             raise InputError(f"a text is not valid Unicode: {error.reason}") from error
         key = self._unique_key(name)
@@ -140,6 +141,16 @@ def write_report(folder: Path, report: Mapping[str, Any]) -> None:
     """Write prepare.json: what was made, from what, and what was left out and why."""
     # ASCII: names from damaged input may hold what UTF-8 cannot.
     (folder / REPORT_NAME).write_text(json.dumps(report, indent=1) + "\n")
+
+
+def read_report(folder: Path) -> dict[str, Any]:
+    """What `write_report` wrote; InputError if it is damaged."""
+    try:
+        report: dict[str, Any] = json.loads((folder / REPORT_NAME).read_text())
+        report["samples"], report["skipped"], report["reasons"], report["passed_over"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{folder / REPORT_NAME} is damaged; remove {folder}") from error
+    return report
 
 
 def _check_replaceable(out: Path, overwrite: bool, sources: Sequence[Path | str]) -> None:

@@ -1,21 +1,25 @@
 """What a source holds, told by its content: records, captioned images, a list of datasets."""
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipeline.errors import InputError
 from data_pipeline.images import has_image_suffix
+from data_pipeline.prepare.entries import Entry, RemoteTable, record_suffix
 from data_pipeline.prepare.folder import CAPTION_SUFFIXES
-from data_pipeline.prepare.from_records import what_it_holds
+from data_pipeline.prepare.from_records import what_they_hold
+from data_pipeline.prepare.json_records import is_list_of_datasets
 from data_pipeline.prepare.record_files import (
+    ARROW_SUFFIXES,
+    CSV_SUFFIXES,
     JSON_SUFFIXES,
+    OF_DATASETS,
     SUFFIXES,
-    Entry,
-    RemoteTable,
+    arrow_files,
     find_tables,
-    read_entries,
 )
 from data_pipeline.storage import Storage
 from data_pipeline.walk import PassedOver, walk
@@ -78,31 +82,25 @@ def _records(
     renamed: Mapping[str, str] | None,
     passed: PassedOver | None = None,
 ) -> Found:
-    told, begun = what_it_holds(read_entries(files[0]), renamed)
-    return Found(RECORDS, files, f"{what}records of {told or 'no known keys'}", passed, begun)
+    told, begun = what_they_hold(files, renamed)
+    return Found(RECORDS, files, f"{what}{told}", passed, begun)
 
 
 def _of_folder(source: Path, kind: str | None, renamed: Mapping[str, str] | None) -> Found:
     files, passed = walk(source, lambda path: True)
-    parquet = [path for path in files if path.suffix.lower() == ".parquet"]
-    metadata = [path for path in files if path.name.lower() in _METADATA]
-    loose = [p for p in files if p.suffix.lower() in JSON_SUFFIXES and p not in metadata]
     images = {p.with_suffix("") for p in files if has_image_suffix(p.name)}
     captioned = [
         path
         for path in files
         if path.suffix.lower() in CAPTION_SUFFIXES and {path.with_suffix(""), path} & images
     ]
-    candidates: dict[str, list[Path]] = {}
-    if metadata:
-        candidates[f"an ImageFolder ({metadata[0].name})"] = metadata
-    elif parquet:
-        candidates[f"{len(parquet)} parquet files"] = parquet
+    candidates = _tables(files, source)
     if captioned and kind is None:
         candidates[f"{len(captioned)} captions beside images"] = []
-    if not captioned and not metadata and loose:
-        for path in loose:
-            candidates[f"records in {path.relative_to(source)}"] = [path]
+    if (not captioned or kind == RECORDS) and not any(
+        path.name.lower() in _METADATA for path in files
+    ):
+        candidates |= _loose(files, source)
     if not candidates:
         suffixes = ", ".join(sorted({path.suffix.lower() or "no suffix" for path in files}))
         shards = ": shards, which python -m data_pipeline.index takes as they are"
@@ -113,15 +111,44 @@ def _of_folder(source: Path, kind: str | None, renamed: Mapping[str, str] | None
         )
     if len(candidates) > 1:
         raise InputError(
-            f"{source} may be read as {' or as '.join(candidates)}; name the file, or give --format"
+            f"{source} may be read as {' or as '.join(candidates)}; name the one, or give --format"
         )
     what, chosen = next(iter(candidates.items()))
     if not chosen:
         return Found(FOLDER, [], what)
     for path in sorted({*files} - {*chosen}):
-        if not (metadata and has_image_suffix(path.name)):
+        if not (chosen[0].name.lower() in _METADATA and has_image_suffix(path.name)):
             passed.add(path, source)
     return _records(chosen, f"{what}, ", renamed, passed)
+
+
+def _tables(files: Sequence[Path], source: Path) -> dict[str, list[Path]]:
+    """An ImageFolder, parquet files, or what `datasets` saved to disk: a folder for each split."""
+    if metadata := [path for path in files if path.name.lower() in _METADATA]:
+        return {f"an ImageFolder ({metadata[0].name})": metadata}
+    found: dict[str, list[Path]] = {}
+    if parquet := [path for path in files if path.suffix.lower() == ".parquet"]:
+        found[f"{len(parquet)} parquet files"] = parquet
+    folders = {path.parent for path in files if path.suffix.lower() in ARROW_SUFFIXES}
+    for folder in sorted(folders):
+        arrow = arrow_files(folder)
+        where = f" in {folder.relative_to(source)}" if len(folders) > 1 else ""
+        found[f"{len(arrow)} Arrow files{where}"] = arrow
+    return found
+
+
+def _loose(files: Sequence[Path], source: Path) -> dict[str, list[Path]]:
+    """Files of JSON or CSV; those whose names differ by numbers only are parts of one."""
+    parts: dict[str, list[Path]] = {}
+    for path in files:
+        if record_suffix(path) in (*JSON_SUFFIXES, *CSV_SUFFIXES) and path.name not in OF_DATASETS:
+            name = path.relative_to(source).as_posix()
+            parts.setdefault(re.sub(r"\d+", "#", name), []).append(path)
+    return {
+        f"records in {paths[0].relative_to(source)}"
+        + (f" and {len(paths) - 1} like it" if paths[1:] else ""): paths
+        for paths in parts.values()
+    }
 
 
 def is_mixture(path: Path) -> bool:
@@ -134,8 +161,4 @@ def is_mixture(path: Path) -> bool:
         content = json.loads(path.read_bytes().decode("utf-8-sig"))
     except (ValueError, RecursionError):
         return False
-    return (
-        isinstance(content, dict)
-        and bool(content)
-        and all(isinstance(entry, dict) and "annotation" in entry for entry in content.values())
-    )
+    return is_list_of_datasets(content)

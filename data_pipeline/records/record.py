@@ -4,7 +4,7 @@ The same for every reader: JSON, parquet, shards in place. What a record says is
 name (one `InputError`), or kept as metadata; nothing is dropped.
 """
 
-from collections import Counter
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,25 +12,26 @@ from typing import Any
 from data_pipeline.errors import InputError
 from data_pipeline.processor.prompt_tokenflex import IMAGE as PLACEHOLDER
 from data_pipeline.records import vocabulary
-from data_pipeline.records.turns import (
-    Picture,
+from data_pipeline.records.metadata import metadata_of
+from data_pipeline.records.questions import question_turns, text_of
+from data_pipeline.records.turns import Picture, Turn, check_switches, read_turns, sources_of
+from data_pipeline.records.values import (
     Present,
-    Turn,
-    check_switches,
     describe,
     first_of,
+    is_absent,
+    only_of,
     present,
-    read_turns,
-    sources_of,
+    structured,
 )
 
-_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 KINDS = {
     "turns": vocabulary.TURNS,
     "question": vocabulary.QUESTION,
     "caption": vocabulary.CAPTION,
 }
 """What a record can be told by, and the keys that tell it."""
+_OBJECT = re.compile("<bbox>|<ref-object>")
 CAPTION_PROMPT = "Describe the image."
 
 
@@ -66,19 +67,21 @@ def parse_record(
     """
     if not isinstance(record, Mapping):
         raise InputError(f"the record is {describe(record)}, expected an object")
-    record = _renamed({k: v for k, v in record.items() if k not in ignored}, renamed or {})
+    record = {key: value for key, value in record.items() if key not in ignored}
+    record, spare = _renamed(record, renamed or {})
     held = present(record)
     check_switches(held, "the record")
     kind, key = _kind(record, held)
     named = first_of(held, vocabulary.IMAGES, "the pictures")
-    if images is None:
-        images = sources_of(named[1], repr(named[0])) if named else []
-    turns = {"turns": _of_turns, "question": _of_question, "caption": _of_caption}[kind](
-        held, key, record[key], len(images)
-    )
+    turns = _turns(held, kind, key, record[key])
     _add_system(turns, held)
-    metadata = _metadata(held, turns, bool(images), key)
+    if images is None:
+        images = _named_images(*named, turns) if named else []
+    if kind == "caption" and len(images) != 1:
+        raise InputError(f"{key!r} is the caption of one picture, and there are {len(images)}")
     shown = _place(turns, list(images))
+    _check_objects(record, turns)
+    metadata = spare | metadata_of(held, turns, bool(shown), key)
     messages = [{"role": turn.role, "content": _parts(turn, shown)} for turn in turns]
     return Record(messages, [picture.source for picture in shown], metadata)
 
@@ -113,100 +116,60 @@ def _kind(record: Mapping[str, Any], held: Present) -> tuple[str, str]:
     return next(iter(found.items()))
 
 
-def _renamed(record: Mapping[str, Any], renamed: Mapping[str, str]) -> dict[str, Any]:
+def _renamed(
+    record: Mapping[str, Any], renamed: Mapping[str, str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The record with keys to read in place of its own; and its keys that these stand for."""
     if missing := [key for key in renamed.values() if key not in record]:
         keys = ", ".join(map(repr, record))
         raise InputError(f"--map names {missing[0]!r}, and the record has {keys[:200]}")
     taken = set(renamed.values())
-    rest = {key: value for key, value in record.items() if key not in taken | renamed.keys()}
-    return {**rest, **{to: record[key] for to, key in renamed.items()}}
+    alike = {n for names in vocabulary.ALIKE if renamed.keys() & {*names} for n in names}
+    rest = {key: value for key, value in record.items() if key not in taken}
+    spare = {key: value for key, value in rest.items() if str(key).lower() in alike}
+    kept = {key: value for key, value in rest.items() if key not in (*renamed, *spare)}
+    return {**kept, **{to: record[key] for to, key in renamed.items()}}, spare
 
 
-def _of_turns(held: Present, key: str, turns: Any, images: int) -> list[Turn]:
-    return read_turns(turns, key)
-
-
-def _of_question(held: Present, key: str, asked: Any, images: int) -> list[Turn]:
-    if isinstance(asked, list | tuple):  # TRL: prompt and completion are turns
-        found = first_of(held, vocabulary.ANSWER, "the answer")
-        return read_turns([*asked, *(found[1] if found else ())], key)
-    question = _text(asked, key)
-    more = first_of(held, vocabulary.MORE_QUESTION, "more of the question")
-    if more:
-        question = f"{question}\n{_text(more[1], more[0])}"
-    choices = first_of(held, vocabulary.CHOICES, "the choices")
-    options = _options(choices[1], choices[0]) if choices else []
-    answer = _answer(held, options)
-    lines = [f"{_LETTERS[number]}. {option}" for number, option in enumerate(options)]
-    turns = [{"role": "user", "content": "\n".join([question, *lines])}]
-    return read_turns([*turns, {"role": "assistant", "content": answer}], key)
-
-
-def _of_caption(held: Present, key: str, said: Any, images: int) -> list[Turn]:
-    if images != 1:
-        raise InputError(f"{key!r} is the caption of one picture, and there are {images}")
-    caption = _text(said, key).strip()
+def _turns(held: Present, kind: str, key: str, said: Any) -> list[Turn]:
+    if kind == "turns":
+        return read_turns(said, key)
+    if kind == "question":
+        return question_turns(held, key, said)
+    caption = text_of(only_of(said), key).strip()
     return [Turn("user", [CAPTION_PROMPT]), Turn("assistant", [caption])]
 
 
-def _answer(held: Present, options: list[str]) -> str:
-    found = first_of(held, vocabulary.ANSWER, "the answer")
-    if found is None:
-        found = first_of(held, vocabulary.ANSWERS, "the answers")
-        if found is None:
-            raise InputError(f"there is no answer: expected one of {', '.join(vocabulary.ANSWER)}")
-        given = found[1] if isinstance(found[1], list | tuple) else [found[1]]
-        texts = [entry.get("answer") if isinstance(entry, Mapping) else entry for entry in given]
-        answer: Any = Counter(map(str, texts)).most_common(1)[0][0]
-    else:
-        answer = found[1]
-    if options:
-        return _letter(answer, options)
-    if isinstance(answer, bool) or not isinstance(answer, str | int | float):
-        raise InputError(f"{found[0]!r} is {describe(answer)}, expected a text")
-    return str(answer)
-
-
-def _letter(answer: Any, options: list[str]) -> str:
-    """The letter of the option that an answer names by number (from 0), letter or text."""
-    number = answer if isinstance(answer, int) and not isinstance(answer, bool) else None
-    if isinstance(answer, str) and answer in options:
-        number = options.index(answer)
-    elif isinstance(answer, str) and answer.strip("(). ").upper() in _LETTERS[: len(options)]:
-        number = _LETTERS.index(answer.strip("(). ").upper() or "?")
-    elif isinstance(answer, str) and answer.isdigit():
-        number = int(answer)
-    if number is None or not 0 <= number < len(options):
-        raise InputError(f"the answer {str(answer)[:40]!r} is none of the {len(options)} choices")
-    return _LETTERS[number]
-
-
-def _options(choices: Any, key: str) -> list[str]:
-    if isinstance(choices, Mapping):
-        choices = list(choices.values())
-    if not isinstance(choices, list | tuple) or not 2 <= len(choices) <= len(_LETTERS):
-        raise InputError(f"{key!r} is {describe(choices)}, expected a list of 2 to 26 choices")
-    return [_text(choice, key) for choice in choices]
-
-
-def _text(value: Any, key: str) -> str:
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return str(value)
-    if not isinstance(value, str):
-        raise InputError(f"{key!r} is {describe(value)}, expected a text")
-    return value
+def _named_images(key: str, value: Any, turns: Sequence[Turn]) -> list[Any]:
+    """The pictures under a key; empty ones behind the last are padding if the text agrees."""
+    value = structured(value)
+    if isinstance(value, list | tuple):
+        places = sum(item == Picture() for turn in turns for item in turn.items)
+        if places and all(map(is_absent, value[places:])):
+            value = value[:places]
+    return sources_of(value, repr(key))
 
 
 def _add_system(turns: list[Turn], held: Present) -> None:
     found = first_of(held, vocabulary.SYSTEM, "the system text")
     if found is None:
         return
-    text = _text(found[1], found[0])
+    text = text_of(found[1], found[0])
     if turns and turns[0].role == "system":
         if turns[0].items == [text]:
             return
         raise InputError(f"{found[0]!r} and the first turn are both the system's; leave one")
     turns.insert(0, Turn("system", [text]))
+
+
+def _check_objects(record: Mapping[str, Any], turns: list[Turn]) -> None:
+    """InputError where texts have the placeholders that ms-swift fills from `objects`."""
+    texts = (item for turn in turns for item in turn.items if isinstance(item, str))
+    if not is_absent(record.get("objects")) and any(map(_OBJECT.search, texts)):
+        raise InputError(
+            "the record has 'objects' for <bbox> and <ref-object> in its text, which is not read; "
+            "write them into the text"
+        )
 
 
 def _place(turns: list[Turn], images: list[Any]) -> list[Picture]:
@@ -245,55 +208,3 @@ def _parts(turn: Turn, shown: list[Picture]) -> list[dict[str, str]]:
             number = next(i for i, picture in enumerate(shown) if picture is item)
             parts.append({"type": "image", "image": str(number)})
     return parts
-
-
-_READ = frozenset(
-    (
-        *(*vocabulary.TURNS, *vocabulary.QUESTION, *vocabulary.ANSWER, *vocabulary.CHOICES),
-        *(*vocabulary.IMAGES, *vocabulary.SYSTEM, *vocabulary.LOSS, *vocabulary.MORE_QUESTION),
-        *(*vocabulary.MEDIA, *vocabulary.UNREAD),
-    )
-)
-"""Keys that are read or refused; the others are metadata."""
-
-
-def _metadata(
-    held: Present, turns: Sequence[Turn], has_images: bool, told_by: str
-) -> dict[str, Any]:
-    """The keys without content; InputError for one whose value names media that nothing shows."""
-    kept: dict[str, Any] = {}
-    read = _READ | {told_by.lower()}
-    for name, key, value in [(n, *entry) for n in held if n not in read for entry in held[n]]:
-        if holds_bytes(value) or (not has_images and names_media(value)):
-            raise InputError(
-                f"the record has {key!r}, which is or names media that no turn shows; give --map "
-                f"image={key} if it is the picture, or --ignore {key}"
-            )
-        if name == "metadata" and isinstance(value, Mapping):
-            kept |= value
-        else:
-            kept[str(key)] = value
-    if more := {str(i): turn.metadata for i, turn in enumerate(turns) if turn.metadata}:
-        kept["turns"] = more
-    return kept
-
-
-def holds_bytes(value: Any) -> bool:
-    """Whether a value is or holds bytes, as a file would."""
-    if isinstance(value, Mapping):
-        return any(map(holds_bytes, value.values()))
-    return isinstance(value, bytes) or (
-        isinstance(value, list | tuple) and any(map(holds_bytes, value))
-    )
-
-
-def names_media(value: Any) -> bool:
-    """Whether a value names a file of a picture, a video or a sound."""
-    if isinstance(value, str):
-        short = value[:2048].lower()
-        return short.startswith("data:image/") or (
-            len(value) < 2048 and "\n" not in short and short.endswith(vocabulary.MEDIA_SUFFIXES)
-        )
-    if isinstance(value, Mapping):
-        return any(map(names_media, value.values()))
-    return isinstance(value, list | tuple) and any(map(names_media, value))

@@ -1,13 +1,21 @@
 """The turns of a record, in any of the usual forms, as items: stretches of text and pictures."""
 
-import math
-from collections.abc import Collection, Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from data_pipeline.errors import InputError
 from data_pipeline.processor.prompt_tokenflex import IMAGE as PLACEHOLDER
 from data_pipeline.records import vocabulary
+from data_pipeline.records.values import (
+    Present,
+    describe,
+    first_of,
+    is_absent,
+    present,
+    structured,
+)
 
 
 @dataclass(frozen=True)
@@ -29,48 +37,19 @@ class Turn:
     metadata: dict[str, Any] = field(default_factory=dict)
 
 
-Present = Mapping[str, list[tuple[Any, Any]]]
-"""The keys of an object that hold something; see `present`."""
-
+_SWITCHED_OFF = re.compile(r"false|no|off|(?!1\.?0*$)\d*\.?\d+", re.IGNORECASE).fullmatch
+_SOURCES = ("bytes", "url", "path", "image", "image_url", "file_name", "data", "base64", "source")
+"""Keys of an object that is a picture; the first that holds something counts."""
+_TEXT_PARTS = ("text", "input_text", "output_text")
+_IMAGE_PARTS = ("image", "image_url", "input_image")
+_OF_A_PLACEHOLDER = frozenset(("detail", "id", "mime_type", "media_type"))
 _WATCHED = frozenset((*vocabulary.LOSS, *vocabulary.MEDIA, *vocabulary.UNREAD))
 _OF_TURNS = frozenset((*vocabulary.ROLE, *vocabulary.CONTENT, *vocabulary.IMAGES, *vocabulary.LOSS))
 
 
-def is_absent(value: Any) -> bool:
-    """Whether a value says that there is nothing: null, NaN, "", an empty list or object."""
-    if isinstance(value, float):
-        return math.isnan(value)
-    return value is None or (isinstance(value, str | bytes | list | tuple | dict) and not value)
-
-
-def present(record: Mapping[Any, Any]) -> Present:
-    """Key in lower case -> (key, value) of all keys of that name that hold something."""
-    held: dict[str, list[tuple[Any, Any]]] = {}
-    for key, value in record.items():
-        if not is_absent(value):
-            held.setdefault(str(key).lower(), []).append((key, value))
-    return held
-
-
-def first_of(held: Present, names: Collection[str], what: str) -> tuple[str, Any] | None:
-    """(key, value) of the one of these keys that is there; None if none is.
-
-    InputError, naming them, if several are.
-    """
-    found = held.keys() & names
-    if not found:
-        return None
-    entries = [entry for name in held if name in found for entry in held[name]]
-    if len(entries) > 1:
-        raise InputError(
-            f"{' and '.join(repr(key) for key, _ in entries)} both hold {what}; leave one of them, "
-            "or say with --map which is meant"
-        )
-    return entries[0]
-
-
 def read_turns(turns: Any, key: str) -> list[Turn]:
     """The turns under `key`; InputError, with the number of the turn, for what cannot be read."""
+    turns = structured(turns)
     if not isinstance(turns, list | tuple) or not turns:
         raise InputError(f"{key!r} is {describe(turns)}, expected a list of turns")
     if missing := [number for number, turn in enumerate(turns) if turn is None]:
@@ -87,7 +66,7 @@ def sources_of(value: Any, where: str) -> list[Any]:
     if isinstance(value, str | bytes):
         return [value]
     if isinstance(value, Mapping):
-        for name in ("bytes", "url", "path", "image", "image_url", "file_name"):
+        for name in _SOURCES:
             if not is_absent(value.get(name)):
                 return sources_of(value[name], where)
         raise InputError(f"{where} is an object with {sorted(map(str, value))}, expected a picture")
@@ -97,13 +76,6 @@ def sources_of(value: Any, where: str) -> list[Any]:
             raise InputError(f"{where}: picture {empty[0]} of {len(value)} is empty")
         return [source for entry in value for source in _one(entry, where)]
     raise InputError(f"{where} is {describe(value)}, expected a file name, a URL or bytes")
-
-
-def describe(value: Any) -> str:
-    """The kind of a value, for a message."""
-    if value is None:
-        return "null"
-    return "empty" if is_absent(value) else f"of type {type(value).__name__}"
 
 
 def check_switches(held: Present, where: str) -> None:
@@ -118,9 +90,10 @@ def check_switches(held: Present, where: str) -> None:
         if name in vocabulary.MEDIA:
             raise InputError(f"{where} has {key!r}, and only pictures are read; leave it out")
         if name in vocabulary.UNREAD:
+            behind = f" (--map input={key} puts it behind a question)" if _is_read_as(name) else ""
             raise InputError(
                 f"{where} has {key!r}, which is not read: what it says would be missing; write it "
-                "into the turns, or leave the sample out"
+                f"into the turns{behind}, or drop it with --ignore {key}"
             )
 
 
@@ -132,9 +105,15 @@ def _one(entry: Any, where: str) -> list[Any]:
 
 def _switches(value: Any) -> bool:
     """Whether a value of the loss's keys asks for anything but learning from all; NaN does not."""
+    if isinstance(value, str):  # a cell of a table
+        return _SWITCHED_OFF(value.strip()) is not None
     if isinstance(value, bool | int | float):
         return value != 1 and not is_absent(value)
     return isinstance(value, list | tuple) and any(map(_switches, value))
+
+
+def _is_read_as(name: str) -> bool:
+    return name in ("context", "passage", "hint")
 
 
 def _pair(pair: Mapping[str, Any], number: int) -> Iterator[Turn]:
@@ -155,9 +134,9 @@ def _turn(turn: Any, where: str) -> Turn:
     held = present(turn)
     check_switches(held, where)
     role = _role(held, where)
-    content = first_of(held, vocabulary.CONTENT, f"the content of {where}")
+    content = first_of(held, vocabulary.CONTENT, f"the content of {where}", "")
     items = list(_content(content[1], role, where)) if content else []
-    named = first_of(held, vocabulary.IMAGES, f"the pictures of {where}")
+    named = first_of(held, vocabulary.IMAGES, f"the pictures of {where}", "")
     if named:
         items = _with_own(items, sources_of(named[1], f"{where}: {named[0]!r}"), where)
     rest = [entry for name in held if name not in _OF_TURNS for entry in held[name]]
@@ -165,7 +144,7 @@ def _turn(turn: Any, where: str) -> Turn:
 
 
 def _role(held: Present, where: str) -> str:
-    found = first_of(held, vocabulary.ROLE, f"the role of {where}")
+    found = first_of(held, vocabulary.ROLE, f"the role of {where}", "")
     name = found[1] if found else None
     role = vocabulary.ROLES.get(name.lower()) if isinstance(name, str) else None
     if role is None:
@@ -178,6 +157,8 @@ def _role(held: Present, where: str) -> str:
 
 def _content(content: Any, role: str, where: str) -> Iterator[str | Picture]:
     if isinstance(content, str):
+        content = _parts_in(content)
+    if isinstance(content, str):
         yield from _split(content, role)
     elif isinstance(content, list | tuple):
         for part in content:
@@ -188,6 +169,17 @@ def _content(content: Any, role: str, where: str) -> Iterator[str | Picture]:
         raise InputError(f"{where} has a content {describe(content)}, expected a text or parts")
 
 
+def _parts_in(text: str) -> Any:
+    """The typed parts that a column of strings holds as JSON; any other text as it is."""
+    parts = structured(text) if '"type"' in text or "'type'" in text else text
+    if isinstance(parts, list) and all(
+        isinstance(part, Mapping) and part.get("type") in (*_TEXT_PARTS, *_IMAGE_PARTS)
+        for part in parts
+    ):
+        return parts
+    return text
+
+
 def _part(part: Any, role: str, where: str) -> Iterator[str | Picture]:
     """A text or picture of a typed content: OpenAI's, transformers', TRL's, Qwen's."""
     if isinstance(part, str):
@@ -196,19 +188,36 @@ def _part(part: Any, role: str, where: str) -> Iterator[str | Picture]:
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind is None and isinstance(part, Mapping):  # Qwen-VL: {"text": ...} or {"image": ...}
         kind = next((k for k in ("text", "image", "image_url") if not is_absent(part.get(k))), None)
-    if kind in ("text", "input_text", "output_text") and isinstance(part.get("text"), str):
+    if kind in (*_TEXT_PARTS, *_IMAGE_PARTS):
+        check_switches(present(part), where)
+    if kind in _TEXT_PARTS and isinstance(part.get("text"), str):
         yield from _split(part["text"], role)
-    elif kind in ("image", "image_url", "input_image"):
-        named = {k: v for k, v in part.items() if k in (*vocabulary.IMAGES, "url", "path")}
-        sources = [s for v in named.values() for s in sources_of(v, f"{where}: its picture")]
-        if len(sources) > 1:
-            raise InputError(f"{where} has a part with {len(sources)} pictures; give one a part")
-        yield Picture(*sources)
+    elif kind in _IMAGE_PARTS:
+        yield _picture({k: v for k, v in part.items() if not is_absent(v)}, where)
+    elif kind in _TEXT_PARTS:
+        raise InputError(f"{where} has a text part with {_keys(part)}, expected 'text' and a text")
     else:
         raise InputError(
             f"{where} has a part of type {str(kind)[:40]!r}, expected text or image: video, sound "
             "and tools are not read"
         )
+
+
+def _picture(part: Mapping[str, Any], where: str) -> Picture:
+    named = {k: v for k, v in part.items() if k in (*vocabulary.IMAGES, *_SOURCES)}
+    sources = [source for v in named.values() for source in sources_of(v, f"{where}: its picture")]
+    if len(sources) > 1:
+        raise InputError(f"{where} has a part with {len(sources)} pictures; give one a part")
+    others = {k: v for k, v in part.items() if k not in ("type", "text") and isinstance(v, str)}
+    if not sources and others.keys() - _OF_A_PLACEHOLDER:
+        raise InputError(
+            f"{where} has an image part with {_keys(part)}, expected 'image', 'url', 'path' or none"
+        )
+    return Picture(*sources)
+
+
+def _keys(part: Mapping[str, Any]) -> str:
+    return ", ".join(repr(key) for key, value in part.items() if not is_absent(value))
 
 
 def _split(text: str, role: str) -> Iterator[str | Picture]:

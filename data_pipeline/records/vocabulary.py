@@ -8,11 +8,11 @@ ms-swift, LLaMA-Factory, TRL, FineVision, The Cauldron, VQAv2, ImageFolder (Hugg
 from data_pipeline.images import IMAGE_SUFFIXES
 
 TURNS = ("messages", "conversations", "conversation", "texts")
-QUESTION = ("question", "query", "prompt", "instruction", "problem")
+QUESTION = ("question", "questions", "query", "prompt", "instruction", "problem")
 ANSWER = ("answer", "response", "output", "completion", "solution", "multiple_choice_answer")
 ANSWERS = ("answers",)
 CHOICES = ("choices", "options")
-CAPTION = ("caption", "text")
+CAPTION = ("caption", "text", "caption_str")
 MORE_QUESTION = ("input",)
 """Alpaca's second half of an instruction."""
 
@@ -21,7 +21,9 @@ IMAGES = (
     *("image", "images", "image_path", "image_paths", "image_file", "image_files", "img", "imgs"),
     *("image_url", "image_urls", "img_path", "picture", "pictures", "photo", "file_name"),
 )
-ID = ("id", "sample_id", "question_id", "uid", "uuid")
+
+ALIKE = (TURNS, QUESTION, (*ANSWER, *ANSWERS), CHOICES, CAPTION, SYSTEM, IMAGES)
+"""Keys for the same: where --map says which of them is meant, the others are metadata."""
 
 MEDIA = (
     *("video", "videos", "video_path", "video_paths", "video_url", "video_file", "clip", "clips"),
@@ -43,11 +45,12 @@ CONTENT = ("content", "value", "text")
 ROLES = {
     **dict.fromkeys(("user", "human"), "user"),
     **dict.fromkeys(("assistant", "gpt", "model", "bot", "chatgpt"), "assistant"),
-    "system": "system",
+    **dict.fromkeys(("system", "developer"), "system"),
 }
 
 MEDIA_SUFFIXES = (
     *(*sorted(IMAGE_SUFFIXES), ".heic", ".heif", ".jxl", ".svg", ".pdf"),
+    *(".ico", ".tga", ".psd", ".pcx", ".exr", ".dng", ".icns", ".qoi"),
     *(".mp4", ".avi", ".mkv", ".mov", ".webm", ".wav", ".mp3", ".flac", ".ogg", ".m4a"),
 )
 """A value that ends in one of these names a media file, whatever its key."""

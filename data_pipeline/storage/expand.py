@@ -2,6 +2,7 @@
 
 import glob
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -9,8 +10,10 @@ from braceexpand import braceexpand
 
 from data_pipeline.errors import InputError
 from data_pipeline.storage.shard import Shard, is_http
+from data_pipeline.walk import walk
 
 Patterns = str | Sequence[str]
+_PACKED = re.compile(r".+\.(tgz|tar\.\w+)", re.IGNORECASE).fullmatch
 _PACKED_ADVICE = "shards are uncompressed tar files: gunzip a .tar.gz first"
 
 
@@ -74,12 +77,22 @@ def _local_matches(text: str) -> list[Shard]:
     raise InputError(f"the shard {text} does not exist; give a folder, a glob or existing paths")
 
 
+def passed_over(patterns: Patterns) -> list[str]:
+    """What folders of shards hold beside the shards that are taken: packed ones, subfolders."""
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    folders = [Path(text).expanduser() for text in patterns if "://" not in text]
+    there = [(folder, _what_is_there(folder)) for folder in folders if folder.is_dir()]
+    return [f"{folder} holds other shards, passed over{what}" for folder, what in there if what]
+
+
 def _what_is_there(folder: Path) -> str:
-    """What a folder without shards holds, for the message: packed ones, or those of subfolders."""
-    packed = sorted(p.name for p in folder.iterdir() if ".tar." in p.name or p.suffix == ".tgz")
+    """What a folder holds that may be shards, for a message: packed ones, or those below."""
+    packed = sorted(p.name for p in folder.iterdir() if _PACKED(p.name))
     if packed:
-        return f", but {packed[0]}: {_PACKED_ADVICE}"
-    below = sorted({str(p.parent) for p in folder.rglob("*.tar")})
+        more = f" and {len(packed) - 1} more" if len(packed) > 1 else ""
+        return f", but {packed[0]}{more}: {_PACKED_ADVICE}"
+    tars, _ = walk(folder, lambda path: path.suffix.lower() == ".tar")
+    below = sorted({str(path.parent) for path in tars} - {str(folder)})
     if below:
         more = f" and {len(below) - 3} more" if len(below) > 3 else ""
         return f"; name the folders that hold some: {', '.join(below[:3])}{more}"
