@@ -16,6 +16,7 @@ from data_pipeline.index import Index, build_index, load_index
 from data_pipeline.index.index_shard import index_shard
 from data_pipeline.index.tar import ShardFault
 from data_pipeline.storage import ReadAhead, Shard, Storage
+from data_pipeline.storage.expand import passed_over
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer
 from tests.data_pipeline.small_tokenizers import save_sentencepiece
 
@@ -71,6 +72,8 @@ RECORDS: dict[str, dict[str, Any]] = {
         "json": {"images": ["1.png"], "conversations": said("What?", "Red.")},
     },
     "vqa": {"gif": picture(7, 4, "GIF"), "json": {"question": "What?", "answer": "Red.", "id": 3}},
+    "cased": {"jpg": picture(7, 4), "json": {"Question": "What?", "Answer": "Red."}},
+    "prompted": {"jpg": picture(7, 4), "json": {"prompt": "What?", "response": "Red."}},
     "strings": {
         "JPG": picture(7, 4),
         "JSON": {
@@ -106,7 +109,7 @@ def test_records_in_place(tmp_path: Path, tokenizer: Tokenizer) -> None:
         assert index.read_images(number)[0] in members.values()
         assert index.text_tokens[number] == index.text_tokens[0]
     assert index.read_sample(3)["metadata"] == {"id": 3}
-    assert index.read_sample(4)["metadata"] == {"source": "ours"}
+    assert index.read_sample(6)["metadata"] == {"source": "ours"}
     assert index.totals["unused_images"] == 1
 
 
@@ -130,6 +133,21 @@ FAULTS: dict[str, tuple[dict[str, Any], str, str]] = {
         {"mp4": b"x", "json": {"conversations": said("What?", "A ball.")}},
         "media that is not read",
         "a member film.mp4",
+    ),
+    "drawing": (
+        {"svg": b"<svg/>", "txt": b"A cat."},
+        "media that is not read",
+        "drawing.svg is of a kind that is not read",
+    ),
+    "pointer": (
+        {"jpg": b"version https://git-lfs.github.com/spec/v1", "txt": b"A cat."},
+        "unreadable image",
+        "git lfs pull",
+    ),
+    "id": (
+        {"json": {"image_id": 7, "question": "What?", "answer": "Red."}},
+        "unusable text",
+        "'image_id', which is or names media",
     ),
     "sound": ({"wav": b"x", "txt": b"A word."}, "media that is not read", "a member sound.wav"),
     "key": (
@@ -196,6 +214,46 @@ def test_what_systems_leave_behind_is_no_sample(
     assert index.bad == []
     assert "members passed over, of no sample" in (printed := capsys.readouterr().out)
     assert ".jpg 3, .txt 3" in printed and "hidden 2" in printed
+
+
+def test_what_tells_of_the_data_is_no_sample(
+    tmp_path: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Unless it is one: a key that begins with "_", and a README that holds messages."""
+    picture_and_text = {"jpg": picture(), "txt": b"A cat."}
+    index = index_of(
+        tmp_path,
+        tokenizer,
+        {
+            "a": picture_and_text,
+            "_b": picture_and_text,
+            "c/readme": {"json": {"messages": said("Hi", "Ho")}},
+            **{"README": {"md": b"x"}, "deep/LICENSE": {"txt": b"x"}, "_stats": {"json": {"a": 1}}},
+            "dataset_info": {"json": {"features": {}}},
+            **{"__meta__": {"json": {"messages": []}}, "__x__": picture_and_text},
+            **{"Thumbs": {"db": b"x"}, "orphan": {"txt": b"A dog."}},
+        },
+    )
+    assert index.keys.tolist() == ["a", "_b", "c/readme"]
+    assert [bad.key for bad in index.bad] == ["orphan"]
+    printed = capsys.readouterr().out
+    for name in ("README.md", "LICENSE.txt", "_stats.json", "dataset_info.json", "__meta__.json"):
+        assert f"{name} 1" in printed
+    assert "__x__.jpg 1" in printed and ".db 1" in printed
+
+
+def test_other_shards_beside_those_that_are_read(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    index_of(tmp_path, tokenizer, {"a": RECORDS["llava"]})
+    assert passed_over(str(tmp_path)) == []
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "0.tar").rename(tmp_path / "deep" / "0.tar")
+    with pytest.raises(InputError, match=rf"name the folders that hold some: {tmp_path}/deep"):
+        build_index(str(tmp_path), tokenizer, CHAT)
+    (tmp_path / "1.tar").write_bytes((tmp_path / "deep" / "0.tar").read_bytes())
+    assert f"hold some: {tmp_path}/deep" in passed_over([str(tmp_path)])[0]
+    (tmp_path / "2.tgz").write_bytes(b"\x1f\x8b")
+    (tmp_path / "3.TAR.GZ").write_bytes(b"\x1f\x8b")
+    assert "but 2.tgz and 1 more" in passed_over([str(tmp_path), "s3://bucket/{0..2}.tar"])[0]
 
 
 def test_pictures_that_do_not_decode(tmp_path: Path, tokenizer: Tokenizer) -> None:

@@ -78,6 +78,15 @@ def test_long_names(kind: str, tmp_path: Path) -> None:
     assert [(m.name, m.size) for m in scan_tar(path)] == [(name, 1), ("after.json", 2)]
 
 
+def test_a_volume_label_is_no_member(tmp_path: Path) -> None:
+    label = tarfile.TarInfo("backup.1")
+    label.type = b"V"
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.GNU_FORMAT) as tar:
+        tar.addfile(label)
+        tar.addfile(tarfile.TarInfo("a.json"))
+    assert [member.name for member in scan_tar(tmp_path / "a.tar")] == ["a.json"]
+
+
 def test_names_that_are_not_utf8(tmp_path: Path) -> None:
     with tarfile.open(
         tmp_path / "a.tar", "w", format=tarfile.GNU_FORMAT, encoding="latin-1"
@@ -165,7 +174,9 @@ def test_what_is_no_tar(tmp_path: Path) -> None:
     bad_pax = make_tar(path, [("é" * 60, b"x")], "pax").read_bytes().replace(b" path=", b"xpath=")
     for data, reason in [
         (b"", "is empty"),
-        (b"\x1f\x8b" * 400, "is not an uncompressed tar file"),
+        (b"\x1f\x8b" * 400, "is not an uncompressed tar file but a packed one"),
+        (b"\x1f\x8b" * 40, "is not an uncompressed tar file but a packed one"),
+        (b"version https://git-lfs.github.com/spec/v1", "pointer of Git LFS.*git lfs pull"),
         (whole[:1024] + b"junk" * 128, "is damaged: no valid tar header"),
         (whole + whole, "goes on after its end marker"),
         (sparse + bytes(1024), "sparse"),

@@ -1,6 +1,8 @@
 """A source is told by its content: lists of datasets, ImageFolders, captioned folders, records."""
 
+import base64
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -50,7 +52,7 @@ def test_a_captioned_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         *(("e.txt", "large"), ("f.png.txt", "double"), ("g.txt", " "), ("orphan.txt", "no image")),
     ):
         (source / name).write_bytes(text.encode())
-    (source / "g.json").write_text('{"Caption": "in JSON"}')
+    (source / "g.json").write_text('{"Caption": ["in JSON"]}')
     (source / "h.txt").write_text("animated")
     (source / "i.svg").write_text("<svg/>")
     (source / "i.txt").write_text("not read")
@@ -142,6 +144,43 @@ def test_a_list_of_datasets(name: str, tmp_path: Path) -> None:
     assert list(settings.data.sources) == ["first", "second"]
 
 
+def test_a_list_goes_on_where_it_was_killed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Typed again, the command keeps what is finished, and says so; other settings are named."""
+    for name in ("first", "second"):
+        (tmp_path / f"{name}.json").write_text(json.dumps(llava("")))
+    listed = {name: {"root": "", "annotation": f"{name}.json"} for name in ("first", "second")}
+    (tmp_path / "meta.json").write_text(json.dumps(listed))
+    out = tmp_path / "out"
+    command = [str(tmp_path / "meta.json"), str(out)]
+    assert main(command) == 0
+    whole = (out / "mixture.yaml").read_bytes()
+    made = (out / "first" / "000000.tar").stat().st_mtime_ns
+    shutil.rmtree(out / "second")  # as if killed before it and the section
+    (out / "mixture.yaml").unlink()
+    capsys.readouterr()
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert "first: kept" in printed and "second: kept" not in printed
+    assert (out / "first" / "000000.tar").stat().st_mtime_ns == made
+    assert (out / "mixture.yaml").read_bytes() == whole and (out / "second").is_dir()
+    for options, differing in (
+        (["--samples-per-shard", "7"], "samples_per_shard was 2000, now 7"),
+        (["--ignore", "source"], r"ignore was \[\], now \['source'\]"),
+    ):
+        with pytest.raises(InputError, match=rf"first is there .*{differing}.*--overwrite"):
+            main([*command, *options])
+    (tmp_path / "second.json").write_text(json.dumps(llava("", "")))
+    with pytest.raises(InputError, match=r"second is there .*source_bytes was"):
+        main(command)
+    assert main([*command, "--overwrite"]) == 0
+    assert len(read_shards(out / "second")) == 2
+    (out / "first" / "prepare.json").write_text("{")
+    with pytest.raises(InputError, match=r"prepare\.json is damaged; remove"):
+        main(command)
+
+
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
@@ -176,12 +215,14 @@ def test_too_many_left_out_is_an_exit_status(tmp_path: Path) -> None:
 
 def test_paths_of_pictures(tmp_path: Path) -> None:
     images = tmp_path / "images"
-    picture(images / "sub" / "a.png")
+    inside = base64.b64encode(picture(images / "sub" / "a.png").read_bytes()).decode()
     (tmp_path / "link").symlink_to(images)
     names = [
         *("sub/a.png", "./sub/a.png", "sub//a.png", "sub/../sub/a.png", "sub\\a.png"),
         *(str(images / "sub" / "a.png"), f"file://{images}/sub/a.png"),
         str(tmp_path / "link" / "sub" / "a.png"),
+        *(f"file://localhost{images}/sub/a.png", f"file://{images}/s%75b/a.png"),
+        *(f"data:image/png;base64,{inside[:9]}\n{inside[9:]}", inside),
     ]
     (tmp_path / "data.json").write_text(json.dumps(llava(*names)))
     arguments = [str(tmp_path / "data.json"), str(tmp_path / "out")]

@@ -1,5 +1,7 @@
 """Records as people have them: the same messages from every form, nothing lost or invented."""
 
+import csv
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -85,12 +87,34 @@ ALIKE: dict[str, dict[str, Any]] = {
             {"role": "assistant", "content": "Red."},
         ]
     },
+    "typed content as text": {
+        "messages": [
+            {"role": "user", "content": json.dumps([{"type": "image"}, text("What?")])},
+            {"role": "assistant", "content": repr([text("Red.")]), "weight": "1.0"},
+        ],
+        "train": "train",
+        "image": "a.png",
+    },
     "Qwen-VL": {
         "messages": [
             {"role": "user", "content": [{"image": "a.png"}, {"text": "What?"}]},
             {"role": "assistant", "content": [{"text": "Red."}]},
         ]
     },
+    "Anthropic": {
+        "messages": [
+            {
+                "role": "user",
+                "content": [{"type": "image", "source": {"data": "a.png"}}, text("What?")],
+            },
+            {"role": "assistant", "content": "Red."},
+        ]
+    },
+    "a list printed into a cell": {
+        "images": "['a.png']",
+        "conversations": repr(said("<image>What?", "Red.")),
+    },
+    "questions and answers": {"image": "a.png", "questions": ["What?"], "answers": ["Red."]},
     "a picture inside a turn": {
         "conversations": [{**said("<image>What?")[0], "image": "a.png"}, said("", "Red.")[1]]
     },
@@ -135,6 +159,18 @@ def test_other_questions() -> None:
     for answer in ("a dog", "B", "(b)", "1"):
         record = {"question": "Which?", "options": ["a cat", "a dog"], "answer": answer}
         assert parse_record(record).messages == chosen.messages
+    lettered = {"question": "Which?", "A": "a cat", "B": "a dog", "C": None, "answer": "B"}
+    assert parse_record(lettered).messages == chosen.messages
+    own = {"question": "Which?", "options": "['A. a cat', 'B. a dog']", "answer": "B"}
+    assert parse_record(own).messages == chosen.messages
+    plain = {"question": "[1, 2]", "answer": "[2, 1]"}
+    assert parse_record(plain).messages[1] == turn("assistant", text("[2, 1]"))
+    most = parse_record({"question": "?", "answers": ["a", "b", "b"]})
+    assert most.messages[1] == turn("assistant", text("b"))
+    hinted = parse_record({"question": "?", "hint": "H", "answer": "A"}, renamed={"input": "hint"})
+    assert hinted.messages[0] == turn("user", text("?\nH"))
+    meant = {"question": "?", "answer": "A", "solution": "Because."}
+    assert parse_record(meant, renamed={"answer": "answer"}).metadata == {"solution": "Because."}
     alpaca = parse_record({"instruction": "Add.", "input": "1 2", "output": "3", "history": []})
     assert alpaca.messages == [turn("user", text("Add.\n1 2")), turn("assistant", text("3"))]
     caption = parse_record({"file_name": "a.png", "text": " A cat. "})
@@ -190,6 +226,14 @@ def test_keys_that_nobody_foresaw() -> None:
         parse_record(record, renamed={"answer": "tag"})
 
 
+ANSWER = {"role": "assistant", "content": "A."}
+BOX = {"content": "At <bbox>."}
+
+
+def asked_by(part: Any) -> dict[str, Any]:
+    return {"role": "user", "content": [part]}
+
+
 @pytest.mark.parametrize(
     ("record", "expected"),
     [
@@ -207,7 +251,34 @@ def test_keys_that_nobody_foresaw() -> None:
         ({"rejected_response": "B", "messages": said("?", "A.")}, "'rejected_response', which"),
         ({"document": "a.pdf", "question": "?", "answer": "A."}, "'document', which is or names"),
         ({"scan": "a.JFIF", "question": "?", "answer": "A."}, "'scan', which is or names"),
+        ({"image_id": 7, "question": "?", "answer": "A."}, "'image_id', .*--map image=image_id"),
+        ({"imageURL": "x", "question": "?", "answer": "A."}, "'imageURL', which is or names"),
+        (
+            {"messages": [{"role": "user", "content": "?", "shot": "a.png"}, ANSWER]},
+            "turn 0 has 'shot', which is or names media",
+        ),
+        ({"messages": [asked_by({"type": "image", "value": "a"}), ANSWER]}, "an image part with"),
+        ({"messages": [asked_by({"type": "text", "value": "a"}), ANSWER]}, "a text part with 'ty"),
+        (
+            {"messages": [asked_by({"type": "text", "text": "?", "loss": False}), ANSWER]},
+            "turn 0 has 'loss': False",
+        ),
+        (
+            {"objects": {"bbox": [[1]]}, "messages": [asked_by("Where?"), {**ANSWER, **BOX}]},
+            "'objects' for <bbox>",
+        ),
+        ({"question": "?", "answers": {"text": ["A"]}}, "'answers' is of type dict"),
+        ({"question": "?", "answers": ["A", None]}, "'answers' holds an answer that is null"),
+        ({"question": ["?", "!"], "answer": ["A"]}, "2 questions and 'answer' 1 answers"),
+        ({"question": "?", "answer": 1, "choices": ["1", "2"]}, "choice 1, from 0, or its text"),
+        ({"question": "?", "answer": "A", "A": "x", "C": "y"}, "choices A, C: one between"),
+        ({"question": "?", "answer": "A", "A": "x", "B": "y", "options": ["x", "z"]}, "both hold"),
+        ({"question": "?", "answer": "A", "solution": "B"}, "--map answer=answer which is meant"),
+        ({"question": "?", "label": "A"}, "found 'question', 'label'; --map answer=NAME"),
+        ({"role": "x", "messages": [{"role": "user", "from": "human"}]}, "both hold the role of"),
         ({"loss": False, "conversations": said("?", "A.")}, "'loss': False, but every"),
+        ({"weight": "0.5", "conversations": said("?", "A.")}, "'weight': 0.5, but every"),
+        ({"train": "False", "conversations": said("?", "A.")}, "'train': False, but every"),
         ({"weight": 0.5, "conversations": said("?", "A.")}, "'weight': 0.5, but every"),
         ({"rejected": "B.", "question": "?", "answer": "A."}, "'rejected', which is not read"),
         ({"question": "?"}, "there is no answer"),
@@ -231,8 +302,16 @@ def test_what_cannot_be_read_is_refused_by_name(record: Any, expected: str) -> N
         parse_record(record)
 
 
-CLAIMS = ("<image>", "<video>", "<Audio>", "<img>a/b.jpg</img>", "<|vision_start|>", "<image_1>")
-NO_CLAIMS = ("a < b", "[IMAGE]", "<img></img><IMG_CONTEXT>", "<img src='a.png'>", "<im", "<p>x</p>")
+CLAIMS = (
+    *("<image>", "<video>", "<Audio>", "<img>a/b.jpg</img>", "<|vision_start|>", "<image_1>"),
+    *("<|image_1|>", "<ImageHere>", "[IMG]", "<image_placeholder>", "<image-placeholder>"),
+    *("<|image|>", "<start_of_image>", "<|begin_of_image|>", "<im_patch>", "<vila/image>"),
+    *("< image >", "<image/>", "<image_soft_token>"),
+)
+NO_CLAIMS = (
+    *("a < b", "[IMAGE]", "<imagery>", "image>", "<image href='a'>", "![a](b.png)", "<im"),
+    *("<img></img><IMG_CONTEXT>", "<img src='a.png'>", "<p>x</p>"),
+)
 
 
 @pytest.mark.parametrize("claim", CLAIMS)
@@ -271,6 +350,12 @@ def conversations(draw: st.DrawFn) -> list[Turn]:
                 number += 1
         turns += [turn("user", *parts), turn("assistant", text(draw(words)))]
     return turns
+
+
+FILES = (
+    *("list.json", "lines.jsonl", "misnamed.jsonl", "under_ids.json", "lines.jsonl.gz"),
+    *("table.parquet", "table.arrow", "table.csv", "table.tsv"),
+)
 
 
 def as_string(parts: list[dict[str, str]]) -> str:
@@ -326,11 +411,24 @@ def test_every_kind_of_file_gives_the_same_records(
     folder = tmp_path_factory.mktemp("files")
     for name in ("llava", "strings", "pairs"):
         records = [forms(turns)[name] for turns in several]
+        numbered = list(enumerate(records))
         (folder / "list.json").write_text(json.dumps(records))
         (folder / "lines.jsonl").write_text("\n".join(map(json.dumps, records)))
         (folder / "misnamed.jsonl").write_text(json.dumps(records, indent=1))
-        pq.write_table(pa.Table.from_pylist(records), folder / "table.parquet")
-        for file in ("list.json", "lines.jsonl", "misnamed.jsonl", "table.parquet"):
+        (folder / "under_ids.json").write_text(json.dumps({f"n{i}": r for i, r in numbered}))
+        (folder / "lines.jsonl.gz").write_bytes(
+            gzip.compress((folder / "lines.jsonl").read_bytes())
+        )
+        table = pa.Table.from_pylist(records)
+        pq.write_table(table, folder / "table.parquet")
+        with pa.ipc.new_stream(str(folder / "table.arrow"), table.schema) as writer:
+            writer.write_table(table)
+        for suffix, delimiter, as_text in (("csv", ",", json.dumps), ("tsv", "\t", repr)):
+            with (folder / f"table.{suffix}").open("w", newline="") as text:
+                cells = csv.DictWriter(text, list(records[0]), delimiter=delimiter)
+                cells.writeheader()
+                cells.writerows({k: as_text(v) for k, v in r.items()} for r in records)
+        for file in FILES:
             entries = list(read_entries(folder / file))
             assert [parse_record(e.value).messages for e in entries] == several, (name, file)
 
@@ -347,7 +445,8 @@ def test_csv_and_its_faults(tmp_path: Path) -> None:
     ("name", "content", "expected"),
     [
         ("a.json", "[]".encode("utf-16"), "UTF-16"),
-        ("a.json.gz", b"\x1f\x8b", "unpack it first"),
+        ("a.json.gz", b"\x1f\x8b", "cannot be read to its end"),
+        ("a.zip", b"PK", "unpack it first"),
         ("a.txt", b"[]", "expected one of .json"),
         ("a.json", b'{"a": 1}', "holds one JSON dict"),
         ("a.json", b'[{"a": 1},]', "a.json:1:"),
