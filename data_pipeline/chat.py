@@ -148,19 +148,19 @@ def check_sample(messages: Any, checked: bool = False) -> None:
     if messages[-1]["role"] != "assistant":
         raise InputError("the last turn is not the assistant's: there is no answer to learn from")
     for number, turn in enumerate(messages):
-        role, where = turn["role"], f"turn {number}"
-        texts = [part["text"] for part in turn["content"] if part["type"] == "text"]
-        images = len(turn["content"]) - len(texts)
+        role, content = turn["role"], turn["content"]
+        texts = [part["text"] for part in content if part["type"] == "text"]
+        images = len(content) - len(texts)
         said = texts[0] if len(texts) == 1 else "".join(texts)
         is_empty = not said or said.isspace()
         if role == "assistant":
             if is_empty:
-                raise InputError(f"{where} is an empty answer; leave the sample out")
+                raise InputError(f"turn {number} is an empty answer; leave the sample out")
             continue
         if role == "user" and not images and is_empty:
-            raise InputError(f"{where} has no user text and no image; leave the sample out")
+            raise InputError(f"turn {number} has no user text and no image; leave the sample out")
         for text in texts:
-            check_no_claim(text, where, images)
+            check_no_claim(text, f"turn {number}", images)
 
 
 def _render(messages: Messages, tokenizer: Tokenizer, settings: ChatSettings) -> TokenizedChat:

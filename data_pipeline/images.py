@@ -6,6 +6,7 @@ adds it.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from io import BytesIO
 
 from PIL import Image
@@ -28,6 +29,7 @@ IMAGE_SUFFIXES = frozenset(
 )
 
 
+@lru_cache(maxsize=4096)  # asked of every member of a shard: the same few
 def has_image_suffix(name: str) -> bool:
     """Whether a file's name ends as those of a format that is read, in any case."""
     return f".{name.rpartition('.')[2].lower()}" in IMAGE_SUFFIXES

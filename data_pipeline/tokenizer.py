@@ -138,7 +138,8 @@ class SentencePieceTokenizer(Tokenizer):
         self.pad_id = pad if pad >= 0 else self.end_of_turn_id
 
     def _encode_raw(self, text: str) -> list[int]:
-        return list(self._pieces.encode(text))
+        ids: list[int] = self._pieces.encode(text)
+        return ids
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         names = {value: name for name, value in self._special_ids.items()}

@@ -8,6 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 LEFT_BEHIND = frozenset(
@@ -29,6 +30,7 @@ def is_about_the_data(name: str) -> bool:
     return stem in _DOCUMENTS or stem.startswith("_")
 
 
+@lru_cache(maxsize=4096)  # asked of every member of a shard
 def is_left_behind(folder: str) -> bool:
     """Whether a folder, named with "/", is or lies in a hidden one or one of `LEFT_BEHIND`."""
     return any(

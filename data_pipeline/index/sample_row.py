@@ -28,6 +28,10 @@ _TOLD_BY = frozenset((*vocabulary.TURNS, "question", "questions", "query"))
 """Not "prompt" and the like, which stand beside captions too."""
 
 
+_Read = tuple[Member, bytes]
+"""A member and its bytes."""
+
+
 class SampleFault(InputError):
     """A sample cannot be used; `fault` is the kind of it, for the summary."""
 
@@ -89,7 +93,7 @@ class SampleReader:
             )
         # Outside: a store that fails says nothing about the sample.
         texts = {
-            name: self._read_text(member)
+            name: (member, self._read_text(member))
             for name in ("json", "txt")
             if (member := group.find(name)) is not None
         }
@@ -108,7 +112,7 @@ class SampleReader:
         used = {image.offset for image in images}
         return Row(
             *(text.kind, text.member.offset, text.member.size, zlib.crc32(text.data)),
-            *(len(tokens.input_ids), sum(tokens.supervised)),
+            *(len(tokens.input_ids), tokens.supervised.count(True)),
             images,
             unused_images=len({group.members[n].offset for n in _pictures(group)} - used),
         )
@@ -136,10 +140,10 @@ class SampleReader:
         return ImageRow(member.offset, member.size, zlib.crc32(data), width, height)
 
 
-def _text(key: str, group: SampleMembers, texts: Mapping[str, bytes]) -> _Text:
+def _text(key: str, group: SampleMembers, texts: Mapping[str, _Read]) -> _Text:
     """What is learned from a sample: messages or a record, else a caption in txt or JSON."""
-    json, txt = group.find("json"), group.find("txt")
-    data, content = texts.get("json", b""), None
+    json, data = texts.get("json", (None, b""))
+    txt, content = texts.get("txt"), None
     if json is not None:
         try:
             content = parse_json(data)
@@ -167,7 +171,7 @@ def _text(key: str, group: SampleMembers, texts: Mapping[str, bytes]) -> _Text:
         )
     if len(pictures) > 1:
         raise InputError(f"there is one caption for several images: {', '.join(pictures)}")
-    return _caption(txt, json, texts, content, pictures)
+    return _caption(txt, texts.get("json"), content, pictures)
 
 
 def _is_record(content: Mapping[str, Any], alone: bool) -> bool:
@@ -179,9 +183,8 @@ def _is_record(content: Mapping[str, Any], alone: bool) -> bool:
 
 
 def _caption(
-    txt: Member | None,
-    json: Member | None,
-    texts: Mapping[str, bytes],
+    txt: _Read | None,
+    json: _Read | None,
     content: dict[str, Any] | None,
     pictures: Sequence[str],
 ) -> _Text:
@@ -189,8 +192,8 @@ def _caption(
     problem: InputError | None = None
     if txt is not None:
         try:
-            messages = caption_messages(CAPTIONED_IMAGE, caption_of_text(texts["txt"]))
-            return _Text(CAPTION_TEXT, txt, texts["txt"], messages, pictures)
+            messages = caption_messages(CAPTIONED_IMAGE, caption_of_text(txt[1]))
+            return _Text(CAPTION_TEXT, *txt, messages, pictures)
         except InputError as error:
             problem = error
     if json is None or content is None:
@@ -200,7 +203,7 @@ def _caption(
         messages = caption_messages(CAPTIONED_IMAGE, caption_of_metadata(content))
     except InputError as error:
         raise problem or error from error
-    return _Text(CAPTION_JSON, json, texts["json"], messages, pictures)
+    return _Text(CAPTION_JSON, *json, messages, pictures)
 
 
 def _of_json(

@@ -6,7 +6,6 @@ ustar, GNU long names and large sizes, PAX names and sizes. It is stricter on pu
 without its end marker is reported as truncated, where `tarfile` returns what came before.
 """
 
-import re
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -17,13 +16,12 @@ from data_pipeline.errors import InputError
 from data_pipeline.files import LFS_POINTER
 from data_pipeline.images import has_image_suffix
 from data_pipeline.storage import ReadAhead
-from data_pipeline.walk import is_about_the_data, is_left_behind
+from data_pipeline.walk import LEFT_BEHIND, is_about_the_data, is_left_behind
 
 _BLOCK = 512
 _NO_TAR = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", LFS_POINTER)  # of packed files
 _ZEROS = bytes(_BLOCK)
 _PAX_KEYS = (b"path", b"size")
-_WEBDATASET_META = re.compile("__.*__").fullmatch  # __meta__.json: readers pass it over
 _ADLER = 65521  # Adler-32 knows sums modulo this prime
 _REWRITE = "write or copy it again"
 
@@ -87,7 +85,7 @@ def group_samples(
     for member in members:
         folder, slash, file_name = member.name.rpartition("/")
         stem, _, suffix = file_name.partition(".")
-        if not stem or not suffix or _WEBDATASET_META(stem) or is_left_behind(member.name):
+        if not stem or not suffix or _is_meta(stem) or _is_left(folder, file_name):
             if passed is not None:
                 passed[_kind(file_name, stem, suffix)] += 1
             continue
@@ -105,9 +103,18 @@ def group_samples(
         yield key, groups[key]
 
 
+def _is_meta(stem: str) -> bool:
+    """Whether a member is webdataset's own, as __meta__.json, which its readers pass over."""
+    return len(stem) > 3 and stem.startswith("__") and stem.endswith("__")
+
+
+def _is_left(folder: str, file_name: str) -> bool:
+    return is_left_behind(folder) or file_name in LEFT_BEHIND
+
+
 def _kind(file_name: str, stem: str, suffix: str) -> str:
     """What a member of no sample is counted under: documents and metadata by name."""
-    if stem and (not suffix or _WEBDATASET_META(stem)):
+    if stem and (not suffix or _is_meta(stem)):
         return file_name if is_about_the_data(file_name) else "no suffix"
     return f".{suffix.lower()}" if stem else ""
 

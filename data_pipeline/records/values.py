@@ -10,13 +10,14 @@ from data_pipeline.errors import InputError
 
 Present = Mapping[str, list[tuple[Any, Any]]]
 """The keys of an object that hold something; see `present`."""
+_HOLDERS = (str, bytes, list, tuple, dict)
 
 
 def is_absent(value: Any) -> bool:
     """Whether a value says that there is nothing: null, NaN, "", an empty list or object."""
-    if isinstance(value, float):
-        return math.isnan(value)
-    return value is None or (isinstance(value, str | bytes | list | tuple | dict) and not value)
+    if isinstance(value, _HOLDERS):
+        return not value
+    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def describe(value: Any) -> str:
@@ -42,10 +43,9 @@ def first_of(
 
     InputError, naming them, if several are; `remedy` is the option that says which is meant.
     """
-    found = held.keys() & names
-    if not found:
+    entries = [entry for name in held if name in names for entry in held[name]]
+    if not entries:
         return None
-    entries = [entry for name in held if name in found for entry in held[name]]
     if len(entries) > 1:
         option = f", or say with {remedy} {names[0]}={entries[0][0]} which is meant"
         raise InputError(
