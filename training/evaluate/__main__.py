@@ -30,7 +30,8 @@ NO_COUNT_FITS = 1
 _DESCRIPTION = """\
 Score a model on held-out shards at several token counts. Answers must match
 exactly, or by what a sample's metadata name: "metric" is exact, anls, relaxed
-or choice, and "answers" lists further right answers.
+or choice (of the "choices" in metadata, or that the question lists), and
+"answers" lists further right answers.
 
     python -m training.evaluate MODEL data/digits/eval --num-image-tokens 4 16 64
     torchrun --nproc-per-node 8 -m training.evaluate MODEL SHARDS --out runs/evaluation
@@ -102,6 +103,8 @@ def _run(options: argparse.Namespace, budgets: list[ServingBudget], ranks: Ranks
     print(f"\n{text}\n")
     if too_long := {e["num_image_tokens"]: e["too_long"] for e in entries if e["too_long"]}:
         print(f"longer than the context, counted as wrong: {too_long}")
+    if ambiguous := {e["num_image_tokens"]: e["ambiguous"] for e in entries if e["ambiguous"]}:
+        print(f"answers that state several options, counted as wrong: {ambiguous}")
     if bad:
         print(f"{len(bad)} samples cannot be used, the first {bad[0]['name']}: {bad[0]['bad']}")
     for decision in decisions:

@@ -25,7 +25,8 @@ from data_pipeline.storage import Storage, StoreError
 from data_pipeline.tiling import TilingSettings
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer
 from training.evaluate.in_training import ALL
-from training.evaluate.scorers import EXACT, METRICS
+from training.evaluate.options import NO_OPTIONS, Options, options_in, options_of
+from training.evaluate.scorers import CHOICE, EXACT, METRICS, option_letter
 from training.generate import LoadedModel, user_errors
 
 MAX_ROWS = 32
@@ -37,7 +38,8 @@ class Example:
     """A sample's last answer, and what comes before it.
 
     chat: the prompt, up to the answer's first token. answer_ids: the reference, end of turn
-    included. tiles: per image, uint8 [tiles, 3, S, S]. bad: why it cannot be used, else None.
+    included. options: of multiple choice, label -> text. tiles: per image, uint8 [tiles, 3, S, S].
+    bad: why it cannot be used, else None.
     """
 
     sample: int
@@ -46,6 +48,7 @@ class Example:
     metric: str = EXACT
     references: list[str] = field(default_factory=list)
     has_alternatives: bool = False
+    options: Options = field(default_factory=lambda: NO_OPTIONS)
     chat: TokenizedChat = field(default_factory=lambda: TokenizedChat([], [], []))
     answer_ids: list[int] = field(default_factory=list)
     tiles: list[np.ndarray] = field(default_factory=list)
@@ -142,7 +145,7 @@ class HeldOut:
             image_tiles(data, (width, height), self.tiling, self.reduced_jpeg)
             for data, (width, height) in zip(images, sizes, strict=True)
         ]
-        said = "".join(part["text"] for part in content["messages"][-1]["content"])
+        said = _text(content["messages"][-1])
         others = metadata.get("answers") or []
         if not isinstance(others, list) or not all(isinstance(text, str) for text in others):
             raise InputError('metadata "answers" must be a list of texts')
@@ -153,6 +156,9 @@ class HeldOut:
             metric=metric,
             references=[said, *others],
             has_alternatives=any(text != said for text in others),
+            options=_options(metadata, content["messages"], said)
+            if metric == CHOICE
+            else NO_OPTIONS,
             chat=prompt,
             answer_ids=answer_ids,
             tiles=tiles,
@@ -162,8 +168,7 @@ class HeldOut:
         """InputError unless tokenizer and processor turn a few samples into the same ids."""
         for sample in self.samples[:: max(1, len(self.samples) // 4)][:4].tolist():
             messages = self.mixture.read_sample(sample)["messages"]
-            texts = ["".join(p.get("text", "") for p in turn["content"]) for turn in messages]
-            for text in texts:
+            for text in map(_text, messages):
                 part = {"type": "text", "text": text}
                 plain: list[dict[str, Any]] = [{"role": "user", "content": [part]}]
                 with user_errors():
@@ -177,6 +182,22 @@ class HeldOut:
                         f"indexed, gives other ids than {loaded.source}; index the shards with "
                         "the model's tokenizer"
                     )
+
+
+def _text(turn: dict[str, Any]) -> str:
+    return "".join(part.get("text", "") for part in turn["content"])
+
+
+def _options(metadata: dict[str, Any], messages: list[dict[str, Any]], said: str) -> Options:
+    """The options that the reference is one of; InputError if the metadata's do not have it."""
+    given = options_of(metadata)
+    listed = given or options_in(_text(messages[-2]))
+    if option_letter(said, listed):
+        return listed
+    if given:
+        names = ", ".join(f"{label}: {text}" for label, text in given.items())
+        raise InputError(f"the answer {said[:40]!r} is none of the choices {names[:200]}")
+    return NO_OPTIONS
 
 
 def split_answer(chat: TokenizedChat) -> tuple[TokenizedChat, list[int]]:

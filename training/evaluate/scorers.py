@@ -1,30 +1,34 @@
 """Scores in 0..1 of an answer, by the metric that its sample names in its metadata."""
 
-import re
 import string
 from collections.abc import Callable, Sequence
 
 from data_pipeline.errors import InputError
+from training.evaluate.multiple_choice import read_choice
+from training.evaluate.options import NO_OPTIONS, Options
 
 EXACT = "exact"
+CHOICE = "choice"
 ANLS_THRESHOLD = 0.5
 RELAXED_TOLERANCE = 0.05
 
-# A letter that stands alone: "B", "(B)", "B.", "Answer: B"; not the article in "A cat".
-_LETTER = re.compile(r"(?<![A-Za-z])\(?([A-Z])(?:\)|[.:,]|\s*$)")
 
-
-def score_text(metric: str, answer: str, references: Sequence[str]) -> float:
+def score_text(
+    metric: str, answer: str, references: Sequence[str], options: Options = NO_OPTIONS
+) -> float:
     """The best score of an answer over the references.
 
     Args:
         metric: a key of `METRICS`.
+        options: label -> text, of multiple choice.
 
     Raises:
         InputError: another metric.
     """
     if metric not in METRICS:
         raise InputError(f"metric is {metric!r}; use one of {', '.join(METRICS)}")
+    if metric == CHOICE:
+        return max(choice(answer, reference, options) for reference in references)
     return max(METRICS[metric](answer, reference) for reference in references)
 
 
@@ -34,12 +38,12 @@ def exact(answer: str, reference: str) -> float:
 
 
 def anls(answer: str, reference: str) -> float:
-    """Normalised Levenshtein similarity, 0 below one half (Biten et al., ICCV 2019)."""
+    """Normalised Levenshtein similarity, 0 up to one half (Biten et al., ICCV 2019)."""
     a, b = (" ".join(text.lower().split()) for text in (answer, reference))
     if not a and not b:
         return 1.0
     similarity = 1 - levenshtein(a, b) / max(len(a), len(b))
-    return similarity if similarity >= ANLS_THRESHOLD else 0.0
+    return similarity if similarity > ANLS_THRESHOLD else 0.0
 
 
 def relaxed(answer: str, reference: str) -> float:
@@ -52,11 +56,11 @@ def relaxed(answer: str, reference: str) -> float:
     return float(abs(found - wanted) <= RELAXED_TOLERANCE * abs(wanted))
 
 
-def choice(answer: str, reference: str) -> float:
-    """The same option: its letter where both have one, else the text but for case."""
-    found, wanted = option_letter(answer), option_letter(reference)
+def choice(answer: str, reference: str, options: Options = NO_OPTIONS) -> float:
+    """The same option; where the reference is none, the same text but for case and signs."""
+    wanted = option_letter(reference, options)
     if wanted is not None:
-        return float(found == wanted)
+        return float(option_letter(answer, options) == wanted)
     return float(_plain(answer) == _plain(reference))
 
 
@@ -64,17 +68,13 @@ METRICS: dict[str, Callable[[str, str], float]] = {
     EXACT: exact,
     "anls": anls,
     "relaxed": relaxed,
-    "choice": choice,
+    CHOICE: choice,
 }
 
 
-def option_letter(text: str) -> str | None:
-    """The option that an answer names: "B", "b", "(B) a dog", "The answer is B."; else None."""
-    stripped = text.strip()
-    if re.fullmatch(r"\(?[a-zA-Z][).:]?", stripped):
-        return stripped.strip("().:").upper()
-    match = _LETTER.search(stripped)
-    return match[1] if match else None
+def option_letter(text: str, options: Options = NO_OPTIONS) -> str | None:
+    """The label of the one option that an answer states, else None."""
+    return read_choice(text, options).label
 
 
 def levenshtein(a: str, b: str) -> int:

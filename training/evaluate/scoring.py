@@ -12,7 +12,8 @@ import torch
 
 from training.evaluate.examples import Example, HeldOut
 from training.evaluate.forced_decoding import forced_answer
-from training.evaluate.scorers import EXACT, score_text
+from training.evaluate.multiple_choice import read_choice
+from training.evaluate.scorers import CHOICE, EXACT, score_text
 from training.generate import LoadedModel, greedy_settings, user_errors
 
 Row = dict[str, Any]
@@ -120,8 +121,10 @@ class Scorer:
             elif example.metric == EXACT and not example.has_alternatives:
                 score = 0.0
             else:
-                score = score_text(example.metric, text, example.references)
+                score = score_text(example.metric, text, example.references, example.options)
             rows[example.sample] = {"score": score, "answer": text}
+            if example.metric == CHOICE:
+                rows[example.sample] |= vars(read_choice(text, example.options))
         return rows
 
     def _cut(self, ids: list[int]) -> tuple[list[int], bool]:

@@ -64,6 +64,7 @@ def summarise(
                 "samples": len(good),
                 **{name: float(values[i]) for name, values in overall.items()},
                 "too_long": sum(bool(row.get("too_long")) for row in own),
+                "ambiguous": sum(bool(row.get("ambiguous")) for row in own),
                 **_costs(loaded, own),
             }
         )
