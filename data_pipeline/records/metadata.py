@@ -26,8 +26,10 @@ def metadata_of(
     """The keys without content; InputError for one whose value names media that nothing shows."""
     kept: dict[str, Any] = {}
     read = _READ | {told_by.lower()}
+    if told_by.lower() in vocabulary.TURNS:  # a question lists them; turns say what they say
+        read -= {*vocabulary.CHOICES}
     for name, key, value in [(n, *entry) for n in held if n not in read for entry in held[n]]:
-        _check_shown(key, value, has_images, "the record")
+        _check_shown(key, value, has_images or name in vocabulary.CHOICES, "the record")
         if name == "metadata" and isinstance(value, Mapping):
             kept |= value
         else:

@@ -159,6 +159,8 @@ def test_other_questions() -> None:
     for answer in ("a dog", "B", "(b)", "1"):
         record = {"question": "Which?", "options": ["a cat", "a dog"], "answer": answer}
         assert parse_record(record).messages == chosen.messages
+    asked = {"conversations": said("Which?", "B"), "choices": ["a.png", "b.png"]}
+    assert parse_record(asked).metadata == {"choices": ["a.png", "b.png"]}
     lettered = {"question": "Which?", "A": "a cat", "B": "a dog", "C": None, "answer": "B"}
     assert parse_record(lettered).messages == chosen.messages
     own = {"question": "Which?", "options": "['A. a cat', 'B. a dog']", "answer": "B"}

@@ -80,6 +80,8 @@ def write_shards(out: Path, samples: int) -> None:
             answer, images = name, [image]
             if i % 6 == 4:
                 metadata = {"detail": "other", "metric": "anls", "answers": [name + "s"]}
+            if i == 10:
+                metadata = {"detail": "other", "metric": "choice", "choices": [*COLOURS]}
             if i % 6 == 5:
                 images.append(picture(i))
             content = [{"type": "image", "image": f"{n}.png"} for n in range(len(images))]

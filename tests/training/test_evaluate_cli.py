@@ -81,6 +81,8 @@ def rows(out: Path) -> dict[tuple[int, int], dict[str, Any]]:
         ("anls", "Hello  World", ["hello world"], 1),
         ("anls", "helo", ["hello"], 0.8),
         ("anls", "hexxx", ["hello"], 0),
+        ("anls", "heyy", ["help"], 0),  # one half exactly: the paper has NL < 0.5
+        ("anls", "abcxy", ["abcde"], 0.6),
         ("anls", "", [""], 1),
         ("anls", "42", ["41", "42"], 1),
         ("relaxed", "105", ["100"], 1),
@@ -180,7 +182,10 @@ def test_results_table_and_plot(complete, capsys):
     assert flops == sorted(flops) and flops[0] < flops[-1]
     assert [bad["name"] for bad in found["bad"]] == ["000001.tar:7"]
     anls = [row for row in written.values() if row.get("metric") == "anls"]
-    assert len(anls) == 4 * 3 and all(isinstance(row["answer"], str) for row in anls)
+    assert len(anls) == 3 * 3 and all(isinstance(row["answer"], str) for row in anls)
+    chosen = [row for row in written.values() if row.get("metric") == "choice"]
+    assert len(chosen) == 3 and all(row["label"] in "ABCD" for row in chosen if row["score"])
+    assert all(entry["ambiguous"] == 0 for entry in found["counts"])
     with Image.open(out / "accuracy.png") as picture:
         assert picture.size == (900, 540)
     table = (out / "table.txt").read_text()

@@ -1,6 +1,6 @@
 """Held-out samples as prompts and reference answers, in batches that do not depend on the ranks."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -156,7 +156,7 @@ class HeldOut:
             metric=metric,
             references=[said, *others],
             has_alternatives=any(text != said for text in others),
-            options=_options(metadata, content["messages"], said)
+            options=reference_options(metadata, content["messages"], said)
             if metric == CHOICE
             else NO_OPTIONS,
             chat=prompt,
@@ -188,8 +188,17 @@ def _text(turn: dict[str, Any]) -> str:
     return "".join(part.get("text", "") for part in turn["content"])
 
 
-def _options(metadata: dict[str, Any], messages: list[dict[str, Any]], said: str) -> Options:
-    """The options that the reference is one of; InputError if the metadata's do not have it."""
+def reference_options(
+    metadata: Mapping[str, Any], messages: Sequence[dict[str, Any]], said: str
+) -> Options:
+    """The options of a sample: those of its metadata, those that the question lists, or letters.
+
+    Args:
+        said: the reference, which is one of them.
+
+    Raises:
+        InputError: the metadata's do not have it.
+    """
     given = options_of(metadata)
     listed = given or options_in(_text(messages[-2]))
     if option_letter(said, listed):

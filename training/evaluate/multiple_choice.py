@@ -59,7 +59,7 @@ def read_choice(answer: str, options: Options = NO_OPTIONS) -> Choice:
 
 def _decide(found: list[frozenset[str]]) -> Choice:
     named = frozenset[str]().union(*found)
-    return Choice(*named) if len(named) == 1 else Choice(None, ambiguous=bool(named))
+    return Choice(min(named)) if len(named) == 1 else Choice(None, ambiguous=bool(named))
 
 
 def _plain(text: str) -> str:

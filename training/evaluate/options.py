@@ -7,6 +7,7 @@ from string import ascii_uppercase
 from typing import Any
 
 from data_pipeline.errors import InputError
+from data_pipeline.records.vocabulary import CHOICES
 
 Options = Mapping[str, str]
 
@@ -25,22 +26,27 @@ def options_of(metadata: Mapping[str, Any]) -> Options:
     """A sample's options by its metadata's "choices" or "options"; empty if it has none.
 
     Raises:
-        InputError: the metadata's are neither texts nor an object of label -> text.
+        InputError: the metadata hold something else there.
     """
-    key = next((key for key in ("choices", "options") if metadata.get(key)), None)
+    held = {key.lower(): value for key, value in metadata.items()}
+    key = next((key for key in CHOICES if held.get(key)), None)
     if key is None:
         return {}
-    given = metadata[key]
+    given = options_in(held[key]) if isinstance(held[key], str) else held[key]
     if isinstance(given, list) and len(given) <= len(ascii_uppercase):
         given = dict(zip(ascii_uppercase, given, strict=False))
-    if not isinstance(given, dict) or not all(
+    valid = isinstance(given, Mapping) and all(
         isinstance(v, str | int | float) for v in given.values()
-    ):
+    )
+    if not given or not valid:
         raise InputError(
-            f'metadata "{key}" is {str(given)[:60]}; give a list of at most 26 texts, or an object '
-            "of label -> text"
+            f'metadata "{key}" is {str(held[key])[:60]!r}, expected a list of at most 26 texts, an '
+            'object of label -> text, or "A. ... B. ..."'
         )
-    return {str(label).strip(" ().:").upper(): str(text) for label, text in given.items()}
+    names = {str(label).strip(" ().:").upper(): str(text) for label, text in given.items()}
+    return {
+        label: re.sub(rf"^\(?{re.escape(label)}[).:]\s+", "", text) for label, text in names.items()
+    }
 
 
 def options_in(question: str) -> Options:
