@@ -7,15 +7,16 @@ end. English, and the forms of Chinese, Japanese and Korean that answers have.
 import re
 
 ASCII = str.maketrans(
-    dict(zip("\u2019\u3002\u3001\u3010\u3011\u2013\u2014", "'.,[]--", strict=True))
-    | dict.fromkeys('"\u201c\u201d\u2018\u00ab\u00bb\u300c\u300d\u300e\u300f')
+    dict(zip("\u2019\u3002\u3001\u3010\u3011\u3014\u3015\u2013\u2014", "'.,[][]--", strict=True))
+    | dict.fromkeys('"\u201c\u201d\u2018\u00ab\u00bb\u300c\u300d\u300e\u300f\u300a\u300b')
 )
 """Signs that NFKC leaves as they are; quotes go."""
 _ENDS = r"(?:[.,:;!?\n)\]]|$)"
 REASON = rf"\s*(?:{_ENDS}|[(\-=]|(?:because|since|as|for|given|due)\b|因为)"
 VERB = r"\s+(?:is|are|was|has|shows|would|seems|looks|matches|and|or|nor|it)\b|\s*[是或和]"
+COUNTED = r" \w+\s*(?:[.,;!\n]|$)"  # after a number: "so 4 animals"
 JOIN = re.compile(
-    r"[ )\]]*(?:\n|,\s*(?:or\b|and\b)?|/|&|\+|\bor\b|\band\b|\bnor\b|还是|或者?|和|及|与)\s*"
+    r"[ )\]]*(?:[\n;]|,\s*(?:or\b|and\b)?|/|&|\+|\bor\b|\band\b|\bnor\b|还是|或者?|和|及|与)\s*"
     r"(?:(?:the|an?|options?|either|both)\s+)*[(\[ ]*",
     re.I,
 )
@@ -28,12 +29,12 @@ _FILLER = (
 STATES = re.compile(  # before a mention: this is the answer
     r"(?:\b(?:answers?|ans|choose|chose|chosen|select|selected|pick|picked|go with|"
     r"going with|opt for|(?:correct|right|best|true|accurate|final)(?:\s+\w+\s+is)?|correction)\b|"
-    r"答案|应选|选择|选|正确|答え|正解|정답|답)" + _FILLER,
+    r"=|答案|应选|选择|选|正确|答え|正解|정답|답)" + _FILLER,
     re.I,
 )
 CONCLUDES = re.compile(  # the same, where the sentence ends or a reason follows
     r"(?:\b(?:so|thus|hence|therefore|conclude|conclusion|it is|it's|its|that's|i think|i believe|"
-    r"i guess|i(?:'d| would) say|must|no|wait|sorry|actually|rather|but|yes)\b|"
+    r"i guess|i(?:'d| would) say|must|probably|no|wait|sorry|actually|rather|but|yes)\b|"
     r"所以|因此|故|而是|是)[,\s]*" + _FILLER,
     re.I,
 )

@@ -45,7 +45,11 @@ def read_choice(answer: str, options: Options = NO_OPTIONS) -> Choice:
     text = _plain(answer)
     whole = text.strip(" \n.,:;!?()[]<>-")
     same = [label for label in options if label.upper() == whole.upper()]
-    same = same or [label for label in options if _key(options[label]) == _key(answer) != ""]
+    same = same or [
+        label
+        for label in options
+        if _key(options[label]) and _joined(options[label]) == _joined(answer)
+    ]
     if same:
         return _decide([frozenset(same)])
     groups = [g for g in _groups(_mentions(text, options), text) if not _is_negated(g, text)]
@@ -66,7 +70,7 @@ def _plain(text: str) -> str:
     """Without bold, quotes, tags and LaTeX; signs in ASCII; what is boxed as an answer."""
     text = unicodedata.normalize("NFKC", text.rpartition("</think>")[2]).translate(cues.ASCII)
     text = re.sub(r"\\(?:text|math|operator)\w*\s*\{([^{}]*)\}", r"\1", text)
-    text = re.sub(r"\\(?:boxed|fbox)\s*\{([^{}]*)\}", r" answer: \1. ", text)
+    text = re.sub(r"\\(?:boxed|fbox)\s*(?:\{([^{}]*)\}|(?=\w))", r" answer: \1 ", text)
     text = re.sub(r"<answer>(.*?)</answer>", r" answer: \1. ", text, flags=re.S | re.I)
     text = re.sub(r"[=\-]+>", ":", re.sub(r"</?[a-z]\w*>", "", text))
     text = re.sub(r"(?<![A-Za-z])'|'(?![A-Za-z])|[*_`$\\{}]|^#+ ", "", text, flags=re.M)
@@ -78,6 +82,10 @@ def _key(option: str) -> str:
     """An option's text as it is compared."""
     text = re.sub(r"\s+", " ", _plain(option)).lower().strip(" .,:;!?")
     return re.sub(r"^(?:an?|the) (?=\S)", "", text)
+
+
+def _joined(text: str) -> str:
+    return _key(text).replace(" ", "")
 
 
 def _mentions(text: str, options: Options) -> list[_Mention]:
@@ -188,8 +196,8 @@ def _joins(gap: str, after: str) -> bool:
     """Whether what follows belongs to the same enumeration; "B, C is wrong" is none."""
     if not cues.JOIN.fullmatch(gap):
         return False
-    if "\n" in gap:
-        return bool(re.match(r"[.)\]]*\s*(?:\n|$)", after))
+    if "\n" in gap or ";" in gap:
+        return bool(re.match(r"[.)\]]*\s*(?:[\n;]|$)", after))
     judged = cues.CONFIRMED.match(after) or cues.NEGATED_AFTER.match(after)
     comma = re.fullmatch(r"[ )\]]*,\s*(?:(?:the|an?)\s+)?[(\[ ]*", gap)
     return not (comma and judged) or after.startswith(" are")
@@ -202,12 +210,16 @@ def _is_negated(group: _Mention, text: str) -> bool:
 
 def _is_stated(group: _Mention, text: str) -> bool:
     before, after = _around(group, text)
-    ends = re.match(cues.REASON, after) or (group.is_letter and re.match(cues.VERB, after))
+    goes_on = [cues.REASON]
+    if group.is_letter:
+        goes_on.append(cues.VERB)
+    elif text[group.start].isdigit():
+        goes_on.append(cues.COUNTED)
     alone = re.search(r"(?:\n|\?|\w\w[.!])\s*$", before) and not after.strip(" .)]")
     return bool(
         cues.STATES.search(before)
         or cues.CONFIRMED.match(after)
-        or (ends and cues.CONCLUDES.search(before))
+        or (re.match("|".join(goes_on), after) and cues.CONCLUDES.search(before))
         or alone
     )
 
