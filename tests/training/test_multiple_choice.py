@@ -19,7 +19,8 @@ from training.evaluate.scorers import choice, score_text
 ANSWERS = Path(__file__).with_name("choice_answers.jsonl")
 """Answers to options, what they state ("several" if they are ambiguous), and what others read:
 lmms-eval 0.7.3 ("mmmu": MMMU's rule, null where it guesses; "shared": its rule for MMBench and
-RealWorldQA) and VLMEvalKit's can_infer (commit 134b4ea, a letter among the last five words)."""
+RealWorldQA) and VLMEvalKit's can_infer, in the form that takes a letter among the last five words.
+The last is written down from a copy of that rule, as the package is not installed."""
 
 MODEL_PAGE = Path(__file__).parents[2] / "docs" / "model.md"
 COLUMNS = ("mmmu", "shared", "vlmevalkit")
