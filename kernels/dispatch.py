@@ -6,6 +6,7 @@ import warnings
 from functools import cache
 
 import torch
+from torch import Tensor
 
 from kernels.launch import fused_by_default
 
@@ -59,18 +60,21 @@ def _obstacle(device: torch.device) -> str | None:
     return obstacle
 
 
-def use_fused(kernel: str, gemm: str, impl: str, device: torch.device, dtype: torch.dtype) -> bool:
+def use_fused(kernel: str, gemm: str, impl: str, rows: int, like: Tensor, **sizes: int) -> bool:
     """Whether this fused GEMM, "dual_gemm" or "gate_gemm", runs, where `impl` does the rest.
 
+    rows, like, sizes: what `kernels.launch.launch_config` is asked with.
     Raises ValueError where it is asked for and cannot run.
     """
-    possible = impl == "triton" and dtype in _HALF
+    possible = impl == "triton" and like.dtype in _HALF
     if gemm == "fused" and not possible:
         raise ValueError(
-            f"gemm is 'fused' with impl {impl!r} and {dtype}; the fused kernels are Triton's "
+            f"gemm is 'fused' with impl {impl!r} and {like.dtype}; the fused kernels are Triton's "
             "and take bfloat16 and float16: use gemm='auto'"
         )
-    return gemm == "fused" or (gemm == "auto" and possible and fused_by_default(kernel, device))
+    if gemm == "auto" and possible:
+        return fused_by_default(kernel, rows, like, **sizes)
+    return gemm == "fused"
 
 
 @cache

@@ -2,7 +2,8 @@
 
 Nothing is tuned at run time: the order of a sum follows the block sizes, so ranks that chose their
 own blocks would no longer run the same bits. `python -m kernels.tune` measures this GPU and writes
-a table; naming that file in TOKENFLEX_TILES, on every rank, replaces entries of this one.
+a table; naming that file in TOKENFLEX_TILES, on every rank, puts its entries before these, in the
+situations they were measured in.
 """
 
 import json
@@ -12,12 +13,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
+from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 TILES_VARIABLE = "TOKENFLEX_TILES"
+REACH = 4  # a measured entry serves from its own rows to this many times as many
 
 
 @dataclass(frozen=True)
@@ -76,18 +80,26 @@ TABLE: dict[str, dict[str, Buckets]] = {
     "sm_90": _row_kernels() | _WIDE_GEMMS,
     "sm_100": _row_kernels() | _WIDE_GEMMS,
 }
-# The fused GEMMs that gemm="auto" takes. None has been measured to beat cuBLAS and an elementwise
-# kernel yet, so none is on.
-FUSED: dict[str, tuple[str, ...]] = {"sm_80": (), "sm_90": (), "sm_100": ()}
 SAFE_DEFAULT = "sm_80"  # fits the shared memory of everything newer
 INTERPRETED = "sm_90"  # whose entries the interpreter runs
 
 
-def device_architecture(device: torch.device) -> str:
-    """Name of the device's own architecture, whether the table knows it or not."""
-    if device.type != "cuda":
-        return INTERPRETED
-    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+class Entry(NamedTuple):
+    """A measured entry; fused: a fused GEMM that was faster than cuBLAS and what follows it."""
+
+    config: LaunchConfig
+    fused: bool
+
+
+def describe_target(device: torch.device) -> dict[str, str]:
+    """What a table is measured on and for: architecture, name of the GPU, version of Triton."""
+    import triton
+
+    arch, name = "interpreter", device.type
+    if device.type == "cuda":
+        arch = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+        name = torch.cuda.get_device_name(device)
+    return {"arch": arch, "device": name, "triton": triton.__version__}
 
 
 def architecture(device: torch.device) -> str:
@@ -103,81 +115,125 @@ def architecture(device: torch.device) -> str:
 
 @cache
 def _cuda_architecture(index: int) -> str:
-    name = device_architecture(torch.device("cuda", index))
-    return known_architecture(name, torch.cuda.get_device_name(index))
-
-
-def known_architecture(name: str, device_name: str) -> str:
-    """`name` where the table has it, else the safe default with a warning."""
-    if name in _table():
+    name = "sm_{}{}".format(*torch.cuda.get_device_capability(torch.device("cuda", index)))
+    if name in TABLE:
         return name
     warnings.warn(
-        f"no launch configurations for {name} ({device_name}): taking those of {SAFE_DEFAULT}, "
-        f"which run but may be slow; python -m kernels.tune writes a table for {TILES_VARIABLE}",
-        stacklevel=2,
+        f"no launch configurations for {name} ({torch.cuda.get_device_name(index)}): taking those "
+        f"of {SAFE_DEFAULT}, which run but may be slow, where {TILES_VARIABLE} names no table that "
+        "python -m kernels.tune wrote on this GPU",
+        stacklevel=3,
     )
     return SAFE_DEFAULT
 
 
-def launch_config(kernel: str, rows: int, device: torch.device) -> LaunchConfig:
-    """The entry of the largest bucket that `rows` (M, >= 1) reaches."""
+def launch_config(kernel: str, rows: int, like: Tensor, **sizes: object) -> LaunchConfig:
+    """The entry for `rows` (M, >= 1): of those measured and shipped, the one that starts closest.
+
+    like: a tensor with the device and dtype of the launch. sizes: what else its time depends on.
+    """
     if kernel in _trial:
-        return _trial[kernel]
-    buckets = _table()[architecture(device)][kernel]
-    reached = [bucket for bucket in buckets if bucket < max(rows, 1).bit_length()]
-    return buckets[max(reached)]
+        config, asked = _trial[kernel]
+        asked.append((rows, _situation(like, sizes)))
+        return config
+    start, shipped = shipped_config(kernel, rows, like.device)
+    found = _measured_entry(kernel, rows, like, sizes)
+    return found[1].config if found and found[0] >= start else shipped
 
 
-_trial: dict[str, LaunchConfig] = {}
+def shipped_config(kernel: str, rows: int, device: torch.device) -> tuple[int, LaunchConfig]:
+    """The shipped entry of the largest bucket that `rows` reaches, after its fewest rows."""
+    buckets = TABLE[architecture(device)][kernel]
+    bucket = max(bucket for bucket in buckets if bucket < max(rows, 1).bit_length())
+    return 1 << bucket, buckets[bucket]
+
+
+def fused_by_default(kernel: str, rows: int, like: Tensor, **sizes: object) -> bool:
+    """Whether gemm="auto" takes this fused GEMM: where its entry for M won when it was measured.
+
+    No shipped entry has been measured to beat cuBLAS and an elementwise kernel yet.
+    """
+    found = _measured_entry(kernel, rows, like, sizes)
+    return found is not None and found[1].fused
+
+
+def _measured_entry(
+    kernel: str, rows: int, like: Tensor, sizes: Mapping[str, object]
+) -> tuple[int, Entry] | None:
+    if not os.environ.get(TILES_VARIABLE):
+        return None
+    entries = _measured(kernel, like.device, _situation(like, sizes))
+    return max(
+        ((start, entry) for start, entry in entries if start <= rows <= REACH * start),
+        default=None,
+        key=itemgetter(0),
+    )
+
+
+_trial: dict[str, tuple[LaunchConfig, list[tuple[int, str]]]] = {}
 
 
 @contextmanager
-def trial(kernel: str, config: LaunchConfig) -> Iterator[None]:
-    """Launch `kernel` with `config` while this is open, whatever the table says; for tuning."""
-    _trial[kernel] = config
+def trial(kernel: str, config: LaunchConfig) -> Iterator[list[tuple[int, str]]]:
+    """Launch `kernel` with `config` while this is open, whatever the tables say; for tuning.
+
+    Yields a list that gets the M and the situation that each of its launches looks up.
+    """
+    _trial[kernel] = config, []
     try:
-        yield
+        yield _trial[kernel][1]
     finally:
         del _trial[kernel]
 
 
-def fused_by_default(kernel: str, device: torch.device) -> bool:
-    """Whether gemm="auto" takes this fused GEMM, "dual_gemm" or "gate_gemm", on this device."""
-    chosen = FUSED | {arch: tuple(names) for arch, names in _tiles_file().get("fused", {}).items()}
-    return kernel in chosen.get(architecture(device), ())
+def _situation(like: Tensor, sizes: Mapping[str, object]) -> str:
+    """The dtype and the sizes, "bfloat16 C=1152", for one."""
+    dtype = str(like.dtype).removeprefix("torch.")
+    return " ".join([dtype, *(f"{key}={size}" for key, size in sizes.items())])
+
+
+@cache  # warns once about a situation
+def _measured(kernel: str, device: torch.device, situation: str) -> list[tuple[int, Entry]]:
+    """The rows and entries measured for this kernel in this situation on such a device."""
+    situations = _tiles_file(device).get(kernel, {})
+    if situations and situation not in situations:
+        warnings.warn(
+            f"the table in {TILES_VARIABLE} has {kernel} measured for "
+            f"{'; '.join(sorted(situations))}, not for {situation}, which runs as shipped; "
+            "python -m kernels.tune --shape measures it",
+            stacklevel=5,
+        )
+    return list(situations.get(situation, {}).items())
 
 
 @cache
-def _tiles_file() -> dict[str, Any]:
-    """What the file in TOKENFLEX_TILES says, configurations read; empty where there is none."""
-    path = os.environ.get(TILES_VARIABLE)
-    if not path:
-        return {}
+def _tiles_file(device: torch.device) -> dict[str, dict[str, dict[int, Entry]]]:
+    """Kernel -> situation -> rows -> entry of the file in TOKENFLEX_TILES.
+
+    Warns where it was measured on something else; on another architecture nothing of it is taken.
+    """
+    path = os.environ[TILES_VARIABLE]
+    found: dict[str, dict[str, dict[int, Entry]]] = {}
     try:
         content = json.loads(Path(path).read_text())
-        tiles = {
-            arch: {
-                kernel: {int(bucket): LaunchConfig(**config) for bucket, config in buckets.items()}
-                for kernel, buckets in kernels.items()
-            }
-            for arch, kernels in content["tiles"].items()
-        }
-        return {"tiles": tiles, "fused": dict(content.get("fused", {}))}
+        target = {key: content["target"][key] for key in ("arch", "device", "triton")}
+        for record in content["measured"]:
+            entry = Entry(LaunchConfig(**record["kept"]), record["fused"])
+            rows = found.setdefault(record["kernel"], {}).setdefault(record["situation"], {})
+            rows[int(record["rows"])] = entry
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{TILES_VARIABLE} names {path}, which is no table of launch configurations "
             f"({error!r}); write one with python -m kernels.tune, or unset the variable"
         ) from error
-
-
-@cache
-def _table() -> dict[str, dict[str, Buckets]]:
-    """The shipped table, with the entries of the file in TOKENFLEX_TILES in place of its own."""
-    read = _tiles_file().get("tiles", {})
-    known: dict[str, dict[str, Buckets]] = dict.fromkeys(read, TABLE[SAFE_DEFAULT]) | TABLE
-    return {
-        arch: {
-            name: {**buckets, **read.get(arch, {}).get(name, {})} for name, buckets in own.items()
-        }
-        for arch, own in known.items()
-    }
+    here = describe_target(device)
+    if target != here:
+        refused = target["arch"] != here["arch"]
+        warnings.warn(
+            f"{TILES_VARIABLE} names {path}, measured on {target}; this is {here}: "
+            + ("none of it is used" if refused else "it is used, but may be slow")
+            + "; python -m kernels.tune measures this one",
+            stacklevel=6,
+        )
+        return {} if refused else found
+    return found

@@ -81,7 +81,7 @@ def forward(
     pooled, normed, mean, rstd = do.pool_norm(
         x, pooling, w.norm_weight, w.norm_bias, eps, keep_pooled=keep != "none"
     )
-    gate, value, product = _gates(do, normed, w, fused, keep_gates=keep == "save")
+    gate, value, product = gates(do, normed, w, fused, keep_gates=keep == "save")
     del normed
     out = torch.addmm(w.b3, product, w.w3.t())
     return out, Saved(pooled, mean, rstd, gate, value)
@@ -104,7 +104,7 @@ def backward(
         normed = do.norm(pooled, mean, rstd, w.norm_weight, w.norm_bias)
         gate, value = _two_gemms(normed, w)
     found: dict[str, Tensor] = {}
-    grad_gate, grad_value, product, sum_gate, sum_value = _through_swiglu(
+    grad_gate, grad_value, product, sum_gate, sum_value = through_swiglu(
         do, grad, w.w3, gate, value, fused, overwrite=recompute
     )
     if needs.out:
@@ -137,7 +137,7 @@ def _own(total: Tensor, like: Tensor) -> Tensor:
     return total.to(like.dtype, copy=True)
 
 
-def _gates(
+def gates(
     do: ModuleType, normed: Tensor, w: Weights, fused: bool, keep_gates: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """gate, value (no rows unless `keep_gates`) and their product, [M, F] each."""
@@ -158,7 +158,7 @@ def _two_gemms(normed: Tensor, w: Weights) -> tuple[Tensor, Tensor]:
     return torch.addmm(w.b1, normed, w.w1.t()), torch.addmm(w.b2, normed, w.w2.t())
 
 
-def _through_swiglu(
+def through_swiglu(
     do: ModuleType,
     grad: Tensor,
     w3: Tensor,

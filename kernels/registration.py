@@ -20,10 +20,12 @@ from kernels.passes import Needs, Pooling, Saved, Weights, backward, forward
 from kernels.tile_layout import TileLayout, tile_layout
 
 
-def steps(impl: str, gemm: str, kernel: str, like: Tensor) -> tuple[ModuleType, bool]:
+def steps(
+    impl: str, gemm: str, kernel: str, rows: int, like: Tensor, **sizes: int
+) -> tuple[ModuleType, bool]:
     """The module with the op's steps, PyTorch's or Triton's, and whether to use a fused GEMM."""
     runs = implementation(impl, like.device, like.dtype)
-    fused = use_fused(kernel, gemm, runs, like.device, like.dtype)
+    fused = use_fused(kernel, gemm, runs, rows, like, **sizes)
     return import_module(f"kernels.{runs}_impl"), fused
 
 
@@ -82,7 +84,8 @@ def projector_forward(
         return (*_empty_results(x, weights, 0, o.keep), layout.table)
     pooling = Pooling(layout, o.grid, o.pool)
     with _plain_numerics(x):
-        do, fused = steps(o.impl, o.gemm, "dual_gemm", x)
+        sizes = {"C": x.shape[2], "F": w1.shape[0]}
+        do, fused = steps(o.impl, o.gemm, "dual_gemm", layout.rows, x, **sizes)
         out, saved = forward(do, x.contiguous(), pooling, weights, o.keep, fused, o.eps)
     return (out, *saved, layout.table)
 
@@ -139,7 +142,8 @@ def projector_backward(
     pooling = Pooling(TileLayout(sides.tolist(), grad.shape[0], table), o.grid, o.pool)
     saved, grad = Saved(pooled, mean, rstd, gate, value), grad.contiguous()
     with _plain_numerics(grad):
-        do, fused = steps(o.impl, o.gemm, "gate_gemm", grad)
+        sizes = {"D": w3.shape[0], "F": w3.shape[1]}
+        do, fused = steps(o.impl, o.gemm, "gate_gemm", len(grad), grad, **sizes)
         found = backward(do, grad, pooling, weights, saved, Needs(*needs), fused)
     return tuple(  # type: ignore[return-value]
         grad.new_empty(0) if gradient is None else gradient for gradient in found

@@ -4,288 +4,257 @@
     TOKENFLEX_TILES=tiles.json sbatch slurm/pretrain.sh ...
 
 Tuning is a separate step, never part of a run: the order of a sum follows the block sizes, so every
-rank must launch the same. An entry replaces the shipped one only where its results are the same to
-rounding and it is faster, in two measurements, by more than two measurements of the shipped one
-differ. Most of the time goes into compiling; --kernel and --rows choose less.
+rank must launch the same. An entry replaces the shipped one only where every row of its results is
+the same to rounding and it is faster, in two measurements, by more than two measurements of the
+shipped one differ. Inputs are not in the L2 cache. An entry serves the dtype, widths and pooling it
+was measured with, up to four times as many tokens; --shape measures others, into the same file.
+
+What is measured is written at once: after a stop the same command goes on. Most of the time goes
+into compiling, 1 to 2 s for each of about 140 configurations.
 """
 
 import argparse
-import itertools
 import json
 import math
+import signal
+import statistics
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from kernels.dispatch import interpreting
 from kernels.launch import (
     SAFE_DEFAULT,
     TABLE,
     TILES_VARIABLE,
     LaunchConfig,
-    device_architecture,
-    launch_config,
+    describe_target,
+    shipped_config,
     trial,
 )
-from kernels.passes import Pooling
+from kernels.profile.cases import SHAPE_HELP, Case, parse_shape
+from kernels.profile.random_inputs import l2_bytes
+from kernels.profile.results import write_json
 from kernels.profile.system import describe_machine
-from kernels.profile.timing import time_call
-from kernels.tile_layout import tile_layout
+from kernels.profile.timing import sample
+from kernels.tune_trials import (
+    BY_CUBLAS,
+    FUSED,
+    Results,
+    Step,
+    build_steps,
+    candidates,
+    default_cases,
+)
 
-ROWS = (1024, 4096, 16384, 65536)
-MAX_ACCUMULATORS = 128  # float32 registers per thread; with more, a kernel spills
 LEAST_GAIN = 0.02  # below this a change of the table is not worth its difference in bits
-Results = tuple[Tensor, ...]
-Step = Callable[[], Results]
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Widths of the projector: channels C, hidden F, output D, and the patch grid."""
-
-    channels: int = 1152
-    hidden: int = 3456
-    width: int = 2048
-    grid: tuple[int, int] = (27, 27)
+LARGEST_ERROR = 1e-2  # of a row, between two orders of summation in bfloat16
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """One kernel at one number of rows: the shipped entry's time, the best one's, what is kept."""
+    """One kernel in one situation: the shipped entry's time, the best one's, which is kept.
+
+    case: what it was measured on. fused: whether a fused GEMM beats cuBLAS with what is kept.
+    """
 
     kernel: str
     rows: int
+    situation: str
+    case: str
     shipped_ms: float
     noise: float
     best_ms: float
     best: LaunchConfig
-    replaces: bool
+    kept: LaunchConfig
+    speedup_over_cublas: float | None = None
+    fused: bool = False
 
 
-def candidates(kernel: str) -> Iterator[LaunchConfig]:
-    """The configurations worth a try."""
-    choices: dict[str, dict[str, tuple[int, ...]]] = {
-        "pool_norm": {"WINDOW": (1, 2, 4, 8)},
-        "pool_backward": {"WINDOW": (1, 2, 4)},
-        "swiglu": {"BLOCK": (1024, 2048, 4096, 8192)},
-        "swiglu_backward": {"BLOCK_M": (4, 8, 16, 32), "BLOCK_N": (64, 128, 256)},
-        "column_sum": {"BLOCK_M": (16, 32, 64), "BLOCK_N": (16, 32, 64, 128)},
-    }
-    if kernel in ("dual_gemm", "gate_gemm"):
-        blocks = {"BLOCK_M": (64, 128, 256), "BLOCK_N": (64, 128, 256), "BLOCK_K": (32, 64)}
-        accumulators = 2 if kernel == "dual_gemm" else 1
-        for config in _product({**blocks, "GROUP_M": (8,)}, warps=(4, 8), stages=(2, 3, 4)):
-            elements = config.constants["BLOCK_M"] * config.constants["BLOCK_N"] * accumulators
-            if elements <= MAX_ACCUMULATORS * 32 * config.num_warps:
-                yield config
-    else:
-        yield from _product(choices.get(kernel, {}), warps=(1, 2, 4, 8), stages=(1,))
+def median_ms(step: Step, device: torch.device, samples: int) -> float:
+    """Median time of a call whose inputs are not in the L2 cache."""
+    flush = torch.empty(4 * l2_bytes(device), dtype=torch.uint8, device=device)
+
+    def prepare(_: int) -> None:
+        step.before()
+        flush.zero_()
+
+    return statistics.median(sample(prepare, lambda _: step.run(), device, samples, per_lead=20))
 
 
-def _product(
-    constants: dict[str, tuple[int, ...]], warps: tuple[int, ...], stages: tuple[int, ...]
-) -> Iterator[LaunchConfig]:
-    for *values, num_warps, num_stages in itertools.product(*constants.values(), warps, stages):
-        yield LaunchConfig(dict(zip(constants, values, strict=True)), num_warps, num_stages)
-
-
-def build_steps(rows: int, shape: Shape, device: torch.device) -> dict[str, Step]:
-    """Every kernel's step on random bfloat16 data of `rows` tokens."""
-    from kernels import triton_impl as do
-    from kernels.triton_impl.column_sum import column_sum
-
-    def normal(*size: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(*size, device=device) * scale).bfloat16()
-
-    channels, hidden, width = shape.channels, shape.hidden, shape.width
-    side = 16 if rows % 256 == 0 else 1
-    layout = tile_layout([side] * (rows // side**2), device)
-    pooling = Pooling(layout, shape.grid, "adaptive")
-    x = normal(len(layout.sides), math.prod(shape.grid), channels)
-    weight, bias = normal(channels), normal(channels)
-    pooled, _, mean, rstd = do.pool_norm(x, pooling, weight, bias, 1e-5)
-    grad_pooled, grad = normal(rows, channels), normal(rows, width)
-    gate, value, product = (normal(rows, hidden) for _ in range(3))
-    w1, w2 = (normal(hidden, channels, scale=channels**-0.5) for _ in range(2))
-    w3, hidden_bias = normal(width, hidden, scale=hidden**-0.5), normal(hidden)
-    parts = torch.randn(max(1, rows // 128), hidden, device=device)
-    return {
-        "pool_norm": lambda: do.pool_norm(x, pooling, weight, bias, 1e-5),
-        "norm": lambda: (do.norm(pooled, mean, rstd, weight, bias),),
-        "norm_backward": lambda: do.norm_backward(
-            grad_pooled, pooled, mean, rstd, weight, bias, True, True
-        ),
-        "pool_backward": lambda: (do.pool_backward(grad_pooled, pooling),),
-        "swiglu": lambda: (do.swiglu(gate, value),),
-        # Writes over its first argument; the copy's time is in every candidate's.
-        "swiglu_backward": lambda: do.swiglu_backward(product.clone(), gate, value),
-        "column_sum": lambda: (column_sum(parts),),
-        "dual_gemm": lambda: _fused_dual(pooled, w1, w2, hidden_bias),
-        "gate_gemm": lambda: do.gate_gemm_backward(grad, w3, gate, value),
-        "cublas dual_gemm": lambda: _cublas_dual(pooled, w1, w2, hidden_bias),
-        "cublas gate_gemm": lambda: do.swiglu_backward(torch.mm(grad, w3), gate, value),
-    }
-
-
-def _fused_dual(normed: Tensor, w1: Tensor, w2: Tensor, bias: Tensor) -> Results:
-    from kernels import triton_impl as do
-
-    product, gate, value = do.dual_gemm_swiglu(normed, w1, bias, w2, bias, keep_gates=True)
-    assert gate is not None and value is not None
-    return product, gate, value
-
-
-def _cublas_dual(normed: Tensor, w1: Tensor, w2: Tensor, bias: Tensor) -> Results:
-    from kernels import triton_impl as do
-
-    gate, value = torch.addmm(bias, normed, w1.t()), torch.addmm(bias, normed, w2.t())
-    return do.swiglu(gate, value), gate, value
-
-
-def median_ms(step: Step, device: torch.device, min_ms: float) -> float:
-    """Median time of one call."""
-    return time_call(lambda _: None, lambda _: step(), device, min_ms).median_ms
-
-
-def tune_kernel(kernel: str, step: Step, rows: int, device: torch.device, min_ms: float) -> Tuned:
-    """Time the shipped entry twice and every candidate once."""
-    shipped = launch_config(kernel, rows, device)
-    expected = step()
-    first = median_ms(step, device, min_ms)
-    best, best_ms = shipped, math.inf
+def tune_kernel(
+    kernel: str, rows: int, step: Step, device: torch.device, samples: int
+) -> dict[str, Any]:
+    """Time the shipped entry twice and every candidate once; the times and entries of `Tuned`."""
+    _, shipped = shipped_config(kernel, rows, device)
+    with trial(kernel, shipped):
+        step.before()
+        expected = tuple(result.clone() for result in step.run())
+        first = median_ms(step, device, samples)
+    best, best_ms = shipped, first
     for config in candidates(kernel):
         with trial(kernel, config):
             if config != shipped and _runs_right(step, expected):
-                found = median_ms(step, device, min_ms)
+                found = median_ms(step, device, samples)
                 if found < best_ms:
                     best, best_ms = config, found
     with trial(kernel, best):  # again: the fastest of many may only have been lucky
-        best_ms = max(best_ms, median_ms(step, device, min_ms)) if best != shipped else math.inf
-    second = median_ms(step, device, min_ms)
-    noise = abs(first - second) / min(first, second)
-    shipped_ms = min(first, second)
-    gain = shipped_ms / best_ms - 1
-    return Tuned(
-        kernel, rows, shipped_ms, noise, best_ms, best, replaces=gain > max(noise, LEAST_GAIN)
-    )
+        best_ms = max(best_ms, median_ms(step, device, samples))
+    with trial(kernel, shipped):
+        second = median_ms(step, device, samples)
+    noise, shipped_ms = abs(first - second) / min(first, second), min(first, second)
+    kept = best if shipped_ms / best_ms - 1 > max(noise, LEAST_GAIN) else shipped
+    return {
+        "shipped_ms": shipped_ms, "noise": noise, "best_ms": best_ms, "best": best, "kept": kept
+    }  # fmt: skip
 
 
 def _runs_right(step: Step, expected: Results) -> bool:
     """Whether a configuration fits the GPU and gives what the shipped one gives, to rounding."""
+    # What is not written shall not be a right result left in the memory that is used again.
+    poison = [torch.full_like(result, math.nan) for result in expected]
+    del poison
     try:
-        found = step()
+        step.before()
+        found = step.run()
     except Exception as error:  # triton's own errors have no common class: too little memory, ...
         if isinstance(error, torch.cuda.OutOfMemoryError):
             raise
         return False
-    return all(_error(a, b) < 1e-2 for a, b in zip(found, expected, strict=True))
+    return all(row_error(a, b) < LARGEST_ERROR for a, b in zip(found, expected, strict=True))
 
 
-def _error(found: Tensor, expected: Tensor) -> float:
-    difference = (found.float() - expected.float()).norm()
-    return (difference / expected.float().norm().clamp_min(1e-30)).item()
+def row_error(found: Tensor, expected: Tensor) -> float:
+    """The largest error of a row over the row's length, or over a tenth of the usual length.
+
+    [M, C], or [M] as rows of one. Over all rows together a few wrong ones would not show.
+    """
+    rows = expected.float().reshape(-1, expected.shape[-1] if expected.ndim > 1 else 1)
+    lengths = rows.norm(dim=1)
+    least = (lengths.square().mean().sqrt() / 10).clamp_min(1e-30)
+    errors = (found.float().reshape(rows.shape) - rows).norm(dim=1)
+    return (errors / lengths.maximum(least)).max().item()
 
 
-def fused_wins(kernel: str, steps: dict[str, Step], device: torch.device, min_ms: float) -> float:
-    """How many times faster the fused GEMM is than cuBLAS and the elementwise kernel."""
-    fused, cublas = steps[kernel], steps[f"cublas {kernel}"]
-    ours, theirs, again = (median_ms(step, device, min_ms) for step in (fused, cublas, fused))
-    return theirs / max(ours, again)
+def _against_cublas(
+    tuned: Tuned, steps: dict[str, Step], device: torch.device, samples: int
+) -> Tuned:
+    """The same with how many times faster the fused GEMM is than cuBLAS and what follows it."""
+    fused, cublas = steps[tuned.kernel], steps[tuned.kernel + BY_CUBLAS]
+    with trial(tuned.kernel, tuned.kept):
+        ours, theirs, again = (median_ms(step, device, samples) for step in (fused, cublas, fused))
+    ratio = theirs / max(ours, again)
+    return replace(tuned, speedup_over_cublas=ratio, fused=ratio > 1 + LEAST_GAIN)
 
 
+@torch.no_grad()
 def tune(
-    kernels: list[str], rows: tuple[int, ...], shape: Shape, device: torch.device, min_ms: float
-) -> tuple[list[Tuned], dict[str, dict[int, float]]]:
-    """All kernels at all numbers of rows, and the fused GEMMs with their best entry vs cuBLAS."""
-    results, ratios = list[Tuned](), dict[str, dict[int, float]]()
-    with tqdm(total=len(kernels) * len(rows), disable=not sys.stderr.isatty()) as bar:
-        for count in rows:
-            steps = build_steps(count, shape, device)
-            for kernel in kernels:
-                bar.set_description(f"{kernel}, {count} rows")
-                tuned = tune_kernel(kernel, steps[kernel], count, device, min_ms)
-                results.append(tuned)
-                if kernel in ("dual_gemm", "gate_gemm"):
-                    chosen = tuned.best if tuned.replaces else launch_config(kernel, count, device)
-                    with trial(kernel, chosen):
-                        ratio = fused_wins(kernel, steps, device, min_ms)
-                    ratios.setdefault(kernel, {})[count] = ratio
-                bar.update()
-    return results, ratios
-
-
-def tiles_file(
-    results: list[Tuned],
-    ratios: dict[str, dict[int, float]],
+    cases: Sequence[Case],
+    kernels: Sequence[str],
     device: torch.device,
-    command: list[str],
-) -> dict[str, object]:
-    """What TOKENFLEX_TILES reads, with what was measured beside it."""
-    tiles: dict[str, dict[str, object]] = {}
-    for tuned in results:
-        if tuned.replaces:
-            bucket = str(tuned.rows.bit_length() - 1)
-            tiles.setdefault(tuned.kernel, {})[bucket] = asdict(tuned.best)
-    # On only where it wins at every size that was measured: the choice has one answer per GPU.
-    arch = device_architecture(device)
-    fused = [name for name, by_rows in ratios.items() if min(by_rows.values()) > 1 + LEAST_GAIN]
-    return {
-        "tiles": {arch: tiles},
-        "fused": {arch: fused},
-        "fused_speedup_over_cublas": ratios,
-        "measured": [asdict(tuned) for tuned in results],
-        "machine": describe_machine(device, command),
-    }
+    samples: int,
+    measured: Sequence[dict[str, Any]] = (),
+) -> Iterator[Tuned]:
+    """Every kernel in every case, but what `measured` (records of a table) has already."""
+    done = {(record["kernel"], record["rows"], record["situation"]) for record in measured}
+    for case in cases:
+        steps = build_steps(case, device)
+        for name, step in steps.items():
+            kernel = name.partition(" ")[0]
+            if kernel not in kernels or name.endswith(BY_CUBLAS):
+                continue
+            # What it is looked up by is what its launch asks with: never written a second time.
+            with trial(kernel, shipped_config(kernel, 1, device)[1]) as asked:
+                step.run()
+            rows, situation = asked[0]
+            if (kernel, rows, situation) in done:
+                continue
+            done.add((kernel, rows, situation))
+            times = tune_kernel(kernel, rows, step, device, samples)
+            tuned = Tuned(kernel, rows, situation, case.name, **times)
+            yield _against_cublas(tuned, steps, device, samples) if kernel in FUSED else tuned
+
+
+def read_table(path: Path, device: torch.device, command: list[str]) -> dict[str, Any]:
+    """The table to go on with; ValueError where it is none, or was measured on something else."""
+    target = describe_target(device)
+    if not path.exists():
+        return {"target": target, "machine": describe_machine(device, command), "measured": []}
+    try:
+        table = json.loads(path.read_text())
+        found, _ = table["target"], [Tuned(**record) for record in table["measured"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"--out {path} exists and is no table of the tuner ({error!r}); name another file"
+        ) from error
+    if found != target:
+        raise ValueError(
+            f"--out {path} was measured on {found}, this is {target}; name another file"
+        )
+    return table
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m kernels.tune",
         description=__doc__,
+        epilog=SHAPE_HELP.partition("Without --shape")[0]
+        + "Without --shape: n=8/12/16,p=.2/.3/.5 with T = 4, 16, 64 and 256, in both modes.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     names = list(TABLE[SAFE_DEFAULT])
-    parser.add_argument("--out", type=Path, default=Path("tiles.json"), help="where to write")
-    parser.add_argument("--kernel", action="append", choices=names, help="only this (repeatable)")
-    parser.add_argument("--rows", type=int, nargs="+", default=list(ROWS), help="values of M")
-    parser.add_argument("--channels", type=int, default=Shape.channels, help="C of the ViT")
-    parser.add_argument("--hidden", type=int, default=Shape.hidden, help="F of the projector")
-    parser.add_argument("--width", type=int, default=Shape.width, help="D of the language model")
-    parser.add_argument("--min-ms", type=float, default=50.0, help="timed work per candidate")
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("tiles.json"), help="where to write, or to go on")
+    add("--kernel", action="append", choices=names, help="only this; repeat")
+    add("--shape", action="append", default=[], help="a case, see below; repeat")
+    add("--samples", type=int, default=20, help="timed calls per configuration (20)")
     args = parser.parse_args(argv)
     args.kernel = args.kernel or names
-    if min(args.rows) < 1:
-        parser.error(f"--rows is {min(args.rows)}; expected numbers of tokens, at least 1")
+    try:
+        args.shape = [parse_shape(text) for text in args.shape] or default_cases()
+    except ValueError as error:
+        parser.error(f"--shape: {error}")
+    if args.samples < 1:
+        parser.error(f"--samples is {args.samples}; expected a whole number >= 1")
     return args
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    if not torch.cuda.is_available():
-        print("error: no GPU found; tuning times the kernels on the GPU they will run on",
-              file=sys.stderr)  # fmt: skip
-        return 2
-    device = torch.device("cuda", torch.cuda.current_device())
-    shape = Shape(args.channels, args.hidden, args.width)
-    results, ratios = tune(args.kernel, tuple(args.rows), shape, device, args.min_ms)
-    for tuned in results:
-        change = f"{tuned.shipped_ms / tuned.best_ms:.2f}x with {tuned.best}"
-        print(f"{tuned.kernel:16} M={tuned.rows:<7} shipped {tuned.shipped_ms:8.4f} ms, "
-              f"{change if tuned.replaces else 'stays'}")  # fmt: skip
-    for kernel, by_rows in ratios.items():
-        speed = ", ".join(f"{ratio:.2f}x at M={rows}" for rows, ratio in by_rows.items())
-        print(f"{kernel} against cuBLAS and the elementwise kernel: {speed}")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     command = ["python", "-m", "kernels.tune", *(sys.argv[1:] if argv is None else argv)]
-    content = tiles_file(results, ratios, device, command)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(content, indent=1))
+    try:
+        if (device.type == "cuda") == interpreting():
+            raise ValueError(
+                "no GPU found, or TRITON_INTERPRET is set beside one; tuning times the kernels on "
+                "the GPU they will run on (on a CPU TRITON_INTERPRET=1 rehearses it, with tiny "
+                "--shape)"
+            )
+        table = read_table(args.out, device, command)
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        write_json(args.out, table)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    measured = table["measured"]
+    print(f"{len(measured)} measurements in {args.out}, where each is added as it comes")
+    for tuned in tune(args.shape, args.kernel, device, args.samples, measured):
+        measured.append(asdict(tuned))
+        write_json(args.out, table)
+        change = f"{tuned.shipped_ms / tuned.best_ms:.2f}x with {tuned.best}"
+        ratio = tuned.speedup_over_cublas
+        print(f"{tuned.kernel:16} M={tuned.rows:<7} shipped {tuned.shipped_ms:8.4f} ms, "
+              + (change if tuned.kept == tuned.best else "stays")
+              + (f", {ratio:.2f}x cuBLAS" if ratio else ""), flush=True)  # fmt: skip
     print(f"written to {args.out}; use it with {TILES_VARIABLE}={args.out}, on every rank")
     return 0
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     sys.exit(main())

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -103,8 +104,13 @@ def worst(values: Any) -> float:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Strict JSON; numbers that are not finite become strings."""
-    path.write_text(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")
+    """Strict JSON, in place of the file at once; numbers that are not finite become strings."""
+    written = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        written.write_text(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")
+        written.replace(path)
+    finally:
+        written.unlink(missing_ok=True)
 
 
 def _finite(value: Any) -> Any:

@@ -84,12 +84,14 @@ def quantiles(samples: Sequence[float]) -> tuple[float, float, float]:
     return y20, median, y80
 
 
-def sample(prepare: Prepare, timed: Timed, device: torch.device, count: int) -> list[float]:
+def sample(
+    prepare: Prepare, timed: Timed, device: torch.device, count: int, per_lead: int = 1
+) -> list[float]:
     """Milliseconds of each of `count` calls, by CUDA events; the host does not wait in between.
 
-    The GPU first idles for LEAD_CYCLES, in which the host gets ahead: without that, the time of a
-    short call would be the time it takes to launch. A call that takes the host longer still counts
-    in full, and `Timing.host_ms` tells.
+    Before every `per_lead` of them the GPU idles for LEAD_CYCLES, in which the host gets ahead:
+    without that, the time of a short call would be the time it takes to launch. A call that takes
+    the host longer still counts in full, and `Timing.host_ms` tells.
     """
     if device.type != "cuda":
         return [_host_sample(prepare(i), timed) for i in range(count)]
@@ -97,7 +99,8 @@ def sample(prepare: Prepare, timed: Timed, device: torch.device, count: int) -> 
     for i in range(count):
         state = prepare(i)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(LEAD_CYCLES)
+        if i % per_lead == 0:
+            torch.cuda._sleep(LEAD_CYCLES)
         start.record()
         result = timed(state)
         end.record()

@@ -31,7 +31,7 @@ def column_sum(parts: Tensor) -> Tensor:
     """Sum of parts [R, N] float32 over R: [N]. The bits depend on R and the table, on no card."""
     rows, columns = parts.shape
     total = torch.empty(columns, dtype=torch.float32, device=parts.device)
-    config = launch_config("column_sum", rows, parts.device)
+    config = launch_config("column_sum", rows, parts, columns=columns)
     column_sum_kernel[(triton.cdiv(columns, config.constants["BLOCK_N"]),)](
         parts,
         total,

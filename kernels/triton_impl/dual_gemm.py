@@ -41,7 +41,7 @@ def dual_gemm_swiglu(
     gated = torch.empty(rows, hidden, dtype=w1.dtype, device=normed.device)
     a = torch.empty_like(gated) if keep_gates else None
     b = torch.empty_like(gated) if keep_gates else None
-    config = launch_config("dual_gemm", rows, normed.device)
+    config = launch_config("dual_gemm", rows, normed, C=channels, F=hidden)
     block_m, block_n, block_k = (config.constants[f"BLOCK_{axis}"] for axis in "MNK")
     use_tma = fits_tma(normed, w1, w2)
     programs = triton.cdiv(rows, block_m) * triton.cdiv(hidden, block_n)

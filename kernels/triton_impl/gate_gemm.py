@@ -50,7 +50,7 @@ def gate_gemm_backward(
     hidden = w3.shape[1]
     da, db = _output("out_a", out_a, a), _output("out_b", out_b, b)
     gated = torch.empty_like(a)
-    config = launch_config("gate_gemm", rows, dout.device)
+    config = launch_config("gate_gemm", rows, dout, D=width, F=hidden)
     block_m, block_n, block_k = (config.constants[f"BLOCK_{axis}"] for axis in "MNK")
     use_tma = fits_tma(dout, w3)
     row_blocks = triton.cdiv(rows, block_m)

@@ -45,7 +45,7 @@ def norm(
     rows, channels = pooled.shape
     pooled, norm_weight, norm_bias = contiguous(pooled, norm_weight, norm_bias)
     normed = torch.empty((rows, channels), dtype=pooled.dtype, device=pooled.device)
-    config = launch_config("norm", rows, pooled.device)
+    config = launch_config("norm", rows, pooled, C=channels)
     norm_kernel[(rows,)](
         pooled,
         mean,
@@ -148,7 +148,7 @@ def norm_backward(
         for keep in (keep_grad, keep_normed)
     )
     parts = torch.empty((programs, 2 * channels), dtype=torch.float32, device=pooled.device)
-    config = launch_config("norm_backward", rows, pooled.device)
+    config = launch_config("norm_backward", rows, pooled, C=channels)
     norm_backward_kernel[(programs,)](
         grad,
         pooled,

@@ -70,7 +70,8 @@ def pool_backward(grad: Tensor, pooling: Pooling) -> Tensor:
     tables = axis_tables(max(layout.sides), pooling.grid, pooling.mode, grad.device)
     tiles, patches = len(layout.sides), height * width
     grad_x = torch.empty((tiles, patches, channels), dtype=grad.dtype, device=grad.device)
-    config = launch_config("pool_backward", layout.rows, grad.device)
+    sizes = {"C": channels, "grid": pooling.grid, "pool": pooling.mode}
+    config = launch_config("pool_backward", layout.rows, grad, **sizes)
     pool_backward_kernel[(tiles * patches,)](
         grad.contiguous(),
         layout.first_rows,

@@ -116,7 +116,8 @@ def pool_norm(
     normed = torch.empty((layout.rows, channels), dtype=x.dtype, device=x.device)
     mean = torch.empty(layout.rows, dtype=torch.float32, device=x.device)
     rstd = torch.empty(layout.rows, dtype=torch.float32, device=x.device)
-    config = launch_config("pool_norm", layout.rows, x.device)
+    sizes = {"C": channels, "grid": pooling.grid, "pool": pooling.mode}
+    config = launch_config("pool_norm", layout.rows, x, **sizes)
     pool_norm_kernel[(layout.rows,)](
         x,
         layout.first_rows,

@@ -24,7 +24,7 @@ def swiglu_kernel(gate, value, product, total, BLOCK: tl.constexpr):
 def swiglu(gate: Tensor, value: Tensor) -> Tensor:
     """silu(gate) * value, all [M, F]."""
     product = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    config = launch_config("swiglu", gate.shape[0], gate.device)
+    config = launch_config("swiglu", gate.shape[0], gate, F=gate.shape[1])
     swiglu_kernel[(triton.cdiv(gate.numel(), config.constants["BLOCK"]),)](
         gate,
         value,
@@ -85,7 +85,7 @@ def swiglu_backward(
     rows, hidden = gate.shape
     grad_gate = gate if overwrite else torch.empty_like(gate)
     grad_value = value if overwrite else torch.empty_like(value)
-    config = launch_config("swiglu_backward", rows, gate.device)
+    config = launch_config("swiglu_backward", rows, gate, F=hidden)
     row_parts = triton.cdiv(rows, ROWS)
     parts = torch.empty((row_parts, 2 * hidden), dtype=torch.float32, device=gate.device)
     swiglu_backward_kernel[(row_parts, triton.cdiv(hidden, config.constants["BLOCK_N"]))](

@@ -333,9 +333,9 @@ def test_buckets_of_rows_choose_the_largest_reached():
     small, large = launch.LaunchConfig({"A": 1}), launch.LaunchConfig({"A": 2})
     table = {launch.INTERPRETED: {"kernel": {0: small, 4: large}}}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch, "_table", lambda: table)
+        patch.setattr(launch, "TABLE", table)
         for rows, expected in ((1, small), (15, small), (16, large), (10**6, large)):
-            assert launch.launch_config("kernel", rows, torch.device("cpu")) is expected
+            assert launch.shipped_config("kernel", rows, torch.device("cpu"))[1] is expected
 
 
 def test_the_op_needs_no_triton():

@@ -1,0 +1,111 @@
+"""What the tuner tries: the cases, each kernel's launch on random data, and its configurations."""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from kernels.launch import LaunchConfig
+from kernels.passes import Pooling, gates, through_swiglu
+from kernels.profile.cases import Case
+from kernels.profile.providers import EPS
+from kernels.profile.random_inputs import make_inputs
+from kernels.tables import POOL_MODES
+from kernels.tile_layout import tile_layout
+
+FUSED = ("dual_gemm", "gate_gemm")
+MAX_ACCUMULATORS = 128  # float32 registers per thread; with more, a kernel spills
+BY_CUBLAS = " by cuBLAS"
+Results = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A launch to be timed; before: restores what it writes over."""
+
+    run: Callable[[], Results]
+    before: Callable[[], object] = lambda: None
+
+
+def default_cases() -> list[Case]:
+    """Mixed sides from 700 to 47,000 tokens, in both pooling modes."""
+    mixed = ((8, 12, 16), (0.2, 0.3, 0.5))
+    return [Case(*mixed, tiles=t, pool=pool) for t in (4, 16, 64, 256) for pool in POOL_MODES]
+
+
+def candidates(kernel: str) -> Iterator[LaunchConfig]:
+    """The configurations worth a try; all of them are about 150, and each is compiled."""
+    blocks = {"BLOCK_M": (64, 128, 256), "BLOCK_N": (64, 128, 256), "BLOCK_K": (32, 64)}
+    choices: dict[str, dict[str, tuple[int, ...]]] = {
+        "pool_norm": {"WINDOW": (1, 2, 4, 8)},
+        "pool_backward": {"WINDOW": (1, 2, 4)},
+        "swiglu": {"BLOCK": (1024, 2048, 4096, 8192)},
+        "swiglu_backward": {"BLOCK_M": (8, 16, 32), "BLOCK_N": (64, 128, 256)},
+        "column_sum": {"BLOCK_M": (16, 32, 64), "BLOCK_N": (16, 32, 64)},
+        **{name: {**blocks, "GROUP_M": (8,)} for name in FUSED},
+    }
+    constants = choices.get(kernel, {})
+    warps, stages = ((4, 8), (3, 4)) if kernel in FUSED else ((2, 4, 8), (1,))
+    for *values, num_warps, num_stages in itertools.product(*constants.values(), warps, stages):
+        config = LaunchConfig(dict(zip(constants, values, strict=True)), num_warps, num_stages)
+        if kernel not in FUSED or _gemm_fits(kernel, config):
+            yield config
+
+
+def _gemm_fits(kernel: str, config: LaunchConfig) -> bool:
+    """Whether the accumulators are in registers and, with short blocks, the loads well ahead."""
+    size = config.constants
+    elements = size["BLOCK_M"] * size["BLOCK_N"] * (2 if kernel == "dual_gemm" else 1)
+    ahead = size["BLOCK_K"] == 64 or config.num_stages == 4
+    return ahead and elements <= MAX_ACCUMULATORS * 32 * config.num_warps
+
+
+def build_steps(case: Case, device: torch.device) -> dict[str, Step]:
+    """Every kernel's step on random data; what follows a space in a name tells two of one kernel.
+
+    The fused GEMMs only where they take the dtype, and cuBLAS in their place beside them.
+    """
+    from kernels import triton_impl as do
+    from kernels.triton_impl.column_sum import column_sum
+    from kernels.triton_impl.layer_norm import PROGRAMS
+    from kernels.triton_impl.swiglu import ROWS
+
+    inputs = make_inputs(case, device)
+    x, w, grad = inputs.x, inputs.weights, inputs.grad
+    pooling = Pooling(tile_layout(case.sides, device), case.grid, case.pool)
+    pooled, normed, mean, rstd = do.pool_norm(x, pooling, w.norm_weight, w.norm_bias, EPS)
+    gate, value, product = gates(do, normed, w, fused=False, keep_gates=True)
+    upstream, grad_normed = product.clone(), torch.randn_like(pooled)
+
+    def parts(rows: int, columns: int) -> Step:
+        summed = torch.randn(rows, columns, device=device)
+        return Step(lambda: (column_sum(summed),))
+
+    steps = {
+        "pool_norm": Step(lambda: do.pool_norm(x, pooling, w.norm_weight, w.norm_bias, EPS)),
+        "norm": Step(lambda: (do.norm(pooled, mean, rstd, w.norm_weight, w.norm_bias),)),
+        "norm_backward": Step(
+            lambda: do.norm_backward(
+                grad_normed, pooled, mean, rstd, w.norm_weight, w.norm_bias, True, True
+            )
+        ),
+        "pool_backward": Step(lambda: (do.pool_backward(grad_normed, pooling),)),
+        "swiglu": Step(lambda: (do.swiglu(gate, value),)),
+        "swiglu_backward": Step(
+            lambda: do.swiglu_backward(upstream, gate, value), lambda: upstream.copy_(product)
+        ),
+        "column_sum of the gates": parts(math.ceil(case.rows / ROWS), 2 * case.hidden),
+        "column_sum of the norm": parts(min(PROGRAMS, case.rows), 2 * case.channels),
+    }
+    if case.torch_dtype == torch.float32:
+        return steps
+    for way, fused in (("", True), (BY_CUBLAS, False)):
+        steps["dual_gemm" + way] = Step(partial(gates, do, normed, w, fused, keep_gates=True))
+        steps["gate_gemm" + way] = Step(
+            partial(through_swiglu, do, grad, w.w3, gate, value, fused, overwrite=False)
+        )
+    return steps
