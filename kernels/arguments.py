@@ -64,6 +64,13 @@ def sides_tensor(tile_sides: Sequence[int] | Tensor, tiles: int) -> Tensor:
     That each is at least 1 is checked where they are read, `kernels.tile_layout.tile_layout`.
     """
     if not isinstance(tile_sides, Tensor):
+        try:
+            tile_sides = list(tile_sides)
+        except TypeError:
+            raise ValueError(
+                f"tile_sides is {tile_sides!r}; expected one whole number >= 1 per tile, in a list "
+                "or an integer CPU tensor"
+            ) from None
         for tile, n in enumerate(tile_sides):
             if isinstance(n, bool) or not isinstance(n, numbers.Integral):
                 raise ValueError(

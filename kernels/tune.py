@@ -10,7 +10,7 @@ shipped one differ. Inputs are not in the L2 cache. An entry serves the dtype, w
 was measured with, up to four times as many tokens; --shape measures others, into the same file.
 
 What is measured is written at once: after a stop the same command goes on. Most of the time goes
-into compiling, 1 to 2 s for each of about 140 configurations.
+into compiling, 1 to 2 s for each of about 160 configurations.
 """
 
 import argparse
@@ -28,29 +28,14 @@ import torch
 from torch import Tensor
 
 from kernels.dispatch import interpreting
-from kernels.launch import (
-    SAFE_DEFAULT,
-    TABLE,
-    TILES_VARIABLE,
-    LaunchConfig,
-    describe_target,
-    shipped_config,
-    trial,
-)
+from kernels.launch import TILES_VARIABLE, LaunchConfig, describe_target, shipped_config, trial
 from kernels.profile.cases import SHAPE_HELP, Case, parse_shape
 from kernels.profile.random_inputs import l2_bytes
 from kernels.profile.results import write_json
 from kernels.profile.system import describe_machine
 from kernels.profile.timing import sample
-from kernels.tune_trials import (
-    BY_CUBLAS,
-    FUSED,
-    Results,
-    Step,
-    build_steps,
-    candidates,
-    default_cases,
-)
+from kernels.tables import POOL_MODES
+from kernels.tune_trials import BY_CUBLAS, CONSTANTS, Results, Step, build_steps, candidates
 
 LEAST_GAIN = 0.02  # below this a change of the table is not worth its difference in bits
 LARGEST_ERROR = 1e-2  # of a row, between two orders of summation in bfloat16
@@ -152,6 +137,12 @@ def _against_cublas(
     return replace(tuned, speedup_over_cublas=ratio, fused=ratio > 1 + LEAST_GAIN)
 
 
+def default_cases() -> list[Case]:
+    """Mixed sides from 700 to 47,000 tokens, in both pooling modes."""
+    mixed = ((8, 12, 16), (0.2, 0.3, 0.5))
+    return [Case(*mixed, tiles=t, pool=pool) for t in (4, 16, 64, 256) for pool in POOL_MODES]
+
+
 @torch.no_grad()
 def tune(
     cases: Sequence[Case],
@@ -165,7 +156,7 @@ def tune(
     for case in cases:
         steps = build_steps(case, device)
         for name, step in steps.items():
-            kernel = name.partition(" ")[0]
+            kernel, cublas = name.partition(" ")[0], name + BY_CUBLAS
             if kernel not in kernels or name.endswith(BY_CUBLAS):
                 continue
             # What it is looked up by is what its launch asks with: never written a second time.
@@ -177,7 +168,7 @@ def tune(
             done.add((kernel, rows, situation))
             times = tune_kernel(kernel, rows, step, device, samples)
             tuned = Tuned(kernel, rows, situation, case.name, **times)
-            yield _against_cublas(tuned, steps, device, samples) if kernel in FUSED else tuned
+            yield _against_cublas(tuned, steps, device, samples) if cublas in steps else tuned
 
 
 def read_table(path: Path, device: torch.device, command: list[str]) -> dict[str, Any]:
@@ -207,14 +198,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         + "Without --shape: n=8/12/16,p=.2/.3/.5 with T = 4, 16, 64 and 256, in both modes.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    names = list(TABLE[SAFE_DEFAULT])
     add = parser.add_argument
     add("--out", type=Path, default=Path("tiles.json"), help="where to write, or to go on")
-    add("--kernel", action="append", choices=names, help="only this; repeat")
+    add("--kernel", action="append", choices=CONSTANTS, help="only this; repeat")
     add("--shape", action="append", default=[], help="a case, see below; repeat")
     add("--samples", type=int, default=20, help="timed calls per configuration (20)")
     args = parser.parse_args(argv)
-    args.kernel = args.kernel or names
+    args.kernel = args.kernel or list(CONSTANTS)
     try:
         args.shape = [parse_shape(text) for text in args.shape] or default_cases()
     except ValueError as error:
@@ -231,9 +221,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if (device.type == "cuda") == interpreting():
             raise ValueError(
-                "no GPU found, or TRITON_INTERPRET is set beside one; tuning times the kernels on "
-                "the GPU they will run on (on a CPU TRITON_INTERPRET=1 rehearses it, with tiny "
-                "--shape)"
+                "no GPU found, or TRITON_INTERPRET is set beside one; the kernels are timed on the "
+                "GPU they will run on (without one TRITON_INTERPRET=1 rehearses tiny --shape)"
             )
         table = read_table(args.out, device, command)
         args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What the tuner tries: the cases, each kernel's launch on random data, and its configurations."""
+"""What the tuner tries: each kernel's launch on random data, and its configurations."""
 
 import itertools
 import math
@@ -14,10 +14,21 @@ from kernels.passes import Pooling, gates, through_swiglu
 from kernels.profile.cases import Case
 from kernels.profile.providers import EPS
 from kernels.profile.random_inputs import make_inputs
-from kernels.tables import POOL_MODES
 from kernels.tile_layout import tile_layout
 
-FUSED = ("dual_gemm", "gate_gemm")
+_BLOCKS = {"BLOCK_M": (64, 128, 256), "BLOCK_N": (64, 128, 256), "BLOCK_K": (32, 64)}
+# What is tried of each kernel: about 160 configurations with the warps and stages, each compiled.
+CONSTANTS: dict[str, dict[str, tuple[int, ...]]] = {
+    "pool_norm": {"WINDOW": (1, 2, 4, 8)},
+    "norm": {},
+    "norm_backward": {},
+    "pool_backward": {"WINDOW": (1, 2, 4)},
+    "swiglu": {"BLOCK": (1024, 2048, 4096, 8192)},
+    "swiglu_backward": {"BLOCK_M": (8, 16, 32), "BLOCK_N": (64, 128, 256)},
+    "column_sum": {"BLOCK_M": (16, 32, 64), "BLOCK_N": (16, 32, 64)},
+    "dual_gemm": {**_BLOCKS, "GROUP_M": (8,)},
+    "gate_gemm": {**_BLOCKS, "GROUP_M": (8,)},
+}
 MAX_ACCUMULATORS = 128  # float32 registers per thread; with more, a kernel spills
 BY_CUBLAS = " by cuBLAS"
 Results = tuple[Tensor, ...]
@@ -31,28 +42,13 @@ class Step:
     before: Callable[[], object] = lambda: None
 
 
-def default_cases() -> list[Case]:
-    """Mixed sides from 700 to 47,000 tokens, in both pooling modes."""
-    mixed = ((8, 12, 16), (0.2, 0.3, 0.5))
-    return [Case(*mixed, tiles=t, pool=pool) for t in (4, 16, 64, 256) for pool in POOL_MODES]
-
-
 def candidates(kernel: str) -> Iterator[LaunchConfig]:
-    """The configurations worth a try; all of them are about 150, and each is compiled."""
-    blocks = {"BLOCK_M": (64, 128, 256), "BLOCK_N": (64, 128, 256), "BLOCK_K": (32, 64)}
-    choices: dict[str, dict[str, tuple[int, ...]]] = {
-        "pool_norm": {"WINDOW": (1, 2, 4, 8)},
-        "pool_backward": {"WINDOW": (1, 2, 4)},
-        "swiglu": {"BLOCK": (1024, 2048, 4096, 8192)},
-        "swiglu_backward": {"BLOCK_M": (8, 16, 32), "BLOCK_N": (64, 128, 256)},
-        "column_sum": {"BLOCK_M": (16, 32, 64), "BLOCK_N": (16, 32, 64)},
-        **{name: {**blocks, "GROUP_M": (8,)} for name in FUSED},
-    }
-    constants = choices.get(kernel, {})
-    warps, stages = ((4, 8), (3, 4)) if kernel in FUSED else ((2, 4, 8), (1,))
+    """The configurations worth a try."""
+    constants, gemm = CONSTANTS[kernel], kernel.endswith("gemm")
+    warps, stages = ((4, 8), (3, 4)) if gemm else ((2, 4, 8), (1,))
     for *values, num_warps, num_stages in itertools.product(*constants.values(), warps, stages):
         config = LaunchConfig(dict(zip(constants, values, strict=True)), num_warps, num_stages)
-        if kernel not in FUSED or _gemm_fits(kernel, config):
+        if not gemm or _gemm_fits(kernel, config):
             yield config
 
 

@@ -16,7 +16,7 @@ from kernels.launch import LaunchConfig, launch_config
 from kernels.profile.cases import parse_shape
 from kernels.profile.random_inputs import make_inputs
 from kernels.profile.timing import LEAD_CYCLES
-from kernels.tune_trials import BY_CUBLAS, Step, build_steps, candidates, default_cases
+from kernels.tune_trials import BY_CUBLAS, Step, build_steps, candidates
 from tests.kernels.inputs import DEVICE
 
 pytestmark = pytest.mark.skipif(
@@ -80,7 +80,7 @@ def test_every_shipped_configuration_is_among_those_tried():
 def test_tuning_takes_less_than_ten_minutes():
     """2 s to compile each, then 20 samples of at most 2 ms and one lead of about 2 ms."""
     tried = sum(len(list(candidates(kernel))) for kernel in KERNELS)
-    sampled_s = tried * len(default_cases()) * (20 * 2e-3 + LEAD_CYCLES / 2e9)
+    sampled_s = tried * len(tune.default_cases()) * (20 * 2e-3 + LEAD_CYCLES / 2e9)
     assert 2 * tried + sampled_s < 600
 
 
