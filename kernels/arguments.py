@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from kernels.tables import POOL_MODES
 
@@ -18,6 +19,12 @@ def check_inputs(x: Tensor, weights: Sequence[Tensor], grid: tuple[int, int], po
     """
     norm_weight, norm_bias, w1, b1, w2, b2, w3, b3 = weights
     check_choice("pool", pool, POOL_MODES)
+    forward_mode = forward_ad._current_level >= 0  # else unpack_dual raises
+    if forward_mode and any(forward_ad.unpack_dual(t).tangent is not None for t in (x, *weights)):
+        raise ValueError(
+            "the projector op has a backward and no forward-mode derivative (jvp): use backward() "
+            "or torch.autograd.grad"
+        )
     if x.ndim != 3:
         raise ValueError(f"x has shape {tuple(x.shape)}; expected [tiles, H*W, C]")
     _check_grid(x, grid)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from kernels.dispatch import implementation, use_fused
 from kernels.passes import Needs, Pooling, Saved, Weights, backward, forward
@@ -201,3 +202,22 @@ def _autograd(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
 
 
 projector_forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+@register_flop_formula(torch.ops.tokenflex.projector_forward)
+def _forward_flops(
+    x: Sequence[int], *shapes: Any, out_shape: Sequence[Sequence[int]], **_: Any
+) -> int:
+    """FLOPs of the three matrix products, for `torch.utils.flop_counter`; shapes, not tensors."""
+    (rows, width), (hidden, channels) = out_shape[0], shapes[3]
+    return 2 * rows * hidden * (2 * channels + width)
+
+
+@register_flop_formula(torch.ops.tokenflex.projector_backward)
+def _backward_flops(grad: Sequence[int], *shapes: Any, out_shape: Any = None, **_: Any) -> int:
+    """FLOPs of the matrix products that `needs` asks for, and of those that are done again."""
+    (hidden, channels), asked = shapes[9], shapes[-1]
+    rows, width = grad
+    needs, recompute = Needs(*asked), shapes[5][0] == 0
+    gates = 2 * (recompute + (needs.x or needs.norm) + needs.gates)
+    return 2 * rows * hidden * (gates * channels + (1 + needs.out) * width)

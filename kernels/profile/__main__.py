@@ -10,6 +10,7 @@ timed: calculated floors and the kernels' compile report are printed, `--out` wr
 
 import argparse
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -30,6 +31,13 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code: 1 where something failed."""
     arguments = _parser().parse_args(argv)
     cases = arguments.shape or default_cases()
+    try:  # before minutes of measuring, in case it cannot be written
+        if arguments.out:
+            arguments.out.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=arguments.out).close()
+    except OSError as error:
+        print(f"error: --out: {error}; name a folder that can be written to", file=sys.stderr)
+        return 2
     if torch.cuda.is_available():
         if interpreting():
             print("error: TRITON_INTERPRET is set, under which kernels run in Python: unset it")
@@ -48,7 +56,6 @@ def run_calculated(arguments: argparse.Namespace, cases: list[Case]) -> int:
     if arguments.out:
         from kernels.profile.plots import plot_calculated  # matplotlib, only where it draws
 
-        arguments.out.mkdir(parents=True, exist_ok=True)
         machine = describe_machine(torch.device("cpu"), _command())
         files = [arguments.out / f"calculated.{suffix}" for suffix in ("json", "csv", "png")]
         write_json(files[0], content | {"machine": machine})

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from kernels import POOL_MODES, dispatch, launch, projector_reference, token_adaptive_projector
 from kernels import registration as ops
@@ -22,6 +23,7 @@ from tests.kernels.inputs import (
     HIDDEN,
     NAMES,
     WIDTH,
+    eager,
     gradients,
     make_tiles,
     make_weights,
@@ -98,6 +100,36 @@ def test_forward_and_backward_equal_the_reference_in_float64(dtype, limit, backw
         assert relative_error(a, b) < limit, name
 
 
+@pytest.mark.parametrize("frozen_x", [False, True])
+def test_the_flop_counter_counts_what_the_eager_products_take(frozen_x):
+    x, weights = inputs()
+    upstream = torch.ones(38, WIDTH, device=DEVICE)
+
+    def count(function) -> int:
+        with FlopCounterMode(display=False) as counter:
+            leaves = {name: weight.clone().requires_grad_() for name, weight in weights.items()}
+            function(x.clone().requires_grad_(not frozen_x), leaves).backward(upstream)
+        return counter.get_total_flops()
+
+    expected = count(lambda x, w: eager(x, [2, 5, 3], w, GRID, "adaptive"))
+    assert count(call) == expected > 0
+    again = 2 * 38 * 2 * CHANNELS * HIDDEN  # two products of the forward
+    assert count(lambda x, w: call(x, w, backward="recompute")) == expected + again
+
+
+def test_forward_mode_raises_instead_of_a_tangent_of_zero():
+    x, weights = inputs()
+    with pytest.raises(ValueError, match=r"jvp.*backward"):
+        torch.func.jvp(lambda x: call(x, weights), (x,), (torch.ones_like(x),))
+    weight = weights["w2"]
+
+    def of_weight(w2: Tensor) -> Tensor:
+        return call(x, {**weights, "w2": w2})
+
+    with pytest.raises(ValueError, match=r"jvp.*backward"):
+        torch.func.jvp(of_weight, (weight,), (torch.ones_like(weight),))
+
+
 @pytest.mark.parametrize("wanted", [("x",), ("norm_bias",), ("w2",), ("b3",), ("x", "w3")])
 @pytest.mark.parametrize("backward", ["save", "recompute"])
 def test_any_part_may_be_frozen(wanted, backward):
@@ -119,7 +151,7 @@ def test_any_part_may_be_frozen(wanted, backward):
 def test_a_frozen_tower_costs_nothing(monkeypatch):
     """Neither the pool's backward nor, with the norm frozen too, the products before it run."""
     x, weights = inputs()
-    do = ops.steps("auto", "auto", "gate_gemm", x)[0]
+    do = ops.steps("auto", "auto", "gate_gemm", 38, x)[0]
 
     def never(*_):
         raise AssertionError("ran for a gradient that nobody asked for")
@@ -269,6 +301,8 @@ def test_a_norm_in_float32_beside_half_precision():
         ({"sides": torch.tensor([2.0, 5.0, 3.0])}, "tile_sides is torch.float32"),
         ({"sides": torch.tensor([2, 5, -3])}, r"tile_sides\[2\] is -3"),
         ({"sides": torch.tensor([[2, 5, 3]])}, r"tile_sides has shape \(1, 3\)"),
+        ({"sides": None}, "tile_sides is None; .*a list"),
+        ({"sides": 3}, "tile_sides is 3; .*a list"),
         ({"sides": [2, 5, 1025]}, r"largest side is 1025.* 1024"),
     ],
 )

@@ -267,6 +267,14 @@ def fake_gpu(monkeypatch):
     return torch.device("cuda", 0)
 
 
+def test_an_output_folder_that_cannot_be_written_is_an_error(tmp_path, capsys):
+    (file := tmp_path / "file").write_text("kept")
+    for out in (file, file / "folder"):
+        assert command.main(["--shape", "n=2", "--out", str(out), "--no-compile-report"]) == 2
+        assert "--out: " in (error := capsys.readouterr().err) and str(out) in error
+    assert file.read_text() == "kept"
+
+
 def test_events_enclose_the_timed_part_only(fake_gpu, monkeypatch):
     """The GPU idles after what is prepared and before the clock starts: the host gets ahead."""
     log = FakeEvent.log
