@@ -84,7 +84,7 @@ SAFE_DEFAULT = "sm_80"  # fits the shared memory of everything newer
 INTERPRETED = "sm_90"  # whose entries the interpreter runs
 
 
-class Entry(NamedTuple):
+class MeasuredEntry(NamedTuple):
     """A measured entry; fused: a fused GEMM that was faster than cuBLAS and what follows it."""
 
     config: LaunchConfig
@@ -159,7 +159,7 @@ def fused_by_default(kernel: str, rows: int, like: Tensor, **sizes: object) -> b
 
 def _measured_entry(
     kernel: str, rows: int, like: Tensor, sizes: Mapping[str, object]
-) -> tuple[int, Entry] | None:
+) -> tuple[int, MeasuredEntry] | None:
     if not os.environ.get(TILES_VARIABLE):
         return None
     entries = _measured(kernel, like.device, _situation(like, sizes))
@@ -193,7 +193,7 @@ def _situation(like: Tensor, sizes: Mapping[str, object]) -> str:
 
 
 @cache  # warns once about a situation
-def _measured(kernel: str, device: torch.device, situation: str) -> list[tuple[int, Entry]]:
+def _measured(kernel: str, device: torch.device, situation: str) -> list[tuple[int, MeasuredEntry]]:
     """The rows and entries measured for this kernel in this situation on such a device."""
     situations = _tiles_file(device).get(kernel, {})
     if situations and situation not in situations:
@@ -207,18 +207,18 @@ def _measured(kernel: str, device: torch.device, situation: str) -> list[tuple[i
 
 
 @cache
-def _tiles_file(device: torch.device) -> dict[str, dict[str, dict[int, Entry]]]:
+def _tiles_file(device: torch.device) -> dict[str, dict[str, dict[int, MeasuredEntry]]]:
     """Kernel -> situation -> rows -> entry of the file in TOKENFLEX_TILES.
 
     Warns where it was measured on something else; on another architecture nothing of it is taken.
     """
     path = os.environ[TILES_VARIABLE]
-    found: dict[str, dict[str, dict[int, Entry]]] = {}
+    found: dict[str, dict[str, dict[int, MeasuredEntry]]] = {}
     try:
         content = json.loads(Path(path).read_text())
         target = {key: content["target"][key] for key in ("arch", "device", "triton")}
         for record in content["measured"]:
-            entry = Entry(LaunchConfig(**record["kept"]), record["fused"])
+            entry = MeasuredEntry(LaunchConfig(**record["kept"]), record["fused"])
             rows = found.setdefault(record["kernel"], {}).setdefault(record["situation"], {})
             rows[int(record["rows"])] = entry
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -35,7 +35,7 @@ from kernels.profile.results import write_json
 from kernels.profile.system import describe_machine
 from kernels.profile.timing import sample
 from kernels.tables import POOL_MODES
-from kernels.tune_trials import BY_CUBLAS, CONSTANTS, Results, Step, build_steps, candidates
+from kernels.tune_trials import BY_CUBLAS, CONSTANTS, Results, TimedStep, build_steps, candidates
 
 LEAST_GAIN = 0.02  # below this a change of the table is not worth its difference in bits
 LARGEST_ERROR = 1e-2  # of a row, between two orders of summation in bfloat16
@@ -61,7 +61,7 @@ class Tuned:
     fused: bool = False
 
 
-def median_ms(step: Step, device: torch.device, samples: int) -> float:
+def median_ms(step: TimedStep, device: torch.device, samples: int) -> float:
     """Median time of a call whose inputs are not in the L2 cache."""
     flush = torch.empty(4 * l2_bytes(device), dtype=torch.uint8, device=device)
 
@@ -73,7 +73,7 @@ def median_ms(step: Step, device: torch.device, samples: int) -> float:
 
 
 def tune_kernel(
-    kernel: str, rows: int, step: Step, device: torch.device, samples: int
+    kernel: str, rows: int, step: TimedStep, device: torch.device, samples: int
 ) -> dict[str, Any]:
     """Time the shipped entry twice and every candidate once; the times and entries of `Tuned`."""
     _, shipped = shipped_config(kernel, rows, device)
@@ -99,7 +99,7 @@ def tune_kernel(
     }  # fmt: skip
 
 
-def _runs_right(step: Step, expected: Results) -> bool:
+def _runs_right(step: TimedStep, expected: Results) -> bool:
     """Whether a configuration fits the GPU and gives what the shipped one gives, to rounding."""
     # What is not written shall not be a right result left in the memory that is used again.
     poison = [torch.full_like(result, math.nan) for result in expected]
@@ -127,7 +127,7 @@ def row_error(found: Tensor, expected: Tensor) -> float:
 
 
 def _against_cublas(
-    tuned: Tuned, steps: dict[str, Step], device: torch.device, samples: int
+    tuned: Tuned, steps: dict[str, TimedStep], device: torch.device, samples: int
 ) -> Tuned:
     """The same with how many times faster the fused GEMM is than cuBLAS and what follows it."""
     fused, cublas = steps[tuned.kernel], steps[tuned.kernel + BY_CUBLAS]

@@ -35,7 +35,7 @@ Results = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
-class Step:
+class TimedStep:
     """A launch to be timed; before: restores what it writes over."""
 
     run: Callable[[], Results]
@@ -60,7 +60,7 @@ def _gemm_fits(kernel: str, config: LaunchConfig) -> bool:
     return ahead and elements <= MAX_ACCUMULATORS * 32 * config.num_warps
 
 
-def build_steps(case: Case, device: torch.device) -> dict[str, Step]:
+def build_steps(case: Case, device: torch.device) -> dict[str, TimedStep]:
     """Every kernel's step on random data; what follows a space in a name tells two of one kernel.
 
     The fused GEMMs only where they take the dtype, and cuBLAS in their place beside them.
@@ -77,21 +77,21 @@ def build_steps(case: Case, device: torch.device) -> dict[str, Step]:
     gate, value, product = gates(do, normed, w, fused=False, keep_gates=True)
     upstream, grad_normed = product.clone(), torch.randn_like(pooled)
 
-    def parts(rows: int, columns: int) -> Step:
+    def parts(rows: int, columns: int) -> TimedStep:
         summed = torch.randn(rows, columns, device=device)
-        return Step(lambda: (column_sum(summed),))
+        return TimedStep(lambda: (column_sum(summed),))
 
     steps = {
-        "pool_norm": Step(lambda: do.pool_norm(x, pooling, w.norm_weight, w.norm_bias, EPS)),
-        "norm": Step(lambda: (do.norm(pooled, mean, rstd, w.norm_weight, w.norm_bias),)),
-        "norm_backward": Step(
+        "pool_norm": TimedStep(lambda: do.pool_norm(x, pooling, w.norm_weight, w.norm_bias, EPS)),
+        "norm": TimedStep(lambda: (do.norm(pooled, mean, rstd, w.norm_weight, w.norm_bias),)),
+        "norm_backward": TimedStep(
             lambda: do.norm_backward(
                 grad_normed, pooled, mean, rstd, w.norm_weight, w.norm_bias, True, True
             )
         ),
-        "pool_backward": Step(lambda: (do.pool_backward(grad_normed, pooling),)),
-        "swiglu": Step(lambda: (do.swiglu(gate, value),)),
-        "swiglu_backward": Step(
+        "pool_backward": TimedStep(lambda: (do.pool_backward(grad_normed, pooling),)),
+        "swiglu": TimedStep(lambda: (do.swiglu(gate, value),)),
+        "swiglu_backward": TimedStep(
             lambda: do.swiglu_backward(upstream, gate, value), lambda: upstream.copy_(product)
         ),
         "column_sum of the gates": parts(math.ceil(case.rows / ROWS), 2 * case.hidden),
@@ -100,8 +100,8 @@ def build_steps(case: Case, device: torch.device) -> dict[str, Step]:
     if case.torch_dtype == torch.float32:
         return steps
     for way, fused in (("", True), (BY_CUBLAS, False)):
-        steps["dual_gemm" + way] = Step(partial(gates, do, normed, w, fused, keep_gates=True))
-        steps["gate_gemm" + way] = Step(
+        steps["dual_gemm" + way] = TimedStep(partial(gates, do, normed, w, fused, keep_gates=True))
+        steps["gate_gemm" + way] = TimedStep(
             partial(through_swiglu, do, grad, w.w3, gate, value, fused, overwrite=False)
         )
     return steps

@@ -16,7 +16,7 @@ from kernels.launch import LaunchConfig, launch_config
 from kernels.profile.cases import parse_shape
 from kernels.profile.random_inputs import make_inputs
 from kernels.profile.timing import LEAD_CYCLES
-from kernels.tune_trials import BY_CUBLAS, Step, build_steps, candidates
+from kernels.tune_trials import BY_CUBLAS, TimedStep, build_steps, candidates
 from tests.kernels.inputs import DEVICE
 
 pytestmark = pytest.mark.skipif(
@@ -120,10 +120,10 @@ def test_the_fastest_candidate_that_is_right_replaces_the_shipped_one(monkeypatc
         return (result,)
 
     monkeypatch.setattr(tune, "median_ms", lambda *_: times[block()])
-    found = tune.tune_kernel("swiglu", 64, Step(run), DEVICE, 1)
+    found = tune.tune_kernel("swiglu", 64, TimedStep(run), DEVICE, 1)
     assert found["kept"] == found["best"] == fast and found["best_ms"] == 0.5
     times[256] = times[1024] = 0.99  # within what is not worth a change
-    assert tune.tune_kernel("swiglu", 64, Step(run), DEVICE, 1)["kept"] == shipped
+    assert tune.tune_kernel("swiglu", 64, TimedStep(run), DEVICE, 1)["kept"] == shipped
 
 
 def test_the_error_is_that_of_the_worst_row():
