@@ -23,6 +23,7 @@ pytestmark = pytest.mark.skipif(
     DEVICE.type == "cpu" and not interpreting(), reason="needs a GPU or TRITON_INTERPRET=1"
 )
 SHAPE = "T=2,n=2/1,grid=2x2,C=8,F=16,D=8"
+TINY = "T=2,n=1,grid=1x1,C=8,F=16,D=8"  # the interpreter is slow
 KERNELS = list(launch.TABLE[launch.architecture(DEVICE)])
 LIKE = torch.empty(1, dtype=torch.bfloat16, device=DEVICE)
 ODD = LaunchConfig({"BLOCK": 64}, num_warps=1)
@@ -234,7 +235,7 @@ def test_what_cannot_be_written_or_gone_on_with_is_an_error(tmp_path, capsys):
 
 def test_a_rehearsal_is_stopped_goes_on_and_serves_what_it_measured(tmp_path, monkeypatch):
     path = tmp_path / "new" / "tiles.json"
-    options = ["--out", str(path), "--shape", SHAPE, "--shape", SHAPE + ",pool=resize"]
+    options = ["--out", str(path), "--shape", TINY, "--shape", TINY + ",pool=resize"]
     options += ["--samples", "1"]
     process = subprocess.Popen(
         [sys.executable, "-m", "kernels.tune", *options], stdout=subprocess.PIPE, text=True
@@ -279,7 +280,7 @@ def test_a_rehearsal_is_stopped_goes_on_and_serves_what_it_measured(tmp_path, mo
 
 
 def _served_to_the_op(monkeypatch):
-    """What the launches of the op at `SHAPE` look up, and get."""
+    """What the launches of the op at `TINY` look up, and get."""
     served = {}
 
     def spy(kernel, rows, like, **sizes):
@@ -290,7 +291,7 @@ def _served_to_the_op(monkeypatch):
     for name, module in list(sys.modules.items()):
         if name.startswith("kernels.triton_impl.") and hasattr(module, "launch_config"):
             monkeypatch.setattr(module, "launch_config", spy)
-    case = parse_shape(SHAPE)
+    case = parse_shape(TINY)
     inputs = make_inputs(case, DEVICE)
     ways = (("cublas", "save", "adaptive"), ("fused", "recompute", "resize"))
     for gemm, backward, pool in (*ways, ("fused", "save", "adaptive")):
