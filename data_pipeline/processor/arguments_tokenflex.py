@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from reprlib import repr as brief
 from typing import Any
 
 from .image_processing_tokenflex import TokenFlexImagesKwargs, flatten
@@ -34,7 +35,7 @@ def call_options(kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, A
             known = ", ".join([*TokenFlexImagesKwargs.__annotations__, *_TEXT_OPTIONS])
             raise ValueError(f"the processor has no argument {key}; its settings are {known}")
         if value not in _WITHOUT_EFFECT[key]:
-            raise ValueError(f"{key} is {value!r}, which is not supported; leave it out")
+            raise ValueError(f"{key} is {brief(value)}, which is not supported; leave it out")
     return tiling, padding
 
 
@@ -73,8 +74,8 @@ def side_of(count: Any, patches_per_side: int) -> int:
     if n < 1 or n * n != count:
         near = {max(n, 1) ** 2, min(n + 1, patches_per_side) ** 2}
         raise ValueError(
-            f"num_image_tokens is {count!r}, but the tokens of a tile are a square, n * n; give "
-            f"{' or '.join(map(str, sorted(near)))}, say"
+            f"num_image_tokens is {brief(count)}, but the tokens of a tile are a square, n * n; "
+            f"give {' or '.join(map(str, sorted(near)))}, say"
         )
     return n
 
@@ -103,8 +104,8 @@ def image_sides(
         expected = f"one number for all, {images} (one per image) or {texts} (one per text)"
     if not fits:
         raise ValueError(
-            f"num_image_tokens is {counts}, but the images are {images} in {texts} text(s); give "
-            f"{expected}"
+            f"num_image_tokens is {brief(counts)}, but the images are {images} in {texts} text(s); "
+            f"give {expected}"
         )
     return [side_of(count, patches_per_side) for count in flat]
 
