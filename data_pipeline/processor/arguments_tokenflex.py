@@ -8,7 +8,10 @@ from typing import Any
 from .image_processing_tokenflex import TokenFlexImagesKwargs, flatten
 from .prompt_tokenflex import IMAGE
 
-_TEXT_OPTIONS = ("padding", "padding_side", "pad_to_multiple_of", "max_length")
+_TEXT_OPTIONS = (
+    *("padding", "padding_side", "pad_to_multiple_of"),
+    *("truncation", "max_length", "return_assistant_tokens_mask"),
+)
 # What other libraries pass along; the prompt's form decides these.
 _WITHOUT_EFFECT = {
     "add_special_tokens": (True, False, None),
@@ -16,27 +19,26 @@ _WITHOUT_EFFECT = {
     "return_token_type_ids": (False, None),
     "return_mm_token_type_ids": (False, None),
     "sanitize_control_tokens": (True, False, None),
-    "truncation": (False, None),
     "videos": (None,),
     "audio": (None,),
 }
 
 
 def call_options(kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(the image processor's settings, the padding's) of a call; ValueError for any other."""
+    """(the image processor's settings, the text's) of a call; ValueError for any other."""
     given: dict[str, Any] = {}
     for key, value in kwargs.items():  # transformers lets callers group them, too
         group = key in ("text_kwargs", "images_kwargs", "common_kwargs")
         given.update(value if group else {key: value})
     tiling = {k: given.pop(k) for k in TokenFlexImagesKwargs.__annotations__ if k in given}
-    padding = {k: given.pop(k) for k in _TEXT_OPTIONS if k in given}
+    texts = {k: given.pop(k) for k in _TEXT_OPTIONS if k in given}
     for key, value in given.items():
         if key not in _WITHOUT_EFFECT:
             known = ", ".join([*TokenFlexImagesKwargs.__annotations__, *_TEXT_OPTIONS])
             raise ValueError(f"the processor has no argument {key}; its settings are {known}")
-        if value not in _WITHOUT_EFFECT[key]:
+        if not any(value is allowed for allowed in _WITHOUT_EFFECT[key]):
             raise ValueError(f"{key} is {brief(value)}, which is not supported; leave it out")
-    return tiling, padding
+    return tiling, texts
 
 
 def as_texts(text: Any) -> list[str]:
@@ -44,11 +46,13 @@ def as_texts(text: Any) -> list[str]:
     if not isinstance(texts, list | tuple) or not texts:
         raise ValueError(
             f"text is {'empty' if texts in ([], ()) else f'of type {type(text).__name__}'}; give a "
-            f"string, or a list of them, with {IMAGE} where an image goes"
+            f"string, or a list of them, with {IMAGE} where an image goes, or messages"
         )
     for i, entry in enumerate(texts):
         if not isinstance(entry, str):
-            raise ValueError(f"text[{i}] is of type {type(entry).__name__}; give a string")
+            raise ValueError(
+                f"text[{i}] is of type {type(entry).__name__}; give a string, or turns as messages"
+            )
     return list(texts)
 
 
