@@ -255,4 +255,4 @@ class TokenFlexProcessor(ProcessorMixin):
                     rows["attention_mask"], (iter(answers) for _, answers in encoded), strict=True
                 )
             ]
-        return rows.convert_to_tensors(return_tensors)  # type: ignore[no-any-return]
+        return rows.convert_to_tensors(return_tensors)
