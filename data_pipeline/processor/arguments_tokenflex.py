@@ -2,12 +2,16 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from reprlib import repr as brief
 from typing import Any
 
 from .image_processing_tokenflex import TokenFlexImagesKwargs, flatten
 from .prompt_tokenflex import IMAGE
 
-_TEXT_OPTIONS = ("padding", "padding_side", "pad_to_multiple_of", "max_length")
+_TEXT_OPTIONS = (
+    *("padding", "padding_side", "pad_to_multiple_of"),
+    *("truncation", "max_length", "return_assistant_tokens_mask"),
+)
 # What other libraries pass along; the prompt's form decides these.
 _WITHOUT_EFFECT = {
     "add_special_tokens": (True, False, None),
@@ -15,27 +19,26 @@ _WITHOUT_EFFECT = {
     "return_token_type_ids": (False, None),
     "return_mm_token_type_ids": (False, None),
     "sanitize_control_tokens": (True, False, None),
-    "truncation": (False, None),
     "videos": (None,),
     "audio": (None,),
 }
 
 
 def call_options(kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(the image processor's settings, the padding's) of a call; ValueError for any other."""
+    """(the image processor's settings, the text's) of a call; ValueError for any other."""
     given: dict[str, Any] = {}
     for key, value in kwargs.items():  # transformers lets callers group them, too
         group = key in ("text_kwargs", "images_kwargs", "common_kwargs")
         given.update(value if group else {key: value})
     tiling = {k: given.pop(k) for k in TokenFlexImagesKwargs.__annotations__ if k in given}
-    padding = {k: given.pop(k) for k in _TEXT_OPTIONS if k in given}
+    texts = {k: given.pop(k) for k in _TEXT_OPTIONS if k in given}
     for key, value in given.items():
         if key not in _WITHOUT_EFFECT:
             known = ", ".join([*TokenFlexImagesKwargs.__annotations__, *_TEXT_OPTIONS])
             raise ValueError(f"the processor has no argument {key}; its settings are {known}")
-        if value not in _WITHOUT_EFFECT[key]:
-            raise ValueError(f"{key} is {value!r}, which is not supported; leave it out")
-    return tiling, padding
+        if not any(value is allowed for allowed in _WITHOUT_EFFECT[key]):
+            raise ValueError(f"{key} is {brief(value)}, which is not supported; leave it out")
+    return tiling, texts
 
 
 def as_texts(text: Any) -> list[str]:
@@ -43,11 +46,13 @@ def as_texts(text: Any) -> list[str]:
     if not isinstance(texts, list | tuple) or not texts:
         raise ValueError(
             f"text is {'empty' if texts in ([], ()) else f'of type {type(text).__name__}'}; give a "
-            f"string, or a list of them, with {IMAGE} where an image goes"
+            f"string, or a list of them, with {IMAGE} where an image goes, or messages"
         )
     for i, entry in enumerate(texts):
         if not isinstance(entry, str):
-            raise ValueError(f"text[{i}] is of type {type(entry).__name__}; give a string")
+            raise ValueError(
+                f"text[{i}] is of type {type(entry).__name__}; give a string, or turns as messages"
+            )
     return list(texts)
 
 
@@ -73,8 +78,8 @@ def side_of(count: Any, patches_per_side: int) -> int:
     if n < 1 or n * n != count:
         near = {max(n, 1) ** 2, min(n + 1, patches_per_side) ** 2}
         raise ValueError(
-            f"num_image_tokens is {count!r}, but the tokens of a tile are a square, n * n; give "
-            f"{' or '.join(map(str, sorted(near)))}, say"
+            f"num_image_tokens is {brief(count)}, but the tokens of a tile are a square, n * n; "
+            f"give {' or '.join(map(str, sorted(near)))}, say"
         )
     return n
 
@@ -103,8 +108,8 @@ def image_sides(
         expected = f"one number for all, {images} (one per image) or {texts} (one per text)"
     if not fits:
         raise ValueError(
-            f"num_image_tokens is {counts}, but the images are {images} in {texts} text(s); give "
-            f"{expected}"
+            f"num_image_tokens is {brief(counts)}, but the images are {images} in {texts} text(s); "
+            f"give {expected}"
         )
     return [side_of(count, patches_per_side) for count in flat]
 

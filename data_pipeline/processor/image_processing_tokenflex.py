@@ -1,24 +1,14 @@
 """Images -> the uint8 tiles that the vision tower takes, the same ones as in training."""
 
 from functools import partial
-from pathlib import Path
 from typing import Any, TypedDict
 
 import numpy as np
-import torch
-from PIL import Image
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
-from transformers.image_utils import load_image
 
-from .picture_tokenflex import (
-    PictureError,
-    check_size,
-    open_picture,
-    reason,
-    resize,
-    upright_rgb,
-)
+from .picture_tokenflex import resize
+from .source_tokenflex import load_rgb
 from .tiling_tokenflex import check_tiling, cut_tiles, grid_for
 
 
@@ -29,6 +19,7 @@ class TokenFlexImagesKwargs(TypedDict, total=False):
     min_tiles: int
     max_tiles: int
     thumbnail: bool
+    input_data_format: str | None
 
 
 class TokenFlexImageProcessor(BaseImageProcessor):
@@ -62,17 +53,20 @@ class TokenFlexImageProcessor(BaseImageProcessor):
         min_tiles: int | None = None,
         max_tiles: int | None = None,
         thumbnail: bool | None = None,
+        input_data_format: str | None = None,
         return_tensors: str | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
         """Cut images into tiles; settings that are not given are the processor's own.
 
-        images: one, a list, or a list of lists; each a `PIL.Image`, a file's path, a URL, a base64
-            string, or a uint8 array or tensor, [height, width], [height, width, channels] or
-            channels first. A file or `PIL.Image` is turned upright by its EXIF orientation (one
-            that was turned by hand must not keep the tag), transparent parts become white and
-            16-bit and floating-point greys are scaled to 8 bit. URLs and base64 strings are opened
-            by transformers, which drops transparency and extra bits.
+        images: one, a list, or a list of lists; each a `PIL.Image`, a file's path, bytes, an open
+            file, a URL (http, https, file, data), base64, a row {"bytes", "path"} of `datasets`, or
+            an array or tensor, [height, width], [height, width, channels] or channels first. One of
+            four dimensions is several images. All give the pixels of the file: turned upright by
+            its EXIF orientation (a `PIL.Image` that was turned by hand must not keep the tag),
+            transparent parts white, 16-bit and floating-point greys scaled to 8 bit. Colours in
+            floats are 0 to 1, or 0 to 255.
+        input_data_format: "channels_first" or "channels_last" of arrays whose shape allows both.
 
         Returns pixel_values, uint8 [T, 3, tile_size, tile_size], image after image, each row by
         row, a thumbnail last; and num_tiles, int64 per image.
@@ -89,7 +83,7 @@ class TokenFlexImageProcessor(BaseImageProcessor):
         check_tiling(size, least, most)
         tiles = []
         for i, image in enumerate(flatten(images)):
-            rgb = load_rgb(image, f"images[{i}]")
+            rgb = load_rgb(image, f"images[{i}]", input_data_format)
             grid = grid_for(*rgb.size, size, least, most)
             tiles.append(cut_tiles(partial(resize, rgb), grid, size, thumbnail))
         pixels = np.concatenate([np.empty((0, 3, size, size), np.uint8), *tiles])
@@ -102,62 +96,9 @@ class TokenFlexImageProcessor(BaseImageProcessor):
 
 
 def flatten(images: Any) -> list[Any]:
-    """One image, a list or a list of lists as a flat list."""
+    """One image, an array of several, a list or a list of lists as a flat list."""
+    if getattr(images, "ndim", 0) == 4:
+        images = list(images)
     if not isinstance(images, list | tuple):
         return [images]
     return [image for entry in images for image in flatten(entry)]
-
-
-def load_rgb(image: Any, name: str) -> Image.Image:
-    """Anything that `preprocess` takes as an upright RGB picture; `name` is for messages."""
-    try:
-        if isinstance(image, Path) or (isinstance(image, str) and _is_file(image)):
-            with Path(image).open("rb") as file:
-                return upright_rgb(open_picture(file))
-        given = _as_image(image)
-        check_size(given.size)
-        return upright_rgb(given)
-    except MemoryError:
-        raise
-    except Exception as error:
-        shown = _shorten(image) if isinstance(image, str) else f"of type {type(image).__name__}"
-        raise ValueError(
-            f"{name} is {shown} and cannot be used as an image: {reason(error)}"
-        ) from error
-
-
-def _shorten(text: str) -> str:
-    """A path, URL or encoded picture for a message: its end names the file."""
-    return repr(text) if len(text) <= 200 else f"{text[:60]!r} ... {text[-60:]!r}"
-
-
-def _as_image(image: Any) -> Image.Image:
-    """What is no file here as Pillow's picture."""
-    if isinstance(image, Image.Image):
-        return image
-    if isinstance(image, str):
-        try:
-            return load_image(image)
-        except Exception as error:
-            raise PictureError(str(error) or repr(error)) from error
-    if isinstance(image, torch.Tensor):
-        image = image.detach().cpu().numpy()
-    if not isinstance(image, np.ndarray):
-        raise PictureError("give a PIL.Image, a path, a URL or a uint8 array")
-    if image.dtype != np.uint8 or image.ndim not in (2, 3):
-        raise PictureError(
-            f"the array is {image.dtype} {image.shape}; give uint8, [height, width, 3] or "
-            "[3, height, width]"
-        )
-    if image.ndim == 3 and image.shape[2] not in (1, 3, 4):
-        image = image.transpose(1, 2, 0)
-    if image.ndim == 3 and image.shape[2] == 1:
-        image = image[..., 0]
-    return Image.fromarray(np.ascontiguousarray(image))
-
-
-def _is_file(text: str) -> bool:
-    try:
-        return Path(text).is_file()
-    except (OSError, ValueError):  # too long for a path, or with a zero byte: base64, say
-        return False

@@ -84,15 +84,6 @@ def chatml_template(system: str = DEFAULT_SYSTEM) -> str:
     return _TEMPLATE.replace("SYSTEM", json.dumps(system, ensure_ascii=False))
 
 
-def user_turn(text: str) -> dict[str, Any]:
-    """What a user says, with `<image>` for images, as a message."""
-    parts: list[dict[str, str]] = []
-    for i, stretch in enumerate(text.split(IMAGE)):
-        parts += [{"type": "image"}] * (i > 0)
-        parts += [{"type": "text", "text": stretch}] * bool(stretch)
-    return {"role": "user", "content": parts}
-
-
 def check_messages(messages: Any, stored: bool = True) -> None:
     """ValueError unless messages are turns {"role", "content": [parts]} in a legal order.
 

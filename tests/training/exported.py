@@ -41,8 +41,10 @@ def teach(model: Any, processor: Any, steps: int) -> None:
     model.train()
     for step in range(steps):
         batch = processor(
-            images=[Image.new("RGB", (20, 20), COLOURS[name]) for name in names],
-            text=["<image>What colour?"] * len(names),
+            messages=[
+                [user([{"type": "image", "image": image}, text("What colour?")])]
+                for image in (Image.new("RGB", (20, 20), COLOURS[name]) for name in names)
+            ],
             num_image_tokens=[4, 16][step % 2],
         )
         answers = [
@@ -98,7 +100,7 @@ def text(words: str) -> dict[str, str]:
     return {"type": "text", "text": words}
 
 
-def user(content: list[dict[str, str]]) -> dict[str, Any]:
+def user(content: list[dict[str, Any]]) -> dict[str, Any]:
     return {"role": "user", "content": content}
 
 

@@ -9,20 +9,20 @@ import torch
 from transformers import CompileConfig, StaticCache, TextIteratorStreamer, pipeline
 from transformers.cache_utils import DynamicCache
 
-from tests.training.tiny import make_model, make_processor, picture
+from tests.training.tiny import make_model, make_processor, picture, prompt
 from training.model import PackedTokenFlex, TokenFlexForConditionalGeneration, TokenFlexProcessor
 from training.model.attention import ATTENTION_NAME
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
 SAMPLES: list[dict[str, Any]] = [
-    {"text": "<image>\nWhat is this?", "images": [picture(0)], "num_image_tokens": [16]},
-    {"text": "hello world", "images": [], "num_image_tokens": []},
+    {"text": prompt("<image>\nWhat is this?"), "images": [picture(0)], "num_image_tokens": [16]},
+    {"text": prompt("hello world"), "images": [], "num_image_tokens": []},
     {
-        "text": "<image>left, then <image>\nWhich row?",
+        "text": prompt("<image>left, then <image>\nWhich row?"),
         "images": [picture(1), picture(2, 15, 60)],
         "num_image_tokens": [1, 9],
     },
-    {"text": "<image>", "images": [picture(3, 16, 16)], "num_image_tokens": [4]},
+    {"text": prompt("<image>"), "images": [picture(3, 16, 16)], "num_image_tokens": [4]},
 ]
 
 
@@ -200,7 +200,7 @@ def test_a_chat_goes_on_from_its_cache(processor, model, kind):
     )
     said = answers(model, first, past_key_values=cache)[0]
     question = torch.tensor([processor.tokenizer(" and this?")["input_ids"]])
-    image = processor(images=picture(4), text="<image>", num_image_tokens=4)
+    image = processor(images=picture(4), text=prompt("<image>"), num_image_tokens=4)
     start = processor.tokenizer.convert_tokens_to_ids("<img>")
     image_ids = image["input_ids"][:, image["input_ids"][0].tolist().index(start) :]
     ids = torch.cat([first["input_ids"], torch.tensor([said]), question, image_ids], 1)
@@ -239,5 +239,11 @@ def test_the_pipeline_answers_chats_and_text(processor, model, single, expected)
     sample = {name: SAMPLES[2][name] for name in ("text", "images")}
     found = ask(**sample, num_image_tokens=[1, 9], **options)
     assert found[0]["generated_text"] == wanted[2]
+    # Chats of several lengths at a time: the pipeline pads them itself.
+    longer = [{"role": "user", "content": [*content, {"type": "text", "text": " Or that?" * 9}]}]
+    settings = {"num_image_tokens": 16, "processor_kwargs": {"max_tiles": 2}}
+    alone = [ask(text=each, **settings, **options)[0] for each in (chat, longer)]
+    found = ask(text=[chat, longer], batch_size=2, **settings, **options)
+    assert [answer for (answer,) in found] == alone
     full = ask(text=chat, num_image_tokens=16, generate_kwargs=GREEDY)[0]["generated_text"]
     assert full[-1] == {"role": "assistant", "content": wanted[0]}

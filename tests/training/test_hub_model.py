@@ -15,9 +15,10 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 import data_pipeline.processor
 import training.model.hub as hub
+from data_pipeline.processor import prompt_tokenflex
 from kernels import POOL_MODES, pooling_table
 from kernels.reference import projector_reference
-from tests.training.tiny import GRID, TILE, make_model, make_processor, picture
+from tests.training.tiny import GRID, TILE, make_model, make_processor, picture, prompt
 from training.model import PackedTokenFlex, TokenFlexForConditionalGeneration, TokenFlexProcessor
 from training.model.hub import TokenFlexProjector, pooling_tokenflex
 
@@ -39,7 +40,7 @@ def batch(processor: TokenFlexProcessor) -> Any:
     """Two rows, one of them padded; counts and numbers of images differ."""
     return processor(
         images=[[picture(0)], [picture(1), picture(2, 20, 50)]],
-        text=["<image>\nWhat is this?", "one <image> and another <image> please"],
+        text=[prompt("<image>\nWhat is this?"), prompt("one <image> and another <image> please")],
         num_image_tokens=[[16], [9, 1]],
     )
 
@@ -306,11 +307,11 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 folder, image = sys.argv[1:]
 model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
 processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-inputs = processor(images=Image.open(image), text="<image>\\nWhat is this?", num_image_tokens=9)
-ids = model.generate(**inputs, max_new_tokens=6, do_sample=False)
-answers = pipeline("image-text-to-text", model=folder, trust_remote_code=True)
 messages = [{"role": "user", "content": [
     {"type": "image", "path": image}, {"type": "text", "text": "\\nWhat is this?"}]}]
+inputs = processor(messages=messages, num_image_tokens=9)
+ids = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+answers = pipeline("image-text-to-text", model=folder, trust_remote_code=True)
 answer = answers(text=messages, num_image_tokens=9, max_new_tokens=6, return_full_text=False,
                  generate_kwargs={"do_sample": False})
 model.save_pretrained(folder + "-again")
@@ -320,7 +321,7 @@ print(json.dumps([ids[0].tolist(), answer[0]["generated_text"], type(model).__mo
 
 def test_a_folder_loads_where_this_repository_is_not(processor, model, exported, tmp_path):
     picture(3).save(tmp_path / "image.png")
-    inputs = processor(images=picture(3), text="<image>\nWhat is this?", num_image_tokens=9)
+    inputs = processor(images=picture(3), text=prompt("<image>\nWhat is this?"), num_image_tokens=9)
     expected = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0]
     kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTEST_CURRENT_TEST")}
     done = subprocess.run(
@@ -335,13 +336,11 @@ def test_a_folder_loads_where_this_repository_is_not(processor, model, exported,
     ids, answer, module = ast.literal_eval(done.stdout.splitlines()[-1])
     assert module.startswith("transformers_modules.")
     assert ids == expected.tolist()
-    prompt = inputs["input_ids"].shape[1]
-    assert answer == processor.decode(expected[prompt:], skip_special_tokens=True)
+    asked = inputs["input_ids"].shape[1]
+    assert answer == processor.decode(expected[asked:], skip_special_tokens=True)
     # What was loaded with its code is saved with it.
-    names = {path.name for path in exported.glob("*_tokenflex.py")} - {
-        "processing_tokenflex.py", "prompt_tokenflex.py", "arguments_tokenflex.py",
-        "image_processing_tokenflex.py", "picture_tokenflex.py", "tiling_tokenflex.py",
-    }  # fmt: skip
+    processors = {path.name for path in Path(prompt_tokenflex.__file__).parent.iterdir()}
+    names = {path.name for path in exported.glob("*_tokenflex.py")} - processors
     assert names <= {path.name for path in Path(f"{exported}-again").iterdir()}
 
 

@@ -212,7 +212,7 @@ def test_settings_are_taken_over_and_no_code_has_run(release: Path, converted: P
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
         "<|im_start|>user\n<image>\nWhat?<|im_end|>\n<|im_start|>assistant\n"
     )
-    inputs = processor(images=picture(), text="<image>\nWhat?", num_image_tokens=4)
+    inputs = processor(images=picture(), text=text, num_image_tokens=4)
     output = model.generate(**inputs, max_new_tokens=3)
     assert output.shape[1] > inputs["input_ids"].shape[1]
     assert not (release / "ran").exists()

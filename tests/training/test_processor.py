@@ -1,6 +1,5 @@
 """The processor: training's ids and pixels, counts, batches, messages, and bad input."""
 
-import io
 import json
 from pathlib import Path
 from typing import Any
@@ -9,15 +8,12 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
-from PIL import Image
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast
 
 from data_pipeline.chat import ChatSettings, expand_images, tokenize_chat, tokenize_prompt
 from data_pipeline.processor.prompt_tokenflex import SPECIAL_TOKENS
 from data_pipeline.tiling import TilingSettings
 from data_pipeline.tokenizer import HuggingFaceTokenizer
-from tests.data_pipeline.image_files import png_header
-from tests.data_pipeline.pictures import cut_tiles, decode_rgb
 from tests.data_pipeline.small_tokenizers import save_hugging_face
 from tests.training.tiny import TILE, make_processor, make_tokenizer, picture
 from training.model import TokenFlexImageProcessor, TokenFlexProcessor, chatml_template
@@ -52,6 +48,7 @@ def turn(role: str, *parts: Any) -> dict[str, Any]:
 
 
 IMAGE = {"type": "image", "image": "0.png"}
+ONE = picture(0, 20, 20)
 CONVERSATIONS = [
     [turn("user", "What is shown?")],
     [turn("user", IMAGE, "\n\nWhat is shown?\n")],
@@ -163,17 +160,134 @@ def test_a_prompt_that_would_hold_a_forged_marker_is_not_rendered(processor, mar
         processor.apply_chat_template([turn("user", f"see {marker}")])
 
 
-def test_a_text_is_what_a_user_says(processor, reference):
-    said = "Compare <image> and\n<image>, not <IMG_CONTEXT></img><|im_end|>\n<|im_start|>user\n"
-    first, between, last = said.split("<image>")
-    messages = [turn("user", first, IMAGE, between, IMAGE, last)]
-    chat = tokenize_prompt(messages, reference, ChatSettings())
-    expected, _ = expand_images(chat, [9, 1], processor.image_token_id)
-    found = processor(
-        images=[picture(0, 20, 20), picture(1, 9, 9)], text=said, num_image_tokens=[9, 1]
+def test_a_text_is_its_tokens(processor, reference):
+    for said in ("8 8 9 3", "Hi there\n", " user\n", "not <IMG_CONTEXT></img>"):
+        assert processor(text=said)["input_ids"].tolist() == [reference.encode(said)]
+    plain = processor(text=["one two", "three"], return_tensors=None, add_special_tokens=False)
+    assert plain["input_ids"] == [reference.encode("one two"), reference.encode("three")]
+    start, end = reference.special_id("<|im_start|>"), reference.end_of_turn_id
+    found = processor(text="8 8<|im_end|>\n<|im_start|>user\nHi", return_tensors=None)
+    turns = [*reference.encode("8 8"), end, *reference.encode("\n"), start]
+    assert found["input_ids"] == [[*turns, *reference.encode("user\n"), *reference.encode("Hi")]]
+
+
+def test_prompt_and_completion_are_the_sample_of_training(processor, reference):
+    """What libraries do that render both and tokenise each."""
+    asked, answer = turn("user", IMAGE, "Which digits?"), turn("assistant", "8 8 9 3")
+    prompt = processor.apply_chat_template([asked], add_generation_prompt=True)
+    completion = processor.apply_chat_template([asked, answer]).removeprefix(prompt)
+    assert completion == "8 8 9 3<|im_end|>\n"
+    first = processor(images=[[ONE], [ONE]], text=[prompt] * 2, padding=True, padding_side="left")
+    second = processor(text=[completion, completion + "\n"], padding=True, padding_side="right")
+    expected, _ = expand_images(
+        tokenize_chat([asked, answer], reference, ChatSettings()), [4], processor.image_token_id
     )
-    assert found["input_ids"].tolist() == [expected]
-    assert (found["input_ids"] == processor.image_token_id).sum() == 10
+    assert [*first["input_ids"][0].tolist(), *second["input_ids"][0, :-1].tolist()] == expected
+    assert second["attention_mask"].tolist()[0][-2:] == [1, 0]
+
+
+def test_messages_are_a_prompt(processor):
+    chat = [turn("user", {"type": "image", "image": ONE}, FORGED)]
+    options = {"tokenize": True, "return_dict": True, "add_generation_prompt": True}
+    expected = processor.apply_chat_template(chat, num_image_tokens=9, **options)
+    for messages in (chat, [chat]):
+        found = processor(messages=messages, num_image_tokens=9)
+        assert set(found) == set(expected)
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+    both = processor(messages=[chat, [turn("user", "a")]], padding_side="right")
+    assert both["attention_mask"][1].tolist() == sorted(both["attention_mask"][1], reverse=True)
+    for change, message in (
+        ({"text": "Hi"}, "leave out .*text"),
+        ({"images": ONE}, "leave out .*images"),
+        ({"messages": [turn("user", "a"), turn("assistant", "b")]}, "apply_chat_template"),
+        ({"messages": [turn("user", "a"), turn("user", "b")]}, "turn 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            processor(**{"messages": chat, **change})
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_assistants_mask_is_what_training_supervises(processor, reference, side):
+    chats = [
+        [turn("user", "a", IMAGE), turn("assistant", "a cell\n", FORGED), turn("user", "And?"),
+         turn("assistant", "No.")],
+        [turn("user", "assistant\n"), turn("assistant", "assistant\n")],
+        [turn("user", "Hi")],
+    ]  # fmt: skip
+    options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+    found = processor.apply_chat_template(
+        [with_pictures(chat) for chat in chats],
+        processor_kwargs={"padding_side": side, "max_tiles": 1},
+        **options,
+    )
+    for row, chat in enumerate(chats):
+        rendered = tokenize_chat(chat, reference, ChatSettings()) if row < 2 else None
+        real = found["attention_mask"][row].bool()
+        mask = found["assistant_masks"][row]
+        assert not mask[~real].any()
+        wanted = (
+            expand_images(rendered, [4] * (row == 0), 0)[1] if rendered else [False] * sum(real)
+        )
+        assert mask[real].bool().tolist() == wanted
+    lists = processor.apply_chat_template(chats[1], return_tensors=None, **options)
+    assert sum(lists["assistant_masks"][0]) == sum(found["assistant_masks"][1])
+    for missing in ({"return_dict": False}, {"tokenize": False}):
+        with pytest.raises(ValueError, match=r"return_assistant_tokens_mask needs .*return_dict"):
+            processor.apply_chat_template(chats[1], **{**options, **missing})
+
+
+def test_truncation_cuts_text_and_never_an_image(processor):
+    whole = processor(text="one two three four", return_tensors=None)["input_ids"][0]
+    for truncation in (True, "longest_first"):
+        cut = processor(text="one two three four", truncation=truncation, max_length=3)
+        assert cut["input_ids"].tolist() == [whole[:3]]
+    call = {"images": ONE, "text": "<image>one two three four", "num_image_tokens": 4}
+    image = processor(**{**call, "text": "<image>"})["input_ids"].shape[1]
+    assert image == 6
+    cut = processor(**call, truncation=True, max_length=8, padding="max_length")
+    assert cut["input_ids"].shape == (1, 8)
+    assert cut["input_ids"].tolist() == [processor(**call)["input_ids"][0, :8].tolist()]
+    for length in (5, 3, 1, 0, -2):
+        with pytest.raises(ValueError, match=rf"text\[0\] .* 6 .* to {length} would cut an image"):
+            processor(**call, truncation=True, max_length=length)
+    options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+    chat = [turn("user", "Hi"), turn("assistant", "one two")]
+    known = processor.apply_chat_template(chat, **options)
+    found = processor.apply_chat_template(
+        chat, processor_kwargs={"truncation": True, "max_length": 30}, **options
+    )
+    for name in ("input_ids", "assistant_masks"):
+        assert torch.equal(found[name], known[name][:, :30])
+
+
+def test_a_truncation_side_and_the_context_are_the_tokenizers(folder):
+    processor = make_processor(folder)
+    processor.tokenizer.truncation_side = "left"
+    processor.tokenizer.model_max_length = 7
+    words = "one two three four five six seven eight nine"
+    whole = processor.tokenizer(words)["input_ids"]
+    assert processor(text=words, truncation=True)["input_ids"].tolist() == [whole[-7:]]
+    call = {"images": ONE, "text": "<image> one two three four", "num_image_tokens": 4}
+    with pytest.raises(ValueError, match="cut an image"):
+        processor(**call, truncation=True)
+
+
+def test_batches_are_padded_on_the_tokenizers_side(folder, tmp_path):
+    processor = make_processor(folder)
+    texts = ["one", "one two three"]
+    assert processor.tokenizer.padding_side == "left"
+    assert processor(text=texts)["attention_mask"][0, 0] == 0
+    assert processor(text=texts, padding_side="right")["attention_mask"][0, 0] == 1
+    processor.save_pretrained(tmp_path / "left")
+    assert AutoTokenizer.from_pretrained(tmp_path / "left").padding_side == "left"
+    processor.tokenizer.padding_side = "right"
+    assert processor(text=texts)["attention_mask"][0, 0] == 1
+    processor.save_pretrained(tmp_path / "right")
+    for name in ("left", "right"):
+        again = AutoProcessor.from_pretrained(tmp_path / name)
+        assert again.tokenizer.padding_side == name
+    other = AutoProcessor.from_pretrained(tmp_path / "left", padding_side="right")
+    assert other.tokenizer.padding_side == "right"
 
 
 def test_openai_images_and_plain_strings_are_understood(processor, tmp_path):
@@ -183,7 +297,7 @@ def test_openai_images_and_plain_strings_are_understood(processor, tmp_path):
         ("image", str(tmp_path / "a.png")))]  # fmt: skip
     forms.append({"type": "image_url", "image_url": {"url": str(tmp_path / "a.png")}})
     options = {"tokenize": True, "return_dict": True}
-    expected = processor(images=picture(5), text="<image>Hi")
+    expected = processor(messages=[turn("user", {"type": "image", "image": picture(5)}, "Hi")])
     for form in forms:
         messages = [turn("user", form, "Hi")]
         found = processor.apply_chat_template(messages, add_generation_prompt=True, **options)
@@ -193,7 +307,7 @@ def test_openai_images_and_plain_strings_are_understood(processor, tmp_path):
     plain = [{"role": "user", "content": "Hi"}]
     assert torch.equal(
         processor.apply_chat_template(plain, add_generation_prompt=True, **options)["input_ids"],
-        processor(text="Hi")["input_ids"],
+        processor(messages=[turn("user", "Hi")])["input_ids"],
     )
 
 
@@ -208,74 +322,6 @@ def test_a_batch_of_conversations(processor):
         assert real.int().diff().min() >= 0  # padding is on the left
         assert (together["input_ids"][row][~real] == processor.tokenizer.pad_token_id).all()
     assert together["tile_sides"].tolist() == [2, 3, 3, 3]
-
-
-def encode(image: Image.Image, kind: str, **options: Any) -> bytes:
-    stream = io.BytesIO()
-    image.save(stream, kind, **options)
-    return stream.getvalue()
-
-
-def exif(orientation: int) -> Image.Exif:
-    found = Image.Exif()
-    found[0x0112] = orientation
-    return found
-
-
-def transparent() -> Image.Image:
-    image = picture(6).convert("RGBA")
-    image.putalpha(picture(7).convert("L"))
-    return image
-
-
-RAMP = np.linspace(0, 65535, 30 * 40).reshape(30, 40)
-FILES = {
-    "jpeg": encode(picture(1, 90, 30), "JPEG"),
-    **{
-        f"orientation-{i}": encode(picture(1, 61, 30), "JPEG", exif=exif(i))
-        for i in (1, 2, 3, 6, 7)
-    },
-    "png-orientation": encode(picture(1, 61, 30), "PNG", exif=exif(8)),
-    "tiff-orientation": encode(picture(1, 61, 30), "TIFF", exif=exif(6)),
-    "transparent": encode(transparent(), "PNG"),
-    "palette": encode(picture(1).convert("P"), "GIF"),
-    "palette-transparent": encode(transparent().quantize(16), "PNG"),
-    "grey": encode(picture(1).convert("L"), "PNG"),
-    "grey-alpha": encode(transparent().convert("LA"), "PNG"),
-    "grey-16": encode(Image.fromarray(RAMP.astype(np.uint16)), "PNG"),
-    "grey-float": encode(Image.fromarray((RAMP / 65535).astype(np.float32)), "TIFF"),
-    "one-bit": encode(picture(1).convert("1"), "PNG"),
-    "cmyk": encode(picture(1).convert("CMYK"), "JPEG"),
-    "tall": encode(picture(1, 10, 70), "PNG"),
-    "webp": encode(picture(1, 50, 50), "WEBP"),
-}
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_tiles_are_those_of_training_pixel_for_pixel(processor, tmp_path, name):
-    expected = cut_tiles(decode_rgb(FILES[name]), TILING)
-    path = tmp_path / "image"
-    path.write_bytes(FILES[name])
-    upright = np.array(decode_rgb(FILES[name]))
-    kinds = (path, str(path), Image.open(path), Image.fromarray(upright), upright)
-    for image in kinds:
-        found = processor.image_processor(image)
-        assert np.array_equal(found["pixel_values"], expected), type(image)
-        assert found["num_tiles"].tolist() == [len(expected)]
-    inputs = processor(images=str(path), text="<image>", num_image_tokens=4)
-    assert inputs["pixel_values"].dtype == torch.uint8
-    assert np.array_equal(inputs["pixel_values"], expected)
-    assert inputs["tile_sides"].tolist() == [2] * len(expected)
-
-
-def test_arrays_in_either_order_and_tensors(processor):
-    array = np.array(picture(2))
-    expected = processor.image_processor(picture(2))["pixel_values"]
-    for image in (array, array.transpose(2, 0, 1), torch.from_numpy(array)):
-        assert np.array_equal(processor.image_processor(image)["pixel_values"], expected)
-    grey = processor.image_processor(picture(2).convert("L"))["pixel_values"]
-    for image in (array_grey := np.array(picture(2).convert("L")), array_grey[..., None]):
-        assert np.array_equal(processor.image_processor(image)["pixel_values"], grey)
 
 
 def test_settings_of_one_call(processor):
@@ -299,9 +345,6 @@ def sides(processor: TokenFlexProcessor, images: Any, texts: Any, counts: Any) -
     rows = (inputs["input_ids"] == processor.image_token_id).sum(1)
     assert rows.sum() == inputs["tile_sides"].square().sum()
     return inputs["tile_sides"].square().tolist()
-
-
-ONE = picture(0, 20, 20)
 
 
 @pytest.mark.parametrize(
@@ -362,16 +405,13 @@ def test_markers_are_appended_where_the_tokenizer_lacks_them(tmp_path, reference
     assert found.decode([reference.special_id("</img>")], skip_special_tokens=True) == ""
 
 
-TRUNCATED = FILES["jpeg"][: len(FILES["jpeg"]) // 2]
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"images": 5}, r"images\[0\] .*\bint\b"),
         ({"images": b"bytes"}, r"images\[0\] .*\bbytes\b"),
         ({"images": "nowhere.jpg"}, r"images\[0\] .*'nowhere.jpg'"),
-        ({"images": [np.zeros((4, 4, 3))]}, r"images\[0\] .*float64 \(4, 4, 3\)"),
+        ({"images": [np.zeros((5, 5, 3), complex)]}, r"images\[0\] .*complex128 \(5, 5, 3\)"),
         ({"images": [np.zeros((0, 4, 3), np.uint8)]}, r"images\[0\] .*ndarray"),
         ({"images": None}, "images holds 0.*text has 1 <image>"),
         ({"images": []}, "images holds 0.*text has 1 <image>"),
@@ -397,7 +437,8 @@ TRUNCATED = FILES["jpeg"][: len(FILES["jpeg"]) // 2]
         ({"num_image_tokens": [[4], [4]]}, "one list per text, of 1 numbers"),
         ({"max_tiles": 0}, "min_tiles .*1.*max_tiles .*0"),
         ({"num_image_token": 4}, r"no argument num_image_token\b"),
-        ({"truncation": True}, "truncation is True"),
+        ({"truncation": "only_second"}, "truncation is only_second"),
+        ({"text": [turn("user", "a")]}, r"text\[0\] .*\bdict\b.* messages"),
         ({"videos": [1]}, "videos is"),
         ({"text": ["<image>", "hello there"], "padding": False}, "padding is False"),
     ],
@@ -408,30 +449,11 @@ def test_bad_input_is_one_error_that_names_the_argument(processor, change, messa
         processor(**call)
 
 
-@pytest.mark.parametrize("data", [b"", b"no image at all", TRUNCATED, b"%!PS-Adobe-3.0 EPSF-3.0\n"])
-@pytest.mark.parametrize("below", ["", "a-long-name/" * 20])
-def test_a_file_that_is_no_image_is_named(processor, tmp_path, data, below):
-    (tmp_path / below).mkdir(parents=True, exist_ok=True)
-    (tmp_path / below / "file.jpg").write_bytes(data)
-    with pytest.raises(ValueError, match=r"images\[1\] .*file\.jpg"):
-        processor(images=[ONE, str(tmp_path / below / "file.jpg")], text="<image><image>")
-
-
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_an_image_that_would_fill_the_memory_is_refused(processor, tmp_path, monkeypatch):
-    path = tmp_path / "bomb.png"
-    path.write_bytes(png_header(10_000, 10_000))
-    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("was decoded"))
-    for image in (path, Image.open(path)):
-        with pytest.raises(ValueError, match=r"images\[0\] .*10000 x 10000 pixels are more than"):
-            processor(images=image, text="<image>")
-
-
 def test_a_prompt_longer_than_the_context_is_an_error(folder):
     processor = make_processor(folder)
-    processor.tokenizer.model_max_length = 40
-    assert processor(images=ONE, text="<image>")["input_ids"].shape[1] <= 40
-    message = r"text\[1\] makes a prompt of \d+ tokens, 16 of them for images, .* holds 40; shorten"
+    processor.tokenizer.model_max_length = 17
+    assert processor(images=ONE, text="<image>")["input_ids"].shape[1] <= 17
+    message = r"text\[1\] makes a prompt of \d+ tokens, 18 of them for images, .* holds 17; shorten"
     with pytest.raises(ValueError, match=message):
         processor(images=ONE, text=["Hi", "<image>What?"], num_image_tokens=16)
 

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from data_pipeline.processor.prompt_tokenflex import DEFAULT_SYSTEM
 from tests.data_pipeline.small_tokenizers import save_hugging_face
 from training.model import TokenFlexConfig, TokenFlexImageProcessor, TokenFlexProcessor
 
@@ -43,6 +44,13 @@ def make_processor(folder: Path, **changes: Any) -> TokenFlexProcessor:
     images = TokenFlexImageProcessor(tile_size=TILE, max_tiles=4)
     settings = {"num_image_tokens": 4, "patches_per_side": GRID, **changes}
     return TokenFlexProcessor(images, make_tokenizer(folder), **settings)
+
+
+def prompt(text: str) -> str:
+    """What the default template renders for a user's words."""
+    turns = (("system", DEFAULT_SYSTEM), ("user", text))
+    said = "".join(f"<|im_start|>{role}\n{words}<|im_end|>\n" for role, words in turns)
+    return f"{said}<|im_start|>assistant\n"
 
 
 def make_config(

@@ -8,8 +8,8 @@ from typing import Any
 from PIL import Image, ImageDraw
 
 from data_pipeline.errors import InputError
-from data_pipeline.processor.image_processing_tokenflex import load_rgb
 from data_pipeline.processor.prompt_tokenflex import IMAGE as PLACEHOLDER
+from data_pipeline.processor.source_tokenflex import load_rgb
 from data_pipeline.processor.tiling_tokenflex import count_tiles, grid_for
 from training.generate import LoadedModel, generate_answer
 from training.generate.answer import prepare_messages, stats_line

@@ -70,6 +70,7 @@ class ModelFolder:
 
     def _processor(self) -> TokenFlexProcessor:
         tiling = self.tiling
+        self.tokenizer.padding_side = "left"  # whatever the one of training preferred
         return TokenFlexProcessor(
             TokenFlexImageProcessor(
                 tile_size=self.config.tile_size,
