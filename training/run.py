@@ -126,8 +126,9 @@ class Run:
         moved = place.moved_to(self.mixture, frozenset(unchanged))
         self.say(
             "warning: the data or their end changed (data.allow_change): a new window begins; "
-            f"{place.step} steps of the old one come again, {len(place.carry) - len(moved.carry)} samples "
-            "carried over are dropped, and datasets whose shards changed start from their beginning"
+            f"{place.step} steps of the old one come again, {len(place.carry) - len(moved.carry)} "
+            "samples carried over are dropped, and datasets whose shards changed start from their "
+            "beginning"
         )
         return moved
 

@@ -96,7 +96,7 @@ def test_another_end_within_the_last_window_is_refused(
     (error, *_), _ = start(one_rank, digits_corpus, inside, "train.steps=9", *one_window)
     assert "train.epochs 1 -> null" in str(error)
     again = ("train.epochs=2", "data.allow_change=true", *one_window)
-    (code, said, rows), times = start(one_rank, digits_corpus, inside, *again)
+    (code, said, _), times = start(one_rank, digits_corpus, inside, *again)
     assert code == 0 and times == dict.fromkeys(range(SAMPLES), 2)
     assert "1 steps of the old one come again" in said
 
