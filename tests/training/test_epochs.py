@@ -51,7 +51,8 @@ def test_stops_and_other_ranks_change_nothing(
 ) -> None:
     (code, _, _), times = start(two_ranks, digits_corpus, tmp_path, "train.epochs=2", stop=3)
     assert code == PREEMPTED
-    (code, said, rows), rest = start(one_rank, digits_corpus, tmp_path, "train.epochs=2")
+    settled = f"train={{epochs: 2, steps: {len(base[1][2])}}}"  # as config.yaml has it
+    (code, said, rows), rest = start(one_rank, digits_corpus, tmp_path, settled)
     assert code == 0 and times + rest == dict.fromkeys(range(SAMPLES), 2) and min(times.values())
     same = ("step", "data_hash", "lr")
     assert [[row[k] for k in same] for row in rows] == [[r[k] for k in same] for r in base[1][2]]
@@ -71,9 +72,17 @@ def test_more_epochs_extend_a_run_that_ended(
     settings = ("train.epochs=3.5", "train.extend=decay")
     (code, said, rows), times = start(one_rank, digits_corpus, out, *settings)
     assert code == 0 and sorted(times.values()) == [1] * 120 + [2] * 120
-    assert "train.epochs: 2.0 -> 3.5" in said and f"= {rows[-1]['step']} steps" in said
+    end = rows[-1]["step"]
+    assert "train.epochs: 2.0 -> 3.5" in said and f"= {end} steps" in said
+    parts = ", ".join(str(digits_corpus / part) for part in ("train", "eval"))
+    grown = (f"data.shards=[{parts}]", "data.allow_change=true", "train.extend=stretch")
+    other = Path(shutil.copytree(base[0], tmp_path / "grown"))
+    (code, said, rows), times = start(one_rank, digits_corpus, other, "train.epochs=2", *grown)
+    assert code == 0 and times == dict.fromkeys(range(SAMPLES + 24), 2)
+    assert f"2 epochs of {SAMPLES + 24} samples = {rows[-1]['step']} steps" in said
+    assert len(rows) > before
     (error, *_), _ = start(one_rank, digits_corpus, out, "train.epochs=1")
-    assert f"train.epochs=1 lies behind step {rows[-1]['step']}" in str(error)
+    assert f"train.epochs=1 lies behind step {end}" in str(error)
 
 
 def test_another_end_within_the_last_window_is_refused(
