@@ -2,7 +2,7 @@
 
 import difflib
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Any, ClassVar, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
@@ -17,6 +17,8 @@ class Settings(BaseModel):
     """Base of all settings: an unknown key, a number that is none, a switch for one are errors."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    either: ClassVar[tuple[str, ...]] = ()
+    """Keys that say the same thing: an override of one takes the place of the others."""
 
     @field_validator("*", mode="before")
     @classmethod
@@ -81,7 +83,7 @@ def _apply_override(kind: type[BaseModel], raw: dict[str, Any], override: str) -
             "quotes of its own"
         )
     keys = key.split(".")
-    node, section = raw, _section(kind, keys[:1])
+    node = raw
     for depth, parent in enumerate(keys[:-1], 1):
         if node.get(parent) is None:
             node[parent] = {}
@@ -90,16 +92,20 @@ def _apply_override(kind: type[BaseModel], raw: dict[str, Any], override: str) -
             raise InputError(
                 f"override {override!r}: {'.'.join(keys[:depth])} is a value, not a section"
             )
-        section = _section(kind, keys[: depth + 1])
-    node[keys[-1]] = _joined(section, node.get(keys[-1]), value)
+    section = _section(kind, keys[:-1])
+    joined = _joined(section, node, {keys[-1]: value}) if section else {**node, keys[-1]: value}
+    node.clear()
+    node.update(joined)
 
 
 def _joined(section: type[BaseModel] | None, old: Any, new: Any) -> Any:
-    """`new`, with the keys of a section that only `old` gives."""
+    """`new`, with the keys of a section that only `old` gives and nothing in `new` replaces."""
     if section is None or not isinstance(old, dict) or not isinstance(new, dict):
         return new
     joined = {key: _joined(_section(section, [key]), old.get(key), new[key]) for key in new}
-    return {**old, **joined}
+    either: tuple[str, ...] = getattr(section, "either", ())
+    replaced = {*either} - {*new} if any(new.get(key) is not None for key in either) else set()
+    return {**{key: value for key, value in old.items() if key not in replaced}, **joined}
 
 
 def _section(kind: type[BaseModel], keys: list[str]) -> type[BaseModel] | None:

@@ -33,15 +33,18 @@ def open_corpus(
     seed: int,
     cost: CostModel,
     loss_weighting: LossWeighting = "sqrt",
+    epochs: float | None = None,
 ) -> Corpus:
     """Open everything that training reads.
+
+    epochs: after which the plan ends, see `Planner`.
 
     Raises:
         InputError: a shard is not indexed, or its index is of other settings.
     """
     tokenizer = load_tokenizer(data.tokenizer)
     mixture = open_mixture(data, tokenizer, data.sources)
-    planner = Planner(mixture, data.tiling, data.tokens, data.pack, seed, cost)
+    planner = Planner(mixture, data.tiling, data.tokens, data.pack, seed, cost, epochs)
     return Corpus(
         tokenizer, mixture, planner, make_builder(data, mixture, tokenizer, loss_weighting)
     )
@@ -117,4 +120,4 @@ def open_config(path: str, overrides: list[str]) -> tuple[DataConfig, Corpus]:
             "python -m data_pipeline.index on its folders"
         )
     cost = cost_of(config.model.vision.config, config.model.llm.config)
-    return config, open_corpus(config.data, config.seed, cost)
+    return config, open_corpus(config.data, config.seed, cost, epochs=config.train.epochs)

@@ -6,7 +6,7 @@ one dataset do not depend on the others' sizes; with one dataset they are the in
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -82,6 +82,26 @@ class Mixture:
             )
         weights = np.array([d.weight or len(d.index) for d in datasets], dtype=np.float64)
         self.weights = weights / weights.sum()
+
+    def limits(self, epochs: float | None) -> list[int | None]:
+        """Samples after which each dataset has ended; None: never.
+
+        epochs: of the mixture, in each of which a dataset comes `repeat` times, or once; None: each
+            by itself, as `Dataset.limit`.
+
+        Raises:
+            InputError: weights mix the datasets without end, so that there are no epochs.
+        """
+        if epochs is None:
+            return [dataset.limit for dataset in self.datasets]
+        endless = [d.name for d in self.datasets if d.weight is not None and d.repeat is None]
+        if endless and len(self.datasets) > 1:
+            raise InputError(
+                f"train.epochs={epochs:g}, but {', '.join(endless)} are mixed by their weight "
+                "without end, so no epoch ends: give each a data.datasets.*.repeat (how often it "
+                "comes in an epoch), leave out the weights, or give train.steps instead"
+            )
+        return [replace(d, repeat=epochs * (d.repeat or 1)).limit for d in self.datasets]
 
     @classmethod
     def of(cls, index: Index) -> "Mixture":

@@ -79,9 +79,19 @@ class BackboneArchitectures(Settings, extra="ignore"):
     llm: Architecture
 
 
+class Length(Settings, extra="ignore"):
+    """What of the `train` section decides where the plan ends."""
+
+    either = ("steps", "epochs")
+    epochs: float | None = Field(None, gt=0, le=1e6)
+    """Instead of steps: the run ends when every sample has come so often, times its dataset's
+    `repeat`. A start counts the steps that is; with `train.steps` given, too, they must agree."""
+
+
 class DataConfig(Settings, extra="ignore"):
     """What the data tools read of a training config; its other sections are not looked at."""
 
     seed: Seed = 0
     data: DataSettings
     model: BackboneArchitectures
+    train: Length = Length()

@@ -13,7 +13,7 @@ from data_pipeline.backbone_config import BackboneConfig
 from data_pipeline.config_file import Settings, load_settings
 from data_pipeline.loss_weighting import LossWeighting
 from data_pipeline.paths import FilePath, PathText
-from data_pipeline.settings import DataSettings, Seed
+from data_pipeline.settings import DataSettings, Length, Seed
 from data_pipeline.yaml_text import write_yaml
 from kernels import POOL_MODES
 
@@ -73,10 +73,11 @@ class StageModules(Settings):
 _Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
-class TrainSettings(Settings):
+class TrainSettings(Length, extra="forbid"):
     """Optimisation: AdamW, linear warm-up, cosine decay, clipping."""
 
-    steps: int = Field(gt=0)
+    steps: int = Field(0, gt=0)
+    """Or `epochs`; 0, which cannot be given, until a start has counted how many steps those are."""
     extend: Literal["stretch", "constant", "decay"] | None = None
     """On resume with another schedule: as if it had been so from the start; the old one, then its
     last rate; or a warm-up from the rate reached and a decay over the steps left."""
@@ -104,6 +105,12 @@ class TrainSettings(Settings):
     """Print every this many steps; every step is recorded."""
     loss_chunk_tokens: int = Field(4096, gt=0)
     """Most tokens per slice of the logits; a pack's loss runs in ceil(max_tokens / this) slices."""
+
+    @model_validator(mode="after")
+    def _ends(self) -> "TrainSettings":
+        if not self.steps and self.epochs is None:
+            raise ValueError("give steps, or epochs: where the run ends")
+        return self
 
 
 class DeepSpeedSettings(Settings):

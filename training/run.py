@@ -49,7 +49,8 @@ class Run:
         if data.prepare:
             from_main(self._prepare)
         cost = cost_of(config.model.vision.config, config.model.llm.config)
-        corpus = open_corpus(data, config.seed, cost, config.train.loss_weighting)
+        train = config.train
+        corpus = open_corpus(data, config.seed, cost, train.loss_weighting, train.epochs)
         corpus.planner.check()  # a pack too short for every sample must not wait for the engine
         self.tokenizer, self.mixture = corpus.tokenizer, corpus.mixture
         self.planner = corpus.planner
@@ -124,9 +125,10 @@ class Run:
         unchanged = {n for n in before if n in now and before[n]["shards"] == now[n]["shards"]}
         moved = place.moved_to(self.mixture, frozenset(unchanged))
         self.say(
-            f"warning: the data changed (data.allow_change): a new window begins; {place.step} "
-            f"steps of the old one come again, {len(place.carry) - len(moved.carry)} samples "
-            "carried over are dropped, and datasets whose shards changed start from their beginning"
+            "warning: the data or their end changed (data.allow_change): a new window begins; "
+            f"{place.step} steps of the old one come again, {len(place.carry) - len(moved.carry)} "
+            "samples carried over are dropped, and datasets whose shards changed start from their "
+            "beginning"
         )
         return moved
 

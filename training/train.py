@@ -46,9 +46,9 @@ def train(config: RunConfig, ranks: Ranks, stop: StopRequest | None = None) -> i
 
 def _train(run: Run, saver: checkpoint.Saver, monitor: Monitor) -> int:
     """The loop; its side jobs are calls."""
-    config, ranks, last = run.config, run.ranks, run.config.train.steps
     engine, progress = start(run, saver, monitor)
-    first = progress.step
+    config, ranks = run.config, run.ranks
+    first, last = progress.step, config.train.steps
     log = MetricsLog(config.output_dir, ranks, last, first, run.files)
     saver.compare(log.evaluations, run.files)
     data = config.data

@@ -1,5 +1,6 @@
 """The plan: which samples go into which pack of which step."""
 
+from data_pipeline.plan.count import count_steps, same_window
 from data_pipeline.plan.evaluation import EvaluationPlan
 from data_pipeline.plan.pack_settings import PackSettings
 from data_pipeline.plan.parts import LeftOut, PackPlan, StepPlan, WindowPlan, steps_of
@@ -16,5 +17,7 @@ __all__ = [
     "Planner",
     "StepPlan",
     "WindowPlan",
+    "count_steps",
+    "same_window",
     "steps_of",
 ]

@@ -35,6 +35,7 @@ class Planner:
         tiling, counts, pack: the settings of their names.
         seed: of the run.
         cost: what a pack costs, to be the same in all packs of a step.
+        epochs: after which the plan ends; None: where every dataset has a limit of repeats.
     """
 
     def __init__(
@@ -45,7 +46,9 @@ class Planner:
         pack: PackSettings,
         seed: int,
         cost: CostModel = DEFAULT_COST,
+        epochs: float | None = None,
     ) -> None:
+        self.limits = mixture.limits(epochs)
         self.mixture, self.packs_per_step = mixture, pack.packs_per_step
         self._tiling, self._counts, self._pack = tiling, counts, pack
         self._seed, self._cost = seed, cost
@@ -60,7 +63,7 @@ class Planner:
     def steps(self, state: PlanState | None = None) -> Iterator[tuple[StepPlan, PlanState]]:
         """The steps from `state` on (default: the beginning).
 
-        Without end, unless every dataset has a limit of repeats; the last step then holds what is
+        Without end, unless every dataset has a limit; the last step then holds what is
         left, and may have empty packs.
 
         Yields:
@@ -112,11 +115,10 @@ class Planner:
 
     def _left(self, state: PlanState) -> np.ndarray:
         """Samples that each dataset still has to give, int64 [D]; enough where there is no end."""
-        limits = [d.limit for d in self.mixture.datasets]
         return np.array(
             [
                 self._window_samples if limit is None else max(0, limit - taken)
-                for limit, taken in zip(limits, state.taken, strict=True)
+                for limit, taken in zip(self.limits, state.taken, strict=True)
             ],
             dtype=np.int64,
         )

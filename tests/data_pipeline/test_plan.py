@@ -23,6 +23,8 @@ from data_pipeline.plan import (
     Planner,
     PlanState,
     StepPlan,
+    count_steps,
+    same_window,
 )
 from data_pipeline.tiling import TilingSettings
 from tests.data_pipeline.indexes import make_index, random_index
@@ -482,6 +484,49 @@ def test_a_damaged_state_is_an_error(change: Any) -> None:
     PlanState.from_dict(GOOD)
     with pytest.raises(InputError, match="plan state"):
         PlanState.from_dict(GOOD | change if isinstance(change, dict) else change)
+
+
+def epochs_of(mixture: Mixture, epochs: float | None) -> Planner:
+    counts = TokenCountSettings(counts=[4, 9], probabilities=[0.5, 0.5])
+    pack = PackSettings(max_tokens=100, packs_per_step=4, window_samples=50)
+    return Planner(mixture, ONE_TILE, counts, pack, seed=3, epochs=epochs)
+
+
+def test_the_steps_of_epochs_are_counted_from_any_place() -> None:
+    mixture = three(repeats=(1, 2, 0.5))
+    planner = epochs_of(mixture, 1.5)
+    assert planner.limits == [90, 300, 28]
+    run = list(planner.steps())
+    times = Counter(int(i) for step, _ in run for p in step.packs for i in p.sample_ids)
+    ends = [sum(n for i, n in times.items() if i >> 40 == d) for d in range(3)]
+    assert ends == planner.limits
+    assert count_steps(planner, PlanState()) == len(run)
+    assert all(count_steps(planner, at) == len(run) - n for n, (_, at) in enumerate(run, 1))
+
+
+def test_another_end_changes_only_the_windows_it_shortens() -> None:
+    mixture = three(repeats=(None, None, None))
+    mixture = Mixture([replace(d, weight=None) for d in mixture.datasets])
+    longer = [as_tuple(step) for step, _ in epochs_of(mixture, 3).steps()]
+    shorter = epochs_of(mixture, 1)
+    run = [(PlanState(), None), *((state, step) for step, state in shorter.steps())]
+    same = [same_window(shorter, state, 3) for state, _ in run[:-1] if state.step]
+    after = [n for n, (state, _) in enumerate(run[:-1]) if state.step]
+    assert True in same and False in same
+    for n, equal in zip(after, same, strict=True):
+        assert equal == (as_tuple(run[n + 1][1]) == longer[n])
+    state = next(state for state, _ in run if state.step)
+    assert same_window(epochs_of(mixture, None), state, 1) == same[0]
+
+
+@pytest.mark.parametrize("repeats", [(None, 1, 1), (2, None, None)])
+def test_epochs_of_weights_that_never_end_are_refused(repeats: Any) -> None:
+    mixture = three(repeats=repeats)
+    endless = ", ".join(d.name for d in mixture.datasets if d.repeat is None)
+    with pytest.raises(InputError, match=rf"train\.epochs=2, but {endless} .*repeat.*train\.steps"):
+        epochs_of(mixture, 2)
+    alone = Mixture([replace(mixture.datasets[0], weight=2.0, repeat=None)])
+    assert epochs_of(alone, 2).limits == [120]
 
 
 def test_a_new_window_keeps_what_did_not_change() -> None:

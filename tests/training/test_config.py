@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from data_pipeline.config_file import load_settings
 from data_pipeline.errors import InputError
+from data_pipeline.settings import DataConfig
 from training.config import DeepSpeedSettings, FaultSettings, load_config, save_config
 
 PRESETS = sorted(Path("training/configs").glob("*.yaml"))
@@ -100,6 +102,28 @@ def test_a_wrong_setting_is_named(override: str, expected: str) -> None:
 def test_a_value_that_cannot_be_meant_is_named(override: str, expected: str) -> None:
     with pytest.raises(InputError, match=expected):
         load_config(DIGITS, [override])
+
+
+def test_steps_and_epochs_take_each_others_place(tmp_path: Path) -> None:
+    assert DIGITS.read_text().count("steps: 1200") == 1
+    for overrides, expected in (
+        (["train.epochs=0.5"], (0, 0.5)),
+        (["train={epochs: 2, log_every: 1}"], (0, 2)),
+        (["train.epochs=2", "train.steps=7"], (7, None)),
+        (["train={epochs: 2, steps: 7}"], (7, 2)),
+        (["train.epochs=null"], (1200, None)),
+    ):
+        train = load_config(DIGITS, overrides).train
+        assert (train.steps, train.epochs) == expected, overrides
+        read = load_settings(DataConfig, DIGITS, overrides)
+        assert read.train.epochs == expected[1]
+    neither = tmp_path / "neither.yaml"
+    neither.write_text(DIGITS.read_text().replace("steps: 1200", "epochs:"))
+    with pytest.raises(InputError, match=r"train: give steps, or epochs"):
+        load_config(neither)
+    for value in ("0", "-1", ".inf", "true"):
+        with pytest.raises(InputError, match=r"train\.epochs: "):
+            load_config(DIGITS, [f"train.epochs={value}"])
 
 
 def test_settings_that_contradict_each_other_are_named() -> None:

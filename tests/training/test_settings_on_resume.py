@@ -85,7 +85,7 @@ def test_the_table_says_what_a_changed_setting_does(setting: str) -> None:
         WINDOW: bool(of_data) and not any("data.tokenizer" in text for text in changes),
         REFUSED: bool(changes) or setting.startswith("data.prepare"),
         SCHEDULE: Schedule.of(CONFIG.train) != Schedule.of(other.train)
-        or setting == "train.extend",
+        or setting in ("train.extend", "train.epochs"),
         ORIGIN: origin_of(CONFIG, None) != origin_of(other, None),
         FIRST: not changes,
         HERE: not changes and setting != "checkpoint.resume",

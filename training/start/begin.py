@@ -1,9 +1,10 @@
 """The start of a run: which checkpoint, whether the settings fit it, the engine, what is noted."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.plan import PlanState
 from training import checkpoint
 from training.checkpoint import Manifest, Progress
 from training.distributed import from_main
@@ -14,6 +15,7 @@ from training.metrics import read_metrics
 from training.run import Run
 from training.start.changes import check_origin, describe_changes, origin_of
 from training.start.earlier_stage import earlier_stage, take_weights
+from training.start.epochs import settle_end
 from training.start.extension import continued
 from training.start.pretrained_tokenizer import check_pretrained_tokenizer
 from training.start.starts import Starts
@@ -26,31 +28,33 @@ def start(run: Run, saver: checkpoint.Saver, monitor: Monitor) -> tuple[Engine, 
     Raises:
         InputError: on every rank, where the settings and what is on disk mean different things.
     """
-    config, folder, starts = run.config, saver.folder, Starts(run.config)
+    folder, starts, place = saver.folder, Starts(run.config), PlanState()
     saved = starts.find_checkpoint(folder, run.say)
     stage = None if saved else earlier_stage(run)
     manifest = from_main(lambda: checkpoint.read_manifest(saved)) if saved else None
     from_main(lambda: checkpoint.refuse_later(folder, manifest.step if manifest else 0))
     if saved and manifest:
         # Told now: a model of billions of parameters need not be built for that.
-        permitted = (lambda place, _: place) if config.data.allow_change else None
-        checkpoint.place_of(manifest, saved, run.fingerprints, permitted)
+        place = checkpoint.place_of(manifest, saved, run.fingerprints, run.new_window)
         from_main(lambda: check_origin(manifest.run.get("origin"), run, saved))
+    place = settle_end(run, manifest, place)
+    if manifest:
         run.schedule = continued(manifest, run)
     if not (saved or stage):
-        from_main(lambda: check_pretrained_tokenizer(config, run.tokenizer))
-    engine: Engine = build_engine(config, run.tokenizer, run.ranks, not (saved or stage))
+        from_main(lambda: check_pretrained_tokenizer(run.config, run.tokenizer))
+    engine: Engine = build_engine(run.config, run.tokenizer, run.ranks, not (saved or stage))
     progress = Progress()
     if saved and manifest:
-        progress = checkpoint.load(engine, saved, run.fingerprints, run.new_window)
+        progress = checkpoint.load(engine, saved, run.fingerprints, lambda *_: place)
+        progress = replace(progress, plan=place)
         run.say(f"resumed from {saved} at step {progress.step}")
-        run.say(describe_changes(manifest, config, saved))
+        run.say(describe_changes(manifest, run.config, saved))
     elif stage:
         take_weights(engine, stage, run)
     saver.check_space(engine)
-    monitor.guard.restore(from_main(lambda: rows_before(config.output_dir, progress.step)))
+    monitor.guard.restore(from_main(lambda: rows_before(run.config.output_dir, progress.step)))
     saver.about_run = about(run, manifest, stage)
-    starts.note(progress.step, saved or stage)
+    starts.note(run.config, progress.step, saved or stage)
     run.announce(engine)
     return engine, progress
 

@@ -35,6 +35,7 @@ ON_RESUME = {
     "model.llm.pretrained": ORIGIN,
     "train": HERE,
     "train.steps": SCHEDULE,
+    "train.epochs": SCHEDULE,
     "train.warmup_fraction": SCHEDULE,
     "train.min_lr_fraction": SCHEDULE,
     "train.extend": SCHEDULE,

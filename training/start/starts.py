@@ -65,17 +65,19 @@ class Starts:
         self.followed = {"resume": named, "step": step, "time": self.time}
         return found
 
-    def note(self, step: int, source: Path | None) -> None:
+    def note(self, config: RunConfig, step: int, source: Path | None) -> None:
         """Write down that the run starts after `step` steps, with the weights of `source`.
+
+        config: with the steps that its epochs are.
 
         `config.yaml`, the settings of what was trained last, is written if a step follows.
 
         Raises:
             InputError: if it cannot be written, and a later start has to know of this one.
         """
-        from_main(lambda: self._note(step, source))
+        from_main(lambda: self._note(config, step, source))
 
-    def _note(self, step: int, source: Path | None) -> None:
+    def _note(self, config: RunConfig, step: int, source: Path | None) -> None:
         start = {
             "time": self.time,
             "step": step,
@@ -85,11 +87,11 @@ class Starts:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             name = f"{1 + max(map(_number, self.folder.iterdir()), default=0):04}"
-            save_config(self.config, self.folder / f"{name}.yaml")
+            save_config(config, self.folder / f"{name}.yaml")
             write_atomically(self.folder / f"{name}.json", json.dumps(start, indent=1).encode())
             current = self.config.output_dir / "config.yaml"
-            if step < self.config.train.steps or not current.is_file():
-                save_config(self.config, current)
+            if step < config.train.steps or not current.is_file():
+                save_config(config, current)
         except OSError as error:
             text = f"cannot write to {self.folder}: {error}; make room there"
             if self.followed and self.followed["time"] == self.time:
