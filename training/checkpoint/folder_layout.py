@@ -70,6 +70,8 @@ def read_manifest(path: Path) -> Manifest:
         checksum, version = fields.pop("checksum"), fields.pop("format")
         whole = checksum == _checksum({"format": version, **fields})
         manifest = Manifest(**fields) if whole and version == FORMAT else None
+    except NotADirectoryError:
+        raise InputError(f"{path} is a file, no checkpoint{_named_in(path)}") from None
     except FileNotFoundError:
         if not path.exists():
             raise InputError(f"{path} does not exist") from None
@@ -104,6 +106,11 @@ def _unfinished(path: Path) -> str:
         return "was never finished"
     inside = checkpoints_at(path)
     return f"is not a checkpoint, as {inside[0]} is" if inside else "is not a checkpoint"
+
+
+def _named_in(path: Path) -> str:
+    """What the file `latest` means to say."""
+    return f"; it names {path.read_text(errors='replace').strip()}" if path.name == LATEST else ""
 
 
 def checkpoints_at(path: Path) -> list[Path]:
