@@ -120,7 +120,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("config", help="YAML file, for example training/configs/digits.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
-    return parser.parse_args(argv)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parser.error(
+            f"settings are key=value without dashes, as train.steps=200: {' '.join(unknown)}"
+        )
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -144,6 +144,9 @@ def test_an_unfinished_stage_and_one_that_is_not_there(
     for setting in ("init_from", "resume"):
         error, *_ = start(tmp_path / "y", f"checkpoint.{setting}={tmp_path / 'none'}")
         assert f"{tmp_path / 'none'} does not exist" in str(error)
+        error, *_ = start(tmp_path / "y", f"checkpoint.{setting}={path.parent / 'latest'}")
+        assert "latest is a file, no checkpoint; it names step-00000006" in str(error)
+        assert ("give auto" in str(error)) == (setting == "resume")
     error, *_ = start(tmp_path / "y", f"checkpoint.resume={base}")
     assert "is not a checkpoint, as" in str(error) and "step-00000006 is" in str(error)
 
