@@ -11,6 +11,10 @@ checkpoint of `output_dir` unless checkpoint.resume=never.
 import argparse
 import sys
 
+if not __package__:  # Python would look for the other packages in training/
+    print("error: start it as a module, from the root: python -m training.train", file=sys.stderr)
+    sys.exit(2)
+
 import torch.distributed
 
 from data_pipeline.errors import InputError

@@ -1,5 +1,7 @@
 """Configuration: every preset loads, overrides apply, every problem is named with its key."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -188,3 +190,9 @@ def test_settings_with_dashes_are_told_how_to_be_written(
             parse_args(["config.yaml", *words])
         assert end.value.code == 2
         assert words[0] in (told := capsys.readouterr().err) and "without dashes" in told
+
+
+def test_the_file_of_the_trainer_says_how_to_start_it() -> None:
+    command = [sys.executable, "training/train.py", "config.yaml"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2 and "python -m training.train" in result.stderr

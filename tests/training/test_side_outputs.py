@@ -18,6 +18,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from data_pipeline.errors import InputError
 from training.checkpoint.lock import FolderLock
 from training.config import FaultSettings
 from training.distributed import Ranks
@@ -326,3 +327,19 @@ def test_a_console_on_a_full_disk_changes_no_exit_code(script: str) -> None:
         "exit_codes.run_rank(main)"
     )
     assert on_a_full_disk(setup) == 75
+
+
+def test_a_log_has_the_lines_before_a_kill(tmp_path: Path) -> None:
+    script = (
+        "import os; from training.side_outputs import unfailing_console; unfailing_console()\n"
+        "print('step 1')\nos.kill(os.getpid(), 9)"
+    )
+    with (tmp_path / "log").open("w") as log:
+        subprocess.run([sys.executable, "-c", script], stdout=log, timeout=120)
+    assert (tmp_path / "log").read_text() == "step 1\n"
+
+
+def test_what_keeps_a_lock_from_being_taken_is_named(tmp_path: Path) -> None:
+    (tmp_path / ".lock").mkdir()
+    with pytest.raises(InputError, match=r"/\.lock: Is a directory; make it writable"):
+        FolderLock(tmp_path).acquire()
