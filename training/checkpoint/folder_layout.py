@@ -104,6 +104,8 @@ def _unfinished(path: Path) -> str:
     """What a folder without a manifest is."""
     if re.fullmatch(r"step-\d+", path.name):
         return "was never finished"
+    if (path / "config.json").is_file():
+        return "is not a checkpoint but a model, which model.pretrained takes"
     inside = checkpoints_at(path)
     return f"is not a checkpoint, as {inside[0]} is" if inside else "is not a checkpoint"
 
