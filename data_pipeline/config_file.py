@@ -1,6 +1,7 @@
 """Settings from one YAML file and `key=value` overrides, every problem reported at once."""
 
 import difflib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_args, get_origin
 
@@ -171,6 +172,7 @@ def _found(item: Any) -> str:
     if isinstance(value, dict) and item["type"] == "value_error":
         return ""
     hint = "; put it in quotes" if is_text and isinstance(value, bool | int | float) else ""
+    hint = f"; write [{value}]" if item["type"] == "list_type" and isinstance(value, str) else hint
     return f" (found {_shown(value)}{hint})"
 
 
@@ -190,7 +192,19 @@ def _suggestion(kind: type[BaseModel], location: tuple[int | str, ...]) -> str:
             model = next(
                 (t for t in found if isinstance(t, type) and issubclass(t, BaseModel)), None
             )
-    return nearest(str(location[-1]), list(getattr(model, "model_fields", {})))
+    key = str(location[-1])
+    hint = nearest(key, list(getattr(model, "model_fields", {})))
+    places = [] if "did you mean" in hint else list(_places(kind, key))[:4]
+    return f"; did you mean {' or '.join(places)}?" if places else hint
+
+
+def _places(kind: type[BaseModel], name: str, prefix: str = "") -> Iterator[str]:
+    """The settings of that name in any section."""
+    for key, field in kind.model_fields.items():
+        if key == name and prefix:
+            yield prefix + key
+        if section := _model_of(field.annotation):
+            yield from _places(section, name, f"{prefix}{key}.")
 
 
 def nearest(key: str, names: list[str], cutoff: float = 0.6) -> str:

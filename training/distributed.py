@@ -18,6 +18,7 @@ from data_pipeline.errors import InputError
 
 T = TypeVar("T")
 DEVICES = Path("/dev")
+LAUNCHERS = "start with torchrun, the deepspeed launcher, or a script of slurm/"
 
 # Step ids from here on are a batch script and the shell of salloc, not tasks that srun started.
 FIRST_SPECIAL_STEP = 4294967290
@@ -48,9 +49,9 @@ def launched_ranks(on_cpu: bool = False) -> Ranks:
         InputError: see `rank_from_environment` and `local_device`.
     """
     rank, world_size, local_rank = rank_from_environment()
-    if world_size == 1:
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    if world_size == 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        # Whatever a shell has exported for other runs: there is nobody to meet.
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
     device = local_device(local_rank, on_cpu)
     local_rank = device.index if device.type == "cuda" else local_rank
     for name, value in (("RANK", rank), ("WORLD_SIZE", world_size), ("LOCAL_RANK", local_rank)):
@@ -69,29 +70,37 @@ def rank_from_environment() -> tuple[int, int, int]:
         InputError: the environment contradicts itself, is incomplete, or is that of mpirun.
     """
     env = os.environ
-    in_batch_script = not _srun_task() and int(env.get("SLURM_NTASKS", 1)) > 1
+    in_batch_script = not _srun_task() and _number("SLURM_NTASKS", 1) > 1
     if "RANK" not in env and env.keys() >= {"SLURM_PROCID", "SLURM_NTASKS"} and not in_batch_script:
         env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_NTASKS"]
         env["LOCAL_RANK"] = env.get("SLURM_LOCALID", "0")
-    world_size = int(env.get("WORLD_SIZE", 1))
-    mpi = [name for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE") if int(env.get(name, 1)) > 1]
+    world_size = _number("WORLD_SIZE", 1)
+    mpi = [name for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE") if _number(name, 1) > 1]
     wrong = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in env and world_size > 1]
     wrong += ["RANK"] if world_size > 1 and "RANK" not in env else []
     problem = f"{world_size} ranks but {' and '.join(wrong)} not set"
     if mpi and "RANK" not in env:
         wrong, problem = mpi, f"{mpi[0]} is {env[mpi[0]]}: mpirun does not say who the ranks are"
-    elif not 0 <= int(env.get("RANK", 0)) < world_size:
+    elif not 0 <= _number("RANK", 0) < world_size:
         wrong, problem = ["RANK"], f"RANK is {env['RANK']}, but WORLD_SIZE {world_size}"
     if wrong:
-        raise InputError(
-            f"{problem}; start with torchrun, the deepspeed launcher, or a script of slurm/"
-        )
-    return int(env.get("RANK", 0)), world_size, int(env.get("LOCAL_RANK", 0))
+        raise InputError(f"{problem}; {LAUNCHERS}")
+    if world_size > 1:
+        _number("MASTER_PORT", 0)
+    return _number("RANK", 0), world_size, _number("LOCAL_RANK", 0)
+
+
+def _number(name: str, default: int) -> int:
+    """A variable of the environment that is a number; InputError if it is none."""
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise InputError(f"{name} is {text!r}, expected a number; {LAUNCHERS}")
+    return int(text)
 
 
 def _srun_task() -> bool:
     """Whether srun started this process, or a launcher that started it."""
-    return int(os.environ.get("SLURM_STEP_ID", FIRST_SPECIAL_STEP)) < FIRST_SPECIAL_STEP
+    return _number("SLURM_STEP_ID", FIRST_SPECIAL_STEP) < FIRST_SPECIAL_STEP
 
 
 def _tasks_on_node() -> int:

@@ -11,6 +11,10 @@ checkpoint of `output_dir` unless checkpoint.resume=never.
 import argparse
 import sys
 
+if not __package__:  # Python would look for the other packages in training/
+    print("error: start it as a module, from the root: python -m training.train", file=sys.stderr)
+    sys.exit(2)
+
 import torch.distributed
 
 from data_pipeline.errors import InputError
@@ -120,7 +124,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("config", help="YAML file, for example training/configs/digits.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
-    return parser.parse_args(argv)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parser.error(
+            f"settings are key=value without dashes, as train.steps=200: {' '.join(unknown)}"
+        )
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,5 +1,7 @@
 """Configuration: every preset loads, overrides apply, every problem is named with its key."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from data_pipeline.config_file import load_settings
 from data_pipeline.errors import InputError
 from data_pipeline.settings import DataConfig
 from training.config import DeepSpeedSettings, FaultSettings, load_config, save_config
+from training.train import parse_args
 
 PRESETS = sorted(Path("training/configs").glob("*.yaml"))
 DIGITS = Path("training/configs/digits.yaml")
@@ -55,6 +58,12 @@ def test_overrides_are_yaml_values() -> None:
     [
         ("train.stepz=7", r"train\.stepz: .*steps\?"),
         ("nonsense.key=7", r"nonsense: .*output_dir"),
+        ("steps=7", r"steps: unknown key; did you mean train\.steps\?"),
+        (
+            "train.lr=7",
+            r"train\.lr: .*train\.modules\.vision_model\.lr or train\.modules\.projector",
+        ),
+        ("max_tokens=7", r"max_tokens: .*data\.pack\.max_tokens or eval\.max_tokens\?"),
         ("train.steps=0", r"train\.steps: .*greater than 0.*found 0"),
         ("data.tokens.counts=[4, 15, 64]", r"data\.tokens.*15.*(9|16)"),
         (
@@ -88,7 +97,7 @@ def test_a_wrong_setting_is_named(override: str, expected: str) -> None:
         ("train.modules.projector.lr=nan", r"train\.modules\.projector\.lr: .*finite"),
         ("train.betas=[0.9, 1]", r"train\.betas\.1: .*less than 1"),
         ("seed=1e22", r"seed: "),
-        ("data.eval_shards=data/x", r"data\.eval_shards: .*list.*data/x"),
+        ("data.eval_shards=data/x", r"data\.eval_shards: .*list.*write \[data/x\]"),
         ("data.tokens.counts=", r"data\.tokens\.counts: .*found nothing"),
         ("data.tokenizer=7", r"data\.tokenizer: .*quotes"),
         ("data.chat.system=off", r"data\.chat\.system: .*quotes"),
@@ -195,3 +204,19 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
     broken.write_text(yaml.safe_dump(raw))
     with pytest.raises(InputError, match=r"data: .*shards.*datasets"):
         load_config(broken)
+
+
+def test_settings_with_dashes_are_told_how_to_be_written(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for words in (["--train.steps=3"], ["--learning_rate", "1e-4"]):
+        with pytest.raises(SystemExit) as end:
+            parse_args(["config.yaml", *words])
+        assert end.value.code == 2
+        assert words[0] in (told := capsys.readouterr().err) and "without dashes" in told
+
+
+def test_the_file_of_the_trainer_says_how_to_start_it() -> None:
+    command = [sys.executable, "training/train.py", "config.yaml"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2 and "python -m training.train" in result.stderr

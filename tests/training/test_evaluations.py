@@ -3,8 +3,10 @@
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from data_pipeline.errors import InputError
@@ -14,8 +16,13 @@ from tests.training.scenarios import tiny_config
 from training import exit_codes
 from training.checkpoint.__main__ import main as checkpoint_command
 from training.checkpoint.pruning import SCORES, best, to_prune, write_scores
+from training.distributed import Ranks
+from training.evaluate import in_training
+from training.evaluate.in_training import ALL, Score
 from training.metrics.run_curve import plot_run
 from training.side_outputs import SideFiles
+
+ONE = Ranks(0, 1, 0, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +51,24 @@ def test_every_evaluation_is_on_record_with_its_loss(
     events = EventAccumulator(str(out / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("eval_loss/all/16")] == [2, 4, 6, 8]
     assert [event.step for event in events.Scalars("accuracy/all/16")] == [2, 4, 6, 8]
+
+
+def test_a_sample_without_a_level_of_detail_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside ten wrong answers of a level, one right one without."""
+    scored = [
+        (0, Score(1, 1, 2, 2, 3, 0.5)),
+        *((i, Score(1, 0, 2, 0, 3, 1.0)) for i in range(1, 11)),
+    ]
+    levels = {0: ALL} | dict.fromkeys(range(1, 11), "k=1")
+    monkeypatch.setattr(in_training, "sample_details", lambda *_: levels)
+    monkeypatch.setattr(in_training, "model_inputs", lambda *_: {})
+    monkeypatch.setattr(in_training, "score_answers", lambda *_: scored)
+    monkeypatch.setattr(in_training, "all_reduce_sum", lambda values, _: values)
+    plan = Mock(packs=lambda side: [None])
+    found = in_training.evaluate(Mock(), plan, Mock(), [2], ONE)
+    assert found is not None
+    assert found.scores[ALL, 4] == Score(11, 1, 22, 2, 33, 10.5)
+    assert found.scores["k=1", 4] == Score(10, 0, 20, 0, 30, 10.0)
 
 
 @pytest.mark.multiprocess

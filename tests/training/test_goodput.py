@@ -182,6 +182,14 @@ def test_lines_cut_short_are_left_out(tmp_path: Path, clock: Clock) -> None:
     killed_and_resumed(tmp_path, clock)
     expected = summarize(tmp_path).seconds
     with (tmp_path / record.EVENTS).open("a") as file:
+        event = json.loads((tmp_path / record.EVENTS).read_text().splitlines()[-1])
+        for broken in (
+            {"time": "noon"},
+            {"step": None},
+            {"seconds": 3},
+            {"seconds": {"steps": ""}},
+        ):
+            file.write(json.dumps(event | broken) + "\n")
         file.write('{"event": "st')
     assert summarize(tmp_path).seconds == expected
     with started(tmp_path, clock, 10) as goodput:

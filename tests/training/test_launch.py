@@ -12,6 +12,7 @@ from training.distributed import (
     FIRST_SPECIAL_STEP,
     Ranks,
     claim_device,
+    launched_ranks,
     local_device,
     rank_from_environment,
 )
@@ -51,6 +52,9 @@ def test_the_place_of_a_process(
         ({"RANK": "3"}, "RANK is 3, but WORLD_SIZE 1"),
         (SRUN, "3 ranks but MASTER_ADDR and MASTER_PORT not set"),
         ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_SIZE is 2: mpirun"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two', expected a number"),
+        ({"LOCAL_RANK": ""}, "LOCAL_RANK is '', expected a number"),
+        (SRUN | MEETING | {"MASTER_PORT": "$PORT"}, r"MASTER_PORT is '\$PORT', expected a number"),
     ],
 )
 def test_a_contradiction_is_named(
@@ -59,6 +63,17 @@ def test_a_contradiction_is_named(
     set_environment(monkeypatch, variables)
     with pytest.raises(InputError, match=f"{message}.*torchrun.*slurm/"):
         rank_from_environment()
+
+
+def test_a_rank_alone_meets_nobody_where_a_shell_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    elsewhere = {"MASTER_ADDR": "another-node", "MASTER_PORT": "29500"}
+    set_environment(monkeypatch, elsewhere)
+    launched_ranks(on_cpu=True)
+    assert os.environ["MASTER_ADDR"] == "127.0.0.1" and os.environ["MASTER_PORT"] != "29500"
+    agent = {"TORCHELASTIC_USE_AGENT_STORE": "True"}  # torchrun's store is there already
+    set_environment(monkeypatch, elsewhere | agent)
+    launched_ranks(on_cpu=True)
+    assert elsewhere.items() <= os.environ.items()
 
 
 @pytest.mark.parametrize(

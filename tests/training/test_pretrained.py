@@ -21,6 +21,7 @@ from data_pipeline.tokenizer import load_tokenizer
 from tests.data_pipeline.small_tokenizers import save_hugging_face
 from tests.ranks import RankPool
 from tests.training import scenarios
+from training.checkpoint import read_manifest
 from training.export.hub_tokenizer import to_hub_tokenizer
 from training.model.build import build_model
 from training.start.pretrained_tokenizer import check_pretrained_tokenizer
@@ -148,3 +149,16 @@ def test_another_model_is_refused(digits_corpus: Path, tmp_path: Path) -> None:
     build(digits_corpus).save_pretrained(tmp_path)
     with pytest.raises(InputError, match=r"model\.pretrained=.*pool is 'adaptive'"):
         build(digits_corpus, f"model.pretrained={tmp_path}", "model.pool=resize")
+
+
+def test_a_folder_of_something_else_is_told_by_what_it_is(
+    digits_corpus: Path, tmp_path: Path
+) -> None:
+    for part in ("model", "model.llm", "model.vision"):
+        with pytest.raises(InputError, match=rf"{part}\.pretrained=.*no config\.json.*init_from"):
+            build(digits_corpus, f"{part}.pretrained={tmp_path}")
+    llm = save_llm(digits_corpus, tmp_path / "llm")
+    with pytest.raises(InputError, match=r"of model_type qwen2, not.*model\.llm\.pretrained"):
+        build(digits_corpus, f"model.pretrained={llm}")
+    with pytest.raises(InputError, match=r"a model, which model\.pretrained takes"):
+        read_manifest(llm)

@@ -18,11 +18,12 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from data_pipeline.errors import InputError
 from training.checkpoint.lock import FolderLock
 from training.config import FaultSettings
 from training.distributed import Ranks
 from training.health import LossGuard
-from training.metrics import MetricsLog, read_metrics
+from training.metrics import MetricsLog, read_evaluations, read_metrics
 from training.side_outputs import SideFiles, encode_row, keep_rows, read_rows, side_files
 
 ONE = Ranks(0, 1, 0, torch.device("cpu"))
@@ -156,6 +157,27 @@ def test_the_guard_goes_on_from_rows_without_a_finite_loss() -> None:
     guard = LossGuard(FaultSettings())
     guard.restore([{"step": 1, "loss": loss} for loss in (1.0, None, math.nan, "nan", 2.0)])
     assert list(guard._recent) == [1.0, 2.0]
+
+
+def test_values_of_other_types_are_passed_over(tmp_path: Path) -> None:
+    guard = LossGuard(FaultSettings())
+    guard.restore([{"loss": 1.0, "skipped_steps": value} for value in (2, "many", None, [3])])
+    assert guard.skipped == 2
+    good = {"step": 1, "results": [{"detail": "all", "num_image_tokens": 4, "accuracy": 0.5}]}
+    rows = [good, *({"step": 2, "results": value} for value in (5, None, [{}], [3]))]
+    (tmp_path / "evaluations.jsonl").write_bytes(b"".join(map(encode_row, rows)))
+    assert read_evaluations(tmp_path) == [good]
+
+
+def test_a_group_may_share_what_a_run_writes(tmp_path: Path) -> None:
+    before = os.umask(0o002)
+    try:
+        files = SideFiles(background=False)
+        files.append(tmp_path / "appended", b"row\n")
+        files.replace(tmp_path / "in_place", b"row\n", in_place=True)
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o664}
 
 
 # A disk that is full, hangs, or is gone
@@ -305,3 +327,19 @@ def test_a_console_on_a_full_disk_changes_no_exit_code(script: str) -> None:
         "exit_codes.run_rank(main)"
     )
     assert on_a_full_disk(setup) == 75
+
+
+def test_a_log_has_the_lines_before_a_kill(tmp_path: Path) -> None:
+    script = (
+        "import os; from training.side_outputs import unfailing_console; unfailing_console()\n"
+        "print('step 1')\nos.kill(os.getpid(), 9)"
+    )
+    with (tmp_path / "log").open("w") as log:
+        subprocess.run([sys.executable, "-c", script], stdout=log, timeout=120)
+    assert (tmp_path / "log").read_text() == "step 1\n"
+
+
+def test_what_keeps_a_lock_from_being_taken_is_named(tmp_path: Path) -> None:
+    (tmp_path / ".lock").mkdir()
+    with pytest.raises(InputError, match=r"/\.lock: Is a directory; make it writable"):
+        FolderLock(tmp_path).acquire()

@@ -15,10 +15,12 @@ from data_pipeline.tokenizer import load_tokenizer
 from tests.data_pipeline.small_tokenizers import save_sentencepiece
 from tests.ranks import RankPool
 from tests.training import start_scenarios
+from tests.training.scenarios import tiny_config
 from tests.training.start_scenarios import Outcome
 from training.config import load_config
 from training.exit_codes import PREEMPTED
 from training.metrics import read_metrics
+from training.start.starts import Starts
 
 pytestmark = pytest.mark.multiprocess
 Start = Callable[..., Outcome]
@@ -142,6 +144,9 @@ def test_an_unfinished_stage_and_one_that_is_not_there(
     for setting in ("init_from", "resume"):
         error, *_ = start(tmp_path / "y", f"checkpoint.{setting}={tmp_path / 'none'}")
         assert f"{tmp_path / 'none'} does not exist" in str(error)
+        error, *_ = start(tmp_path / "y", f"checkpoint.{setting}={path.parent / 'latest'}")
+        assert "latest is a file, no checkpoint; it names step-00000006" in str(error)
+        assert ("give auto" in str(error)) == (setting == "resume")
     error, *_ = start(tmp_path / "y", f"checkpoint.resume={base}")
     assert "is not a checkpoint, as" in str(error) and "step-00000006 is" in str(error)
 
@@ -201,6 +206,19 @@ def test_an_explicit_checkpoint_is_followed_once(
         steps(outcome)[-1] == 6
         and rates(outcome)[-1] == rates((0, "", read_metrics(base / "metrics.jsonl")))[-1]
     )
+
+
+@pytest.mark.parametrize("text", ["null", "[]", "{}", '{"followed": 3}', '{"followed": {}}', "{"])
+def test_a_note_of_a_start_that_is_broken_does_not_count(
+    text: str, tmp_path: Path, digits_corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny_config(digits_corpus, f"output_dir={tmp_path}")
+    followed = {"resume": "never", "step": 0, "time": "noon"}
+    (tmp_path / "starts").mkdir()
+    (tmp_path / "starts/0001.json").write_text(json.dumps({"followed": followed}))
+    (tmp_path / "starts/0002.json").write_text(text)
+    assert Starts(config).followed == followed
+    assert "0002.json cannot be read and does not count" in capsys.readouterr().err
 
 
 def test_never_starts_anew_once(start: Start, tmp_path: Path) -> None:

@@ -75,8 +75,9 @@ def problem_together(path: Path) -> str | None:
 def verify_together(path: Path, setting: str) -> None:
     """InputError on every rank unless the checkpoint that a setting names is whole."""
     if problem := problem_together(path):
+        words = "auto (the newest of output_dir), never, or " * (setting == "checkpoint.resume")
         raise InputError(
-            f"{setting}={path}: {problem}; give another checkpoint, a folder like "
+            f"{setting}={path}: {problem}; give {words}another checkpoint, a folder like "
             "runs/digits/checkpoints/step-00000100 (`python -m training.checkpoint list DIR`)"
         )
 

@@ -70,6 +70,8 @@ def read_manifest(path: Path) -> Manifest:
         checksum, version = fields.pop("checksum"), fields.pop("format")
         whole = checksum == _checksum({"format": version, **fields})
         manifest = Manifest(**fields) if whole and version == FORMAT else None
+    except NotADirectoryError:
+        raise InputError(f"{path} is a file, no checkpoint{_named_in(path)}") from None
     except FileNotFoundError:
         if not path.exists():
             raise InputError(f"{path} does not exist") from None
@@ -102,8 +104,15 @@ def _unfinished(path: Path) -> str:
     """What a folder without a manifest is."""
     if re.fullmatch(r"step-\d+", path.name):
         return "was never finished"
+    if (path / "config.json").is_file():
+        return "is not a checkpoint but a model, which model.pretrained takes"
     inside = checkpoints_at(path)
     return f"is not a checkpoint, as {inside[0]} is" if inside else "is not a checkpoint"
+
+
+def _named_in(path: Path) -> str:
+    """What the file `latest` means to say."""
+    return f"; it names {path.read_text(errors='replace').strip()}" if path.name == LATEST else ""
 
 
 def checkpoints_at(path: Path) -> list[Path]:

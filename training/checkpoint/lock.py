@@ -39,7 +39,8 @@ class FolderLock:
             self.file = self.path.open("a+", encoding="utf-8")
         except OSError as error:
             raise InputError(
-                f"cannot write to {self.path.parent}: {error.strerror}; use another output_dir"
+                f"cannot write to {error.filename}: {error.strerror}; make it writable, or use "
+                "another output_dir"
             ) from error
         started = time.monotonic()
         while not self._try():

@@ -155,7 +155,7 @@ def evaluate(
                 output = engine(**model_inputs(batch, ranks.device, loss_chunks))
             scored = score_answers(batch, output.predictions.cpu(), output.token_losses.cpu())
             for sample, score in scored:
-                for name in (ALL, details[sample]):
+                for name in {ALL, details[sample]}:
                     _add(sums[name], score)
         flat = [float(value) for name in names for value in vars(sums[name]).values()]
         total = all_reduce_sum(flat, ranks.device)

@@ -145,5 +145,13 @@ class Goodput:
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
-    """The events of goodput.jsonl in order, without what a crash left half written."""
-    return [row for row in read_rows(path) if row.keys() >= STATE]
+    """The events of goodput.jsonl in order, without what a crash or a hand left broken."""
+    return [row for row in read_rows(path) if row.keys() >= STATE and _is_whole(row)]
+
+
+def _is_whole(row: dict[str, Any]) -> bool:
+    seconds = row["seconds"]
+    numbers = [row[key] for key in STATE - {"event", "seconds"}]
+    return isinstance(seconds, dict) and all(
+        isinstance(number, int | float) for number in (*numbers, *seconds.values())
+    )

@@ -42,7 +42,8 @@ class LossGuard:
     def restore(self, rows: Iterable[dict[str, Any]]) -> None:
         """Go on from the metrics of earlier steps, in order (the same on every rank)."""
         for row in rows:
-            self.skipped = int(row.get(SKIPPED, self.skipped))
+            skipped = row.get(SKIPPED)
+            self.skipped = skipped if isinstance(skipped, int) else self.skipped
             self._remember(row["loss"] if isinstance(row["loss"], float) else math.nan)
 
     def update(self, engine: Engine, loss: float) -> Verdict:

@@ -1,5 +1,6 @@
 """Where the metrics of a run go: metrics.jsonl, evaluations.jsonl, TensorBoard, a progress bar."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -91,18 +92,26 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
     Where a step came again and its first row could not be taken out, the later one counts.
     """
-    return _by_step(path, "loss")
+    return _by_step(path, lambda row: "loss" in row)
 
 
 def read_evaluations(folder: Path) -> list[dict[str, Any]]:
     """The evaluations of a run by step, as `Evaluation.to_row` made them."""
-    return _by_step(folder / EVALUATIONS, "results")
+    return _by_step(folder / EVALUATIONS, _has_results)
 
 
-def _by_step(path: Path, key: str) -> list[dict[str, Any]]:
+def _has_results(row: dict[str, Any]) -> bool:
+    results = row.get("results")
+    return isinstance(results, list) and all(
+        isinstance(r, dict) and r.keys() >= {"detail", "num_image_tokens", "accuracy"}
+        for r in results
+    )
+
+
+def _by_step(path: Path, is_one: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for row in read_rows(path):
-        if _step(row) < 0 or key not in row:
+        if _step(row) < 0 or not is_one(row):
             continue
         while rows and rows[-1]["step"] >= row["step"]:
             rows.pop()

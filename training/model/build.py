@@ -1,5 +1,6 @@
 """From settings to a model: architectures from the config, weights from a folder or a hub."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -110,10 +111,17 @@ def _random(config: TokenFlexConfig, dtype: torch.dtype) -> PackedTokenFlex:
 
 def _whole(path: str, config: TokenFlexConfig, dtype: torch.dtype) -> PackedTokenFlex:
     """The model of an exported folder, after checking that it is the one of the settings."""
+    _check_folder("model.pretrained", path)
     try:
+        kind = TokenFlexConfig.get_config_dict(path)[0].get("model_type")
         found = TokenFlexConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise InputError(f"model.pretrained: cannot load {path}: {error}") from error
+    if kind != TokenFlexConfig.model_type:
+        raise InputError(
+            f"model.pretrained={path} is of model_type {kind}, not an exported model; weights of "
+            "one part are for model.vision.pretrained and model.llm.pretrained"
+        )
     keys = ("pool", "projector_hidden_ratio", "image_token_id", "image_mean", "image_std")
     different = [
         f"{key} is {getattr(found, key)!r} there and {getattr(config, key)!r} here"
@@ -132,10 +140,20 @@ def _whole(path: str, config: TokenFlexConfig, dtype: torch.dtype) -> PackedToke
     return _loaded("model.pretrained", path, PackedTokenFlex, config, dtype, ATTENTION_NAME)
 
 
+def _check_folder(name: str, path: str) -> None:
+    """Of a folder without a configuration transformers would make up one."""
+    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+        raise InputError(
+            f"{name}={path} has no config.json, so it is no model; a run or checkpoint of this "
+            "trainer is for checkpoint.init_from, or exported first (python -m training.export)"
+        )
+
+
 def _pretrained(part: str, settings: BackboneSettings, model: PreTrainedModel) -> PreTrainedModel:
     """The pretrained backbone, after checking that it has the architecture of the settings."""
     path = str(settings.pretrained)
     name = f"model.{part}.pretrained"
+    _check_folder(name, path)
     try:
         found = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:

@@ -40,7 +40,7 @@ class _UnfailingFile(io.FileIO):
 
 
 def unfailing_console() -> None:
-    """From now on `print` and tracebacks of this process cannot fail."""
+    """From now on `print` and tracebacks of this process cannot fail, and lines come at once."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         try:
@@ -51,7 +51,7 @@ def unfailing_console() -> None:
             io.BufferedWriter(raw),
             encoding=stream.encoding,
             errors="backslashreplace",
-            line_buffering=stream.line_buffering,
+            line_buffering=True,  # a file is read while the run goes on, and its last lines count
             write_through=stream.write_through,
         )
         setattr(sys, name, text)

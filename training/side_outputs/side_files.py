@@ -201,7 +201,7 @@ def _settle(path: Path, waiting: _Waiting, error: Exception | None) -> str | Non
 
 def _append(path: Path, data: bytes, waiting: _Waiting) -> None:
     """All of `data` at the end, or nothing: a half that a full disk took is cut off again."""
-    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     try:
         end = os.fstat(file).st_size
         if waiting.end is not None and end > waiting.end:
@@ -221,7 +221,7 @@ def _append(path: Path, data: bytes, waiting: _Waiting) -> None:
 
 
 def _overwrite(path: Path, data: bytes) -> None:
-    file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
+    file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
     try:
         os.pwrite(file, data, 0)
     finally:

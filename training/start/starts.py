@@ -18,6 +18,7 @@ from training.distributed import from_main
 from training.side_outputs import warn
 
 FOLDER = "starts"
+FOLLOWED = ("resume", "step", "time")
 
 
 class Starts:
@@ -29,7 +30,7 @@ class Starts:
     def __init__(self, config: RunConfig) -> None:
         self.config, self.folder = config, config.output_dir / FOLDER
         self.time = datetime.now().astimezone().isoformat(timespec="seconds")
-        self.followed: dict[str, Any] | None = from_main(self._last).get("followed")
+        self.followed: dict[str, Any] | None = from_main(self._followed_last)
 
     def find_checkpoint(self, folder: Path, say: Callable[[str], None]) -> Path | None:
         """The checkpoint to go on from, None to start anew.
@@ -98,15 +99,15 @@ class Starts:
                 raise InputError(text) from error
             warn(text)
 
-    def _last(self) -> dict[str, Any]:
-        """What the newest start noted; one that was cut short by a kill does not count."""
+    def _followed_last(self) -> dict[str, Any] | None:
+        """`followed` of the newest start; one that a kill or a hand left unreadable counts not."""
         for file in sorted(self.folder.glob("*.json"), key=_number, reverse=True):
             try:
-                start: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-                return start
-            except (OSError, ValueError) as error:
-                warn(f"{file} cannot be read and does not count: {error}")
-        return {}
+                followed = json.loads(file.read_text(encoding="utf-8"))["followed"]
+                return None if followed is None else {key: followed[key] for key in FOLLOWED}
+            except (OSError, ValueError, TypeError, KeyError) as error:
+                warn(f"{file} cannot be read and does not count: {error!r}")
+        return None
 
 
 def _number(file: Path) -> int:
