@@ -54,12 +54,12 @@ def versions(packages: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def git_commit(folder: Path = Path(__file__).parent) -> str | None:
-    """The commit of the code in a folder, "+changes" where files differ; None outside git."""
+def git_commit(folder: Path | None = None) -> str | None:
+    """The commit of the code in a folder (this one), "+changes" where files differ; None outside git."""
     try:
         described = subprocess.run(
             ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"],
-            cwd=folder,
+            cwd=folder or Path(__file__).parent,
             capture_output=True,
             text=True,
             check=True,

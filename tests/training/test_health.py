@@ -98,7 +98,9 @@ def test_a_terminal_that_is_gone_does_not_end_a_run_before_it_saves(tmp_path: Pa
         time.sleep(0.1)
     time.sleep(0.2)
     os.close(terminal)  # the kernel sends SIGHUP, and every write there fails
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    while not (ended := os.waitpid(pid, os.WNOHANG))[0] and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert ended[0] == pid and os.waitstatus_to_exitcode(ended[1]) == 0
     assert (tmp_path / "saved").read_text() == "saved after SIGHUP"
 
 
