@@ -55,7 +55,7 @@ def versions(packages: Iterable[str]) -> dict[str, str]:
 
 
 def git_commit(folder: Path | None = None) -> str | None:
-    """The commit of the code in a folder (this one), "+changes" where files differ; None outside git."""
+    """The commit of a folder (of this code), "+changes" where files differ; None outside git."""
     try:
         described = subprocess.run(
             ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"],

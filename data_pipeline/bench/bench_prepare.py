@@ -22,7 +22,7 @@ from PIL import Image
 
 from data_pipeline.machine import git_commit
 
-RUNS = 1  # of each command; more where the machine is not busy
+RUNS = 3  # of each command; more where the machine is not busy
 HERE = Path(__file__).parents[2]
 _WORDS = [
     "a",
