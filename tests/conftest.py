@@ -19,7 +19,7 @@ if not torch.cuda.is_available():
 # Not 200 ms for an example: beside other tests one takes longer now and then, whatever it does.
 hypothesis.settings.register_profile("side by side", deadline=None)
 hypothesis.settings.load_profile("side by side")
-# A shell has these ignored in the background (nohup, &), and the processes of tests would inherit it.
+# A shell in the background (nohup, &) has these ignored, and processes of tests would inherit it.
 for number in (signal.SIGINT, signal.SIGHUP):
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, lambda *_: None)  # ignored here still, but not by them

@@ -369,3 +369,9 @@ def test_what_the_data_pages_say_of_stores_and_conversion_is_recorded() -> None:
         f"together {together['unused_bytes_per_sample']:.0f} bytes unused "
         f"({100 * together['unused_share']:.2f} %)"
     ) in pages
+    prepare = record_of("prepare")
+    formats = [prepare[name] for name in ("LLaVA JSON", "parquet with pictures", "folder")]
+    rates = ", ".join(f"{of['here']['entries_per_cpu_s'] / 1000:.1f} k" for of in formats)
+    ratios = ", ".join(f"{of['ratio']['entries_per_cpu_s']:.1f}" for of in formats)
+    assert prepare["against_commit"].startswith("4ab4cae")
+    assert f"{rates} per CPU second with the start; {ratios} times commit 4ab4cae" in pages
