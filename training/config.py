@@ -11,13 +11,14 @@ from pydantic import Field, field_validator, model_validator
 
 from data_pipeline.backbone_config import BackboneConfig
 from data_pipeline.config_file import Settings, load_settings
+from data_pipeline.files import write_atomically
 from data_pipeline.loss_weighting import LossWeighting
 from data_pipeline.paths import FilePath, PathText
 from data_pipeline.settings import DataSettings, Length, Seed
 from data_pipeline.yaml_text import write_yaml
 from kernels import POOL_MODES
 
-__all__ = ["DataSettings", "RunConfig", "config_yaml", "load_config", "save_config"]
+__all__ = ["DataSettings", "RunConfig", "load_config", "save_config"]
 
 
 class BackboneSettings(Settings):
@@ -247,11 +248,6 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
     return load_settings(RunConfig, path, overrides)
 
 
-def config_yaml(config: RunConfig) -> str:
-    """The effective settings as YAML, for `load_config`."""
-    return write_yaml(config.model_dump(mode="json"))
-
-
 def save_config(config: RunConfig, path: Path) -> None:
-    """Write the effective settings as YAML."""
-    path.write_text(config_yaml(config), encoding="utf-8")
+    """Write the effective settings as YAML, whole or not at all, for `load_config`."""
+    write_atomically(path, write_yaml(config.model_dump(mode="json")).encode())

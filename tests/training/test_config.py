@@ -1,5 +1,7 @@
 """Configuration: every preset loads, overrides apply, every problem is named with its key."""
 
+import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +36,21 @@ def test_preset_loads_and_survives_a_round_trip(path: Path, tmp_path: Path) -> N
     config = load_config(path)
     save_config(config, tmp_path / "saved.yaml")
     assert load_config(tmp_path / "saved.yaml") == config
+
+
+def test_a_config_that_cannot_be_written_whole_leaves_the_earlier_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = tmp_path / "config.yaml"
+    save_config(load_config(DIGITS), saved)
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError):
+        save_config(load_config(DIGITS, ["seed=7"]), saved)
+    assert load_config(saved) == load_config(DIGITS) and [*tmp_path.iterdir()] == [saved]
 
 
 def test_overrides_are_yaml_values() -> None:

@@ -6,6 +6,7 @@ from training.config import TrainSettings
 from training.parameters import Schedule
 from training.run import Run
 
+SETTINGS = ("steps", "warmup_fraction", "min_lr_fraction")
 CHOICES = {
     "stretch": "as if it had been so from the start",
     "constant": "the schedule as it was, then its last rate",
@@ -60,9 +61,6 @@ def _unchanged(saved: Schedule, train: TrainSettings) -> bool:
             f"{saved.start} and goes on so; restore it, or resume from a checkpoint of before"
         )
     return all(same)
-
-
-SETTINGS = ("steps", "warmup_fraction", "min_lr_fraction")
 
 
 def _changes(saved: Schedule, train: TrainSettings) -> str:
