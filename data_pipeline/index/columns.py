@@ -21,6 +21,7 @@ an uncompressed .npz: reading a shard's columns is part of every start and of ev
 import hashlib
 import io
 import json
+import threading
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -55,6 +56,9 @@ COLUMNS: dict[str, type[np.generic]] = {
 OF_IMAGES = ("image_offset", "image_bytes", "image_crc", "image_width", "image_height")
 OF_SAMPLES = tuple(n for n in COLUMNS if n not in (*OF_IMAGES, "image_start", "key_text"))
 
+# NumPy reads an array's header by Python's ast, which on 3.11 fails now and then with a SystemError
+# where threads use it at once (python/cpython#106905): the loader's threads read columns.
+_PARSING = threading.Lock()
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
@@ -131,7 +135,9 @@ def load_columns(path: Path) -> tuple[dict[str, Any], ShardColumns]:
 
 def _load(path: Path, names: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # Columns are all that a file holds: threads read it side by side, outside the lock.
+        source = io.BytesIO(path.read_bytes()) if names else path
+        with _PARSING, np.load(source, allow_pickle=False) as file:
             return json.loads(str(file["header"])), {name: file[name] for name in names}
     except FileNotFoundError:
         raise InputError(f"{path} is missing") from None

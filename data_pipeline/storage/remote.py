@@ -38,7 +38,7 @@ class RemoteFiles:
             limits = self._limits(left_s)
             if address := self._address(shard):
                 return self._run(shard, limits.total_s, http.stat(address, limits))
-            info = self._call(shard, limits.answer_s, "info", shard.url)
+            info = self._call(shard, limits, "info", shard.url)
             version = next((str(info[name]) for name in _VERSIONS if info.get(name)), "")
             return ShardStat(int(info["size"]), version)
 
@@ -53,9 +53,7 @@ class RemoteFiles:
                 request = http.read(address, offset, size, limits)
                 return self._run(shard, limits.total_s, request)
             end = offset + size
-            data: bytes = self._call(
-                shard, limits.answer_s, "cat_file", shard.url, start=offset, end=end
-            )
+            data: bytes = self._call(shard, limits, "cat_file", shard.url, start=offset, end=end)
             if len(data) < size and self.stat(shard).bytes < end:
                 raise ends_inside(shard, offset, size)
             if len(data) != size:
@@ -75,7 +73,7 @@ class RemoteFiles:
         def attempt(left_s: float) -> list[str]:
             system = self._system(Shard(pattern).protocol)
             system.invalidate_cache()  # the Hub's keeps one, whatever it is told
-            found = self._call(Shard(pattern), left_s, "glob", pattern)
+            found = self._call(Shard(pattern), http.Limits(left_s, left_s), "glob", pattern)
             return sorted(system.unstrip_protocol(path) for path in found)
 
         return with_retries(attempt, f"{pattern} cannot be listed", self._settings, self.counts)
@@ -92,13 +90,19 @@ class RemoteFiles:
             return http.Address(system, hub_url(shard, self._settings.options), shard)
         return None
 
-    def _call(self, shard: Shard, limit_s: float, method: str, *args: Any, **options: Any) -> Any:
-        """A method of the file system, cut off after `limit_s`."""
+    def _call(
+        self, shard: Shard, limits: http.Limits, method: str, *args: Any, **options: Any
+    ) -> Any:
+        """A method of the file system, cut off after `limits.answer_s`."""
         system = self._system(shard.protocol)
-        if system.async_impl:
-            return self._run(shard, limit_s, getattr(system, f"_{method}")(*args, **options))
-        function = getattr(system, method)  # of memory:// and hf://
-        return self._run(shard, limit_s, asyncio.to_thread(function, *args, **options))
+        if not system.async_impl:  # memory:// and hf://
+            request = asyncio.to_thread(getattr(system, method), *args, **options)
+            return self._run(shard, limits.answer_s, request)
+        if connect := getattr(system, "set_session", None):
+            # No answer to wait for: building a client may take seconds on a busy machine, and one
+            # that is cut off is built anew by every attempt.
+            self._run(shard, limits.total_s, connect())
+        return self._run(shard, limits.answer_s, getattr(system, f"_{method}")(*args, **options))
 
     def _run(self, shard: Shard, limit_s: float, request: Awaitable[_Result]) -> _Result:
         """The result of a coroutine on fsspec's own event loop, cut off after `limit_s`."""

@@ -1,8 +1,11 @@
 """Parts of the index by themselves: image sizes, remembered texts, columns that stay in memory."""
 
+import ast
 import struct
 import threading
+import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,7 @@ from data_pipeline.images import image_size
 from data_pipeline.index import ShardColumns, build_index, load_index
 from data_pipeline.index import open_index as load_module
 from data_pipeline.index.cache import ColumnsCache
+from data_pipeline.index.columns import load_columns, save_columns
 from data_pipeline.index.prompts import remembering
 from data_pipeline.storage import Shard
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer
@@ -163,6 +167,29 @@ def test_columns_are_read_when_needed(
     assert len(index.read_images(5)) == 0 and index.read_sample(4)["messages"]
     assert seen == ["1"]
     assert len(index.text_tokens) == 12 and sorted(seen) == ["0", "1", "2", "3"]
+
+
+def test_threads_parse_columns_one_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python 3.11's `ast`, which NumPy reads headers by, fails where threads use it at once."""
+    files = [tmp_path / f"{k}.npz" for k in range(4)]
+    for file in files:
+        save_columns(file, {}, make_index(range(3), [[]] * 3).columns(0))
+    parse, inside, most = ast.literal_eval, 0, 0
+
+    def slow(text: str) -> Any:
+        nonlocal inside, most
+        inside += 1
+        most = max(most, inside)
+        time.sleep(0.002)
+        inside -= 1
+        return parse(text)
+
+    monkeypatch.setattr(ast, "literal_eval", slow)
+    with ThreadPoolExecutor(4) as pool:
+        assert [len(columns.text_tokens) for _, columns in pool.map(load_columns, files)] == [3] * 4
+    assert most == 1
 
 
 def test_columns_stay_while_there_is_room() -> None:
