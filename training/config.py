@@ -183,6 +183,25 @@ class EvalSettings(Settings):
     """Most held-out samples to score, the same ones each time; 0: all."""
 
 
+class ProfileSettings(Settings):
+    """Steps to trace, for `output_dir`/profile: a Chrome trace and a table of phases."""
+
+    steps: tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]] | None = None
+    """The first and the last, as [10, 13]; null: none."""
+    ranks: list[Annotated[int, Field(ge=0)]] = Field([0])
+    shapes: bool = False
+    """Also the shapes of every operation's tensors, which makes a trace much larger."""
+    memory: bool = False
+    """Also every allocation on the GPU, for pytorch.org/memory_viz."""
+
+    @field_validator("steps")
+    @classmethod
+    def _in_order(cls, steps: tuple[int, int] | None) -> tuple[int, int] | None:
+        if steps and steps[0] > steps[1]:
+            raise ValueError(f"{list(steps)}: expected the first step and then the last")
+        return steps
+
+
 class RunConfig(Settings):
     """Everything a run depends on."""
 
@@ -195,6 +214,17 @@ class RunConfig(Settings):
     checkpoint: CheckpointSettings = CheckpointSettings()
     faults: FaultSettings = FaultSettings()
     eval: EvalSettings = EvalSettings()
+    profile: ProfileSettings = ProfileSettings()
+
+    @model_validator(mode="after")
+    def _profiled_steps_come(self) -> "RunConfig":
+        asked, steps = self.profile.steps, self.train.steps
+        if asked and 0 < steps < asked[1]:
+            raise ValueError(
+                f"profile.steps is {list(asked)} but the run ends at train.steps={steps}; give "
+                "earlier ones"
+            )
+        return self
 
     @model_validator(mode="after")
     def _the_best_can_be_known(self) -> "RunConfig":

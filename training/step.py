@@ -8,6 +8,7 @@ from training.health import LossGuard, Verdict
 from training.health.loss_guard import SKIPPED
 from training.metrics import StepMeter, weight_sum
 from training.model.pack_inputs import model_inputs
+from training.profiling import phase
 from training.run import Run
 
 
@@ -42,11 +43,14 @@ def train_step(
         group["lr"] = factor * group["peak_lr"]
     for number, pack in enumerate(batch.packs, start=1):
         output = engine(**model_inputs(pack, run.ranks.device, run.loss_chunks))
-        engine.backward(output.loss * scale, last=number == len(batch.packs))
+        with phase("backward"):
+            engine.backward(output.loss * scale, last=number == len(batch.packs))
         meter.add(pack, output.token_losses)
     meter.counts["store_retries"] = batch.store_retries
-    metrics = meter.reduce()
-    verdict = guard.update(engine, metrics["loss"])
+    with phase("metrics"):  # here the host waits for the GPU
+        metrics = meter.reduce()
+    with phase("optimizer"):
+        verdict = guard.update(engine, metrics["loss"])
     if verdict.fault:
         report_fault(verdict, batch, step, run)
     if spike := guard.spike(metrics["loss"]):

@@ -27,6 +27,7 @@ from training.evaluate.in_training import Evaluation
 from training.health import Monitor, StopRequest
 from training.metrics import MetricsLog, StepMeter
 from training.precision import settle_precision
+from training.profiling import explain_out_of_memory
 from training.run import Run
 from training.start import start
 from training.step import shared_denominator, train_step
@@ -42,6 +43,7 @@ def train(config: RunConfig, ranks: Ranks, stop: StopRequest | None = None) -> i
     config = settle_precision(config, ranks)
     # The saver first: it locks the folder that the monitor writes to.
     with (
+        explain_out_of_memory(config, ranks),
         checkpoint.Saver(config.output_dir / "checkpoints", config.checkpoint, ranks) as saver,
         Monitor(config, ranks, stop) as monitor,
     ):
@@ -62,6 +64,7 @@ def _train(run: Run, saver: checkpoint.Saver, monitor: Monitor) -> int:
     if run.evaluates_at(first) and from_main(lambda: first not in log.evaluations):
         evaluate(run, engine, first, log, saver, monitor)  # what a signal or crash left undone
     for step in range(first + 1, last + 1):
+        monitor.step_begins(step)
         meter.start()
         with monitor.phase("data_wait"):
             batch = next(batches, None)  # None: asked to stop while waiting

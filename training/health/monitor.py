@@ -10,14 +10,16 @@ from training.health.loss_guard import LossGuard
 from training.health.preemption import StopRequest
 from training.health.timeouts import set_timeout
 from training.health.watchdog import PATIENT, Watchdog
+from training.profiling import StepProfiler, phase
 from training.side_outputs import SideFiles
 
 # The watchdog speaks first, since it can name the rank that hangs.
 _GRACE_S = 30.0
+_TRACED = {"data_wait": "data", "checkpoint_stall": "checkpoint", "evaluation": "evaluation"}
 
 
 class Monitor:
-    """Stop requests, watchdog, timeouts, loss guard and goodput of a run, while it is entered.
+    """Stop requests, watchdog, timeouts, loss guard, goodput and traces of a run, while entered.
 
     And the writer of its `files`.
 
@@ -33,6 +35,7 @@ class Monitor:
         self.guard = LossGuard(config.faults)
         self.files = SideFiles()
         self.goodput = Goodput(config.output_dir, ranks, files=self.files)
+        self.profiler = StepProfiler(config.profile, config.output_dir, ranks)
         self.watchdog = Watchdog(config.output_dir / "health", ranks, config.faults)
         self.outcome = "finished"
         self._running = False
@@ -46,6 +49,7 @@ class Monitor:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        self.profiler.close()
         self.goodput.end(self.outcome if kind is None else kind.__name__)
         self.files.close()
         self._entered.close()
@@ -57,9 +61,14 @@ class Monitor:
         self.goodput.ready(step)
         self.watchdog.beat("startup", step)
 
+    def step_begins(self, step: int) -> None:
+        """A step is about to begin, with its wait for data."""
+        self.profiler.begins(step)
+
     def step_done(self, step: int) -> None:
         """A step is done; after the first, ranks must answer within `step_timeout_s`."""
         self._step = step
+        self.profiler.done(step)
         self.goodput.step(step)
         self.watchdog.beat("steps", step)
         if not self._running:
@@ -75,7 +84,7 @@ class Monitor:
         if patient:
             set_timeout(self.faults.startup_timeout_s + _GRACE_S)
         try:
-            with self.goodput.phase(name):
+            with self.goodput.phase(name), phase(_TRACED[name]):
                 yield
         finally:
             if patient:

@@ -21,6 +21,7 @@ from training.model.language_models import check_isolation, check_logits
 from training.model.loss import chunked_cross_entropy, find_supervision
 from training.model.packed_projector import TokenAdaptiveProjector
 from training.model.segments import PackedSegments, find_segments
+from training.profiling.step_phases import phase
 
 
 @dataclass
@@ -119,19 +120,29 @@ class PackedTokenFlex(TokenFlexForConditionalGeneration):
                 mm_encoder_outputs,
                 **kwargs,
             )
-        embeds = self._insert_images(input_ids, pixel_values, tile_sides)
-        hidden = self._decode(embeds, position_ids, attention_mask, segments)
+        with phase("insert"):
+            embeds = self._insert_images(input_ids, pixel_values, tile_sides)
+        with phase("decoder"):
+            hidden = self._decode(embeds, position_ids, attention_mask, segments)
         if supervision is None:
             return TokenFlexOutput(logits=self.get_output_embeddings()(hidden))
-        loss, token_losses, predictions = chunked_cross_entropy(
-            hidden, supervision, self.get_output_embeddings(), loss_chunks
-        )
+        with phase("loss"):
+            loss, token_losses, predictions = chunked_cross_entropy(
+                hidden, supervision, self.get_output_embeddings(), loss_chunks
+            )
         return TokenFlexOutput(
             loss=loss,
             token_losses=token_losses,
             predictions=predictions,
             num_supervised=len(supervision.positions),
         )
+
+    def image_features(
+        self, pixel_values: Tensor, tile_sides: Sequence[int] | Tensor | None
+    ) -> Tensor:
+        """As in the class that users load."""
+        with phase("vision"):
+            return super().image_features(pixel_values, tile_sides)
 
     def _insert_images(
         self,

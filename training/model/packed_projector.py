@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kernels import token_adaptive_projector
 from training.model.hub.modeling_tokenflex import TokenFlexProjector
+from training.profiling.step_phases import phase
 
 # Name in the released checkpoint, below `projector.mlp.` -> name here, below `projector.`; the
 # shapes are the same.
@@ -38,20 +39,21 @@ class TokenAdaptiveProjector(TokenFlexProjector):
 
     def forward(self, patches: Tensor, tile_sides: Sequence[int] | Tensor) -> Tensor:
         """patches [T, H*W, C], one side n per tile -> [sum of n^2, D], tile after tile."""
-        return token_adaptive_projector(
-            patches,
-            tile_sides,
-            self.norm_weight,
-            self.norm_bias,
-            self.w1,
-            self.b1,
-            self.w2,
-            self.b2,
-            self.w3,
-            self.b3,
-            grid=self.grid,
-            pool=self.pool,
-            backward=self.backward_mode,
-            impl=self.impl,
-            eps=self.eps,
-        )
+        with phase("projector"):
+            return token_adaptive_projector(
+                patches,
+                tile_sides,
+                self.norm_weight,
+                self.norm_bias,
+                self.w1,
+                self.b1,
+                self.w2,
+                self.b2,
+                self.w3,
+                self.b3,
+                grid=self.grid,
+                pool=self.pool,
+                backward=self.backward_mode,
+                impl=self.impl,
+                eps=self.eps,
+            )

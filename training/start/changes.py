@@ -50,6 +50,7 @@ ON_RESUME = {
     "checkpoint.init_allow": FIRST,
     "faults": HERE,
     "eval": HERE,
+    "profile": HERE,
 }
 ORIGINS = [key for key, rule in ON_RESUME.items() if rule == ORIGIN]
 
