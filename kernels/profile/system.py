@@ -51,7 +51,7 @@ def describe_machine(device: torch.device, command: list[str]) -> dict[str, Any]
 def datasheet(name: str) -> dict[str, float] | None:
     """What the vendor states for a GPU of this name, or None."""
     gpu = find_gpu(name)
-    return gpu and {"bf16_tflops": gpu.bf16_tflops, "tb_per_s": gpu.tb_per_s}
+    return {"bf16_tflops": gpu.bf16_tflops, "tb_per_s": gpu.tb_per_s} if gpu else None
 
 
 def clocks(device: torch.device) -> dict[str, str] | None:

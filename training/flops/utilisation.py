@@ -14,4 +14,4 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     if device.type != "cuda" or precision != "bf16":
         return None
     gpu = find_gpu(torch.cuda.get_device_name(device))
-    return gpu and gpu.bf16_tflops * 1e12
+    return gpu.bf16_tflops * 1e12 if gpu else None
