@@ -32,6 +32,16 @@ def freeze(model: nn.Module, modules: StageModules) -> None:
         module.requires_grad_(settings.train)
 
 
+def recompute_activations(model: Any) -> None:
+    """Let layers keep their inputs only, and compute the rest again in backward.
+
+    transformers makes the embeddings' outputs require gradients with that, for adapters: a frozen
+    tower would be computed again and run backward, for gradients that nothing reads.
+    """
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.disable_input_require_grads()
+
+
 def parameter_groups(
     model: nn.Module, train: TrainSettings, shape: Shape = _own_shape
 ) -> list[dict]:

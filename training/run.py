@@ -25,6 +25,7 @@ from training.config import RunConfig
 from training.distributed import Ranks, from_main
 from training.engine_interface import Engine
 from training.evaluate.in_training import Evaluation, evaluate
+from training.flops import PackCost
 from training.metrics import MetricsLog
 from training.metrics.run_curve import plot_run
 from training.model.build import DTYPES
@@ -60,6 +61,7 @@ class Run:
         # Found out now: a mistake in the held-out shards must not wait for the last step.
         self.held_out = self._held_out() if data.eval_shards else None
         self.loss_chunks = self._slices(data.pack.max_tokens)
+        self.pack_cost = PackCost.of(config, self.tokenizer, self.loss_chunks)
         self.fingerprints = self._fingerprints()
 
     def _projector_impl(self) -> str:

@@ -24,6 +24,7 @@ from training.config import RunConfig, load_config
 from training.distributed import Ranks, StoppedError, from_main
 from training.engine_interface import Engine
 from training.evaluate.in_training import Evaluation
+from training.flops import peak_flops
 from training.health import Monitor, StopRequest
 from training.metrics import MetricsLog, StepMeter
 from training.precision import settle_precision
@@ -58,7 +59,15 @@ def _train(run: Run, saver: checkpoint.Saver, monitor: Monitor) -> int:
     log = MetricsLog(config.output_dir, ranks, last, first, run.files)
     saver.compare(log.evaluations, run.files)
     data = config.data
-    meter = StepMeter(data.tokens.sides, data.pack.max_tokens, ranks, run.mixture.names)
+    meter = StepMeter(
+        data.tokens.sides,
+        data.pack.max_tokens,
+        ranks,
+        run.mixture.names,
+        run.pack_cost,
+        peak_flops(ranks.device, config.train.precision),
+        config.train.log_every,
+    )
     batches = run.loader.steps(progress.plan, monitor.stop)
     monitor.ready(first)
     if run.evaluates_at(first) and from_main(lambda: first not in log.evaluations):

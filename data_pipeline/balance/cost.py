@@ -82,20 +82,15 @@ class CostModel:
         Raises:
             InputError: a key is missing, or is not a whole number above 0.
         """
-        width, layers = _whole(vision, "vision", "hidden_size"), _layers(vision, "vision")
-        patch = _whole(vision, "vision", "patch_size")
-        inner = int(width * vision.get("mlp_ratio", 0))  # what some families give instead
-        if not inner or "intermediate_size" in vision:
-            inner = _whole(vision, "vision", "intermediate_size")
-        embedding = int(vision.get("num_channels") or 3) * patch**2 * width
-        side = _whole(vision, "vision", "image_size") // patch
+        decoder, tower = decoder_stack(llm), tower_stack(vision)
+        side = _whole(vision, "vision", "image_size") // _whole(vision, "vision", "patch_size")
         return cls(
-            llm_parameters=_llm_parameters(llm),
-            llm_layers=_layers(llm, "llm"),
-            llm_width=_whole(llm, "llm", "num_attention_heads") * _head_size(llm),
-            vision_parameters=layers * (4 * width**2 + 2 * width * inner) + embedding,
-            vision_layers=layers,
-            vision_width=width,
+            llm_parameters=decoder.layers * decoder.weights + head_weights(llm),
+            llm_layers=decoder.layers,
+            llm_width=decoder.width,
+            vision_parameters=tower.layers * tower.weights + patch_weights(vision),
+            vision_layers=tower.layers,
+            vision_width=tower.width,
             patches_per_tile=side**2,
         )
 
@@ -112,17 +107,52 @@ DEFAULT_COST = CostModel(
 """A language model of 1.7 B and a vision tower of 0.4 B parameters, 32 x 32 patches per tile."""
 
 
-def _llm_parameters(llm: Mapping[str, Any]) -> int:
-    """Weights in the matrix products that a token passes."""
+@dataclass(frozen=True)
+class LayerStack:
+    """The layers of a transformer, and what a position passes in each.
+
+    layers: how many. weights: in one layer's matrix products; of them `last` in the one that ends
+    the layer. width: attention heads * their size.
+    """
+
+    layers: int
+    weights: int
+    last: int
+    width: int
+
+
+def tower_stack(vision: Mapping[str, Any]) -> LayerStack:
+    """The layers of a vision tower; see `CostModel.from_configs`."""
+    width = _whole(vision, "vision", "hidden_size")
+    inner = int(width * vision.get("mlp_ratio", 0))  # what some families give instead
+    if not inner or "intermediate_size" in vision:
+        inner = _whole(vision, "vision", "intermediate_size")
+    weights = 4 * width**2 + 2 * width * inner
+    return LayerStack(_layers(vision, "vision"), weights, width * inner, width)
+
+
+def patch_weights(vision: Mapping[str, Any]) -> int:
+    """Weights of the product that makes a position of a patch."""
+    channels, patch = int(vision.get("num_channels") or 3), _whole(vision, "vision", "patch_size")
+    return channels * patch**2 * _whole(vision, "vision", "hidden_size")
+
+
+def decoder_stack(llm: Mapping[str, Any]) -> LayerStack:
+    """The layers of a language model; see `CostModel.from_configs`."""
     width, heads = _whole(llm, "llm", "hidden_size"), _whole(llm, "llm", "num_attention_heads")
     key_value_heads = int(llm.get("num_key_value_heads") or heads)
     attention = 2 * width * _head_size(llm) * (heads + key_value_heads)
     matrices = 2 if llm.get("model_type") in _PLAIN_MLP else 3
     experts = llm.get("num_experts_per_tok")
     inner = experts and llm.get("moe_intermediate_size")
-    mlp = matrices * width * int(inner or _whole(llm, "llm", "intermediate_size"))
-    mlp *= int(experts or 1)
-    return _layers(llm, "llm") * (attention + mlp) + width * _whole(llm, "llm", "vocab_size")
+    last = width * int(inner or _whole(llm, "llm", "intermediate_size")) * int(experts or 1)
+    weights = attention + matrices * last
+    return LayerStack(_layers(llm, "llm"), weights, last, heads * _head_size(llm))
+
+
+def head_weights(llm: Mapping[str, Any]) -> int:
+    """Weights of the product that gives the logits of a position."""
+    return _whole(llm, "llm", "hidden_size") * _whole(llm, "llm", "vocab_size")
 
 
 def _layers(config: Mapping[str, Any], name: str) -> int:

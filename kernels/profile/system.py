@@ -9,22 +9,9 @@ from typing import Any
 
 import torch
 
+from kernels.gpu_datasheets import find_gpu
 from kernels.launch import TILES_VARIABLE
 
-# Dense bf16 TFLOP/s and TB/s from NVIDIA's datasheets, only to be shown beside what is measured:
-# (how the name torch gives starts, TFLOP/s, TB/s). The first that fits counts.
-DATASHEETS = (
-    ("A100-SXM4-80GB", 312, 2.04),
-    ("A100-SXM4-40GB", 312, 1.56),
-    ("A100 80GB PCIe", 312, 1.94),
-    ("A100-PCIE-40GB", 312, 1.56),
-    ("H100 80GB HBM3", 989, 3.35),
-    ("H100 PCIe", 756, 2.0),
-    ("H100 NVL", 835, 3.9),
-    ("H200 NVL", 835, 4.8),
-    ("H200", 989, 4.8),
-    ("L40S", 362, 0.86),
-)
 _SMI_FIELDS = (
     "clocks.sm",
     "clocks.max.sm",
@@ -62,11 +49,9 @@ def describe_machine(device: torch.device, command: list[str]) -> dict[str, Any]
 
 
 def datasheet(name: str) -> dict[str, float] | None:
-    """What NVIDIA states for a GPU of this name, or None."""
-    for start, tflops, bandwidth in DATASHEETS:
-        if name.removeprefix("NVIDIA ").startswith(start):
-            return {"bf16_tflops": tflops, "tb_per_s": bandwidth}
-    return None
+    """What the vendor states for a GPU of this name, or None."""
+    gpu = find_gpu(name)
+    return {"bf16_tflops": gpu.bf16_tflops, "tb_per_s": gpu.tb_per_s} if gpu else None
 
 
 def clocks(device: torch.device) -> dict[str, str] | None:

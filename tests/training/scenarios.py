@@ -124,6 +124,19 @@ def train_steps(
     return before, full_parameters(engine)
 
 
+def step_metrics(ranks: Ranks, corpus: Path, peak: float | None) -> dict[str, float]:
+    """The metrics of a run's first step, on devices of this peak FLOP/s."""
+    config = tiny_config(corpus, "train.log_every=5")
+    run = Run(config, ranks)
+    engine = build_engine(config, run.tokenizer, ranks)
+    sides, length = config.data.tokens.sides, config.data.pack.max_tokens
+    meter = StepMeter(sides, length, ranks, (), run.pack_cost, peak, config.train.log_every)
+    batches = run.loader.steps(PlanState())
+    metrics = one_step(engine, next(batches), 1, meter, run)
+    batches.close()
+    return metrics
+
+
 def save_checkpoint(
     ranks: Ranks, corpus: Path, folder: Path, overrides: list[str]
 ) -> dict[str, np.ndarray]:

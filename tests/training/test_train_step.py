@@ -1,5 +1,6 @@
 """One optimizer step under ZeRO-3: the same gradients however packs are shared out, no hang."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +9,12 @@ import pytest
 from tests.ranks import RankPool
 from tests.training import scenarios
 from training.config import load_config
+from training.metrics import step_line
 
 pytestmark = pytest.mark.multiprocess
 
 SAMPLES = list(range(8))
+PAGE = Path("docs/performance.md")
 FP32 = ["train.precision=fp32"]
 
 
@@ -130,3 +133,28 @@ def test_nan_on_one_rank_stops_every_rank_before_the_update(
         assert "the loss is nan in step 1, which changed no weight" in message
         assert ".tar:" in message  # names samples
         assert unchanged
+
+
+def test_the_flops_of_a_step_do_not_depend_on_who_trains_its_packs(
+    one_rank: RankPool, two_ranks: RankPool, digits_corpus: Path
+) -> None:
+    alone = one_rank.run(scenarios.step_metrics, digits_corpus, 1e12)[0]
+    shared = two_ranks.run(scenarios.step_metrics, digits_corpus, 1e12)
+    assert shared[0] == shared[1]
+    for key in ("flops", "hardware_flops", "packs", "tokens"):
+        assert shared[0][key] == pytest.approx(alone[key], rel=1e-12)
+    for found, ranks in ((alone, 1), (shared[0], 2)):
+        assert found["mfu"] == pytest.approx(found["flops"] / (ranks * 1e12 * found["step_s"]))
+        assert found["hfu"] > found["mfu"]
+        assert found["packs_per_s"] == pytest.approx(2 / found["step_s"])
+    assert {shared[0]["slowest_rank"], shared[0]["fastest_rank"]} == {0, 1}
+    patterns = [key.replace("*", ".+") for key in re.findall(r"`(\w+\*?)`", PAGE.read_text())]
+    assert not [key for key in shared[0] if not any(re.fullmatch(p, key) for p in patterns)]
+    assert "slowest_rank" not in alone
+    assert "MFU" in step_line(1, 1, shared[0]) and "last by" in step_line(1, 1, shared[0])
+
+
+def test_without_a_known_peak_there_is_no_mfu(one_rank: RankPool, digits_corpus: Path) -> None:
+    found = one_rank.run(scenarios.step_metrics, digits_corpus, None)[0]
+    assert found["flops"] > 0 and not {"mfu", "hfu"} & found.keys()
+    assert "MFU" not in step_line(1, 1, found)

@@ -78,13 +78,19 @@ def _tag(name: str) -> str:
 
 def step_line(step: int, steps: int, metrics: dict[str, Any]) -> str:
     """One line that says how training goes."""
-    return (
+    line = (
         f"step {step:>{len(str(steps))}}/{steps}  loss {metrics['loss']:.4f}  "
         f"grad norm {metrics['grad_norm']:.2f}  lr {metrics['lr']:.2e}  "
         f"{metrics['tokens_per_s']:,.0f} tokens/s  {metrics['images_per_s']:,.0f} images/s  "
         f"padding {metrics['padding']:.1%}  data wait {metrics['data_wait']:.1%}  "
         f"memory {metrics['memory_gib']:.2f} GiB"
     )
+    if "mfu" in metrics:
+        line += f"  MFU {metrics['mfu']:.1%}  HFU {metrics['hfu']:.1%}"
+    if "slowest_rank" in metrics:
+        behind = metrics["slowest_rank_s"] - metrics["fastest_rank_s"]
+        line += f"  rank {metrics['slowest_rank']} last by {1000 * behind:.0f} ms"
+    return line
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

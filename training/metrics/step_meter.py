@@ -1,4 +1,7 @@
-"""What a step reports: loss per token count, speed, padding, waiting, memory."""
+"""What a step reports: loss per token count, speed, FLOPs, padding, waiting, memory.
+
+docs/long_runs.md says what each key of `metrics.jsonl` is.
+"""
 
 import resource
 import time
@@ -9,12 +12,15 @@ import torch
 
 from data_pipeline.loader import IGNORE, PackedBatch, StepBatch
 from training.distributed import Ranks, all_reduce_max, all_reduce_sum
+from training.flops import PackCost
+from training.metrics.rank_times import RankTimes
 
 TEXT, MIXED = 0, -1  # `PackedBatch.sample_sides` of samples without images, and of several sides
 
+FLOPS = ("flops", "hardware_flops")
 COUNTS = (
     *("packs", "tokens", "samples", "images", "tiles", "supervised", "bad_samples", "data_hash"),
-    "store_retries",
+    *("store_retries", *FLOPS),
 )
 
 
@@ -26,15 +32,27 @@ class StepMeter:
         max_tokens: of a pack.
         ranks: whose sums are joined.
         datasets: names in the mixture; with several, each has its own loss too.
+        cost: counts FLOPs; None: they are not reported.
+        peak: FLOP/s of a rank's device, for MFU and HFU; None: neither is reported.
+        window: steps over which the slowest and the fastest rank are found.
     """
 
     def __init__(
-        self, sides: list[int], max_tokens: int, ranks: Ranks, datasets: Sequence[str] = ()
+        self,
+        sides: list[int],
+        max_tokens: int,
+        ranks: Ranks,
+        datasets: Sequence[str] = (),
+        cost: PackCost | None = None,
+        peak: float | None = None,
+        window: int = 1,
     ) -> None:
         self.groups = [*sorted(set(sides)), TEXT, MIXED]
         self.datasets = datasets if len(datasets) > 1 else ()
         self.max_tokens = max_tokens
         self.ranks = ranks
+        self.cost, self.peak = cost, peak
+        self.rank_times = RankTimes(ranks.rank, ranks.world_size, window)
         self.start()
 
     def start(self) -> None:
@@ -44,7 +62,7 @@ class StepMeter:
         self.token_datasets: list[torch.Tensor] = []
         self.token_weights: list[torch.Tensor] = []
         self.token_losses: list[torch.Tensor] = []
-        self.counts = dict.fromkeys(COUNTS, 0)
+        self.counts: dict[str, float] = dict.fromkeys(COUNTS, 0)
 
     def add(self, batch: PackedBatch, token_losses: torch.Tensor) -> None:
         """Count one pack.
@@ -68,6 +86,11 @@ class StepMeter:
         self.counts["supervised"] += len(positions)
         self.counts["bad_samples"] += len(batch.bad)
         self.counts["data_hash"] += zlib.crc32(repr((batch.sample_ids, batch.tile_sides)).encode())
+        if self.cost:
+            lengths = batch.cu_seqlens.diff().numpy()
+            parts = self.cost.pack(lengths, batch.tile_sides, len(positions)).values()
+            self.counts["flops"] += sum(part.model for part in parts)
+            self.counts["hardware_flops"] += sum(part.hardware for part in parts)
 
     def _group(self, side: int) -> int:
         return self.groups.index(side) if side in self.groups else self.groups.index(MIXED)
@@ -76,6 +99,7 @@ class StepMeter:
         """Losses and counts over all ranks, once every pack is added."""
         weights = torch.cat(self.token_weights)
         losses = torch.cat(self.token_losses).double().cpu()
+        self.own_s = time.perf_counter() - self.started
         names = [{TEXT: "text", MIXED: "mixed"}.get(side, str(side * side)) for side in self.groups]
         sums = [_sums(torch.cat(self.token_groups), weights, losses, len(names))]
         if self.datasets:
@@ -103,6 +127,8 @@ class StepMeter:
             "store_retries": counts["store_retries"],
             # Sum over packs, so that it does not depend on the world size; exact in a float64.
             "data_hash": counts["data_hash"],
+            "packs": counts["packs"],
+            **({key: counts[key] for key in FLOPS} if self.cost else {}),
         }
 
     def timing(self, metrics: dict[str, float], wait_s: float) -> dict[str, float]:
@@ -110,9 +136,9 @@ class StepMeter:
 
         `metrics` are those of `reduce`; `wait_s` is how long this rank waited for data.
         """
-        seconds, wait_s, memory = all_reduce_max(
-            [time.perf_counter() - self.started, wait_s, _memory_bytes(self.ranks.device)],
-            self.ranks.device,
+        own = [time.perf_counter() - self.started, wait_s, _memory_bytes(self.ranks.device)]
+        seconds, wait_s, memory, *rank_s = all_reduce_max(
+            [*own, *self.rank_times.row(self.own_s)], self.ranks.device
         )
         return {
             "step_s": seconds,
@@ -120,9 +146,19 @@ class StepMeter:
             "images_per_s": metrics["images"] / seconds,
             "tiles_per_s": metrics["tiles"] / seconds,
             "samples_per_s": metrics["samples"] / seconds,
+            "packs_per_s": metrics["packs"] / seconds,
+            **self._utilisation(metrics, seconds),
+            **self.rank_times.extremes(rank_s),
             "data_wait": wait_s / seconds,
             "memory_gib": memory / 2**30,
         }
+
+    def _utilisation(self, metrics: dict[str, float], seconds: float) -> dict[str, float]:
+        """MFU and HFU of the step, parts of the peak of all ranks."""
+        if not (self.cost and self.peak):
+            return {}
+        possible = self.peak * self.ranks.world_size * seconds
+        return dict(zip(("mfu", "hfu"), (metrics[key] / possible for key in FLOPS), strict=True))
 
 
 def _sums(

@@ -14,7 +14,7 @@ from training.config import RunConfig
 from training.distributed import Ranks
 from training.engine_interface import Engine
 from training.model.build import build_model
-from training.parameters import freeze, parameter_groups
+from training.parameters import freeze, parameter_groups, recompute_activations
 from training.zero3.compatibility import fix_zero3_initialization
 from training.zero3.ds_config import deepspeed_config
 from training.zero3.elastic import load_resharded
@@ -141,7 +141,7 @@ def build_engine(
         model.train()  # from_pretrained leaves evaluation mode, in which nothing is checkpointed
         freeze(model, config.train.modules)
         if config.train.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            recompute_activations(model)
         optimizer = _optimizer(model, config, ranks)
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
     return Zero3Engine(engine)

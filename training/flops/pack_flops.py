@@ -1,0 +1,144 @@
+"""FLOPs of a pack as it was trained: its samples' lengths, its tiles and their n, what trains.
+
+Counted are matrix products and attention, a multiply-add as 2; norms, activations, softmax,
+pooling, the embedding and the optimizer are not. A product with W weights over N positions costs
+
+    forward                2 W N
+    gradient of its input  2 W N, where anything below it trains
+    gradient of W          2 W N, where W trains
+
+Attention costs 4 * width for each pair of a query and a key it sees forward, twice that backward:
+every sample for itself, in the language model n (n + 1) / 2 pairs of n tokens, in the tower all.
+`model` is that. `extra` is what the hardware does besides: layers, logits and gates that are
+computed again for backward, attention's scores there (2 * width a pair), a blank tile.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from data_pipeline.balance.cost import (
+    LayerStack,
+    decoder_stack,
+    head_weights,
+    patch_weights,
+    tower_stack,
+)
+from data_pipeline.tokenizer import Tokenizer
+from training.config import RunConfig, TrainSettings
+from training.model.build import model_config
+from training.model.hub import TokenFlexConfig
+
+
+@dataclass(frozen=True)
+class PartFlops:
+    """FLOPs of a part of the model: what the model needs, and what is computed besides."""
+
+    model: float = 0.0
+    extra: float = 0.0
+
+    @property
+    def hardware(self) -> float:
+        """All that is computed."""
+        return self.model + self.extra
+
+    def __add__(self, other: "PartFlops") -> "PartFlops":
+        return PartFlops(self.model + other.model, self.extra + other.extra)
+
+
+class PackCost:
+    """Counts packs, forward and backward.
+
+    Args:
+        config: of the model, the vocabulary as large as it is trained.
+        train: what trains, and what is computed again.
+        loss_chunks: slices of the logits.
+        masked: count the pairs, too, that a causal mask hides, as `torch.utils.flop_counter` does.
+    """
+
+    def __init__(
+        self, config: TokenFlexConfig, train: TrainSettings, loss_chunks: int, masked: bool = False
+    ) -> None:
+        vision, llm = config.vision_config.to_dict(), config.text_config.to_dict()
+        self._tower, self._patch = tower_stack(vision), patch_weights(vision)
+        self._decoder, self._head = decoder_stack(llm), head_weights(llm)
+        height, width = config.patch_grid
+        self._patches = height * width
+        self._positions = self._patches + config.vision_family.leading_tokens
+        self._widths = (config.vision_config.hidden_size, config.text_config.hidden_size)
+        self._inner = config.projector_hidden_ratio * self._widths[0]
+        self._train, self._chunks, self._masked = train, loss_chunks, masked
+
+    @classmethod
+    def of(cls, config: RunConfig, tokenizer: Tokenizer, loss_chunks: int) -> "PackCost":
+        """That of a run's model, with its tokenizer's vocabulary."""
+        image_token = tokenizer.special_id("<IMG_CONTEXT>")
+        full = model_config(config.model, tokenizer.vocab_size, image_token)
+        return cls(full, config.train, loss_chunks)
+
+    def pack(
+        self, lengths: npt.ArrayLike, tile_sides: Sequence[int], supervised: int
+    ) -> dict[str, PartFlops]:
+        """FLOPs by part: "vision", "projector", "decoder", "loss".
+
+        Args:
+            lengths: [S], tokens of each sample.
+            tile_sides: n of each tile; without any, the model runs a blank one.
+            supervised: tokens with a label.
+        """
+        sides = list(tile_sides) or [1]
+        vision = self._vision(len(sides))
+        projector = self._projector(sum(n * n for n in sides))
+        if not tile_sides:
+            vision, projector = (PartFlops(0.0, part.hardware) for part in (vision, projector))
+        return {
+            "vision": vision,
+            "projector": projector,
+            "decoder": self._layers(np.asarray(lengths, dtype=np.float64)),
+            "loss": self._loss(supervised),
+        }
+
+    def _vision(self, tiles: int) -> PartFlops:
+        trains = self._train.modules.vision_model.train
+        patches = (
+            2.0 * self._patch * self._patches * tiles * (1 + trains)
+        )  # pixels have no gradient
+        positions = float(self._positions)
+        return PartFlops(patches) + self._stack(
+            self._tower, positions * tiles, positions**2 * tiles, trains, trains
+        )
+
+    def _layers(self, lengths: npt.NDArray[np.float64]) -> PartFlops:
+        pairs = lengths * lengths if self._masked else lengths * (lengths + 1) / 2
+        trains = self._train.modules.language_model.train
+        return self._stack(self._decoder, float(lengths.sum()), float(pairs.sum()), True, trains)
+
+    def _stack(
+        self, stack: LayerStack, positions: float, pairs: float, backward: bool, trains: bool
+    ) -> PartFlops:
+        """All layers of one; `backward`: whether gradients pass through."""
+        product = 2.0 * stack.weights * positions
+        attention = 4.0 * stack.width * pairs
+        model = product * (1 + backward + trains) + attention * (1 + 2 * backward)
+        extra = 2.0 * stack.width * pairs * backward
+        if backward and self._train.gradient_checkpointing:
+            # It ends where all that was dropped is there again: before a layer's last product.
+            extra += product - 2.0 * stack.last * positions + attention
+        return PartFlops(stack.layers * model, stack.layers * extra)
+
+    def _projector(self, rows: int) -> PartFlops:
+        modules = self._train.modules
+        below, trains = modules.vision_model.train, modules.projector.train
+        vision, text = self._widths
+        gates, out = 4.0 * rows * self._inner * vision, 2.0 * rows * self._inner * text
+        if not (below or trains):
+            return PartFlops(gates + out)
+        again = gates * (self._train.projector_backward == "recompute")
+        return PartFlops((gates + out) * (2 + trains), again)
+
+    def _loss(self, supervised: int) -> PartFlops:
+        product = 2.0 * self._head * supervised
+        trains = self._train.modules.language_model.train
+        return PartFlops(product * (2 + trains), product * (self._chunks > 1))
