@@ -11,7 +11,7 @@ NPROC ?= $(if $(filter 1,$(GPUS)),1,2)
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup remote extras pretrain test test-fast chaos pictures lint clean
+.PHONY: help setup remote extras pretrain test test-fast chaos gpu-record pictures lint clean
 
 help:
 	@echo "make pretrain   set up, then train and evaluate the demo (CONFIG=training/configs/grid.yaml"
@@ -19,6 +19,7 @@ help:
 	@echo "make test       set up, then run all tests"
 	@echo "make test-fast  set up, then run the tests that need one process, no cluster and no GPU"
 	@echo "make chaos      ten faults of different kinds on a small run, about 3 minutes"
+	@echo "make gpu-record measure all that needs a GPU, on this one; again: goes on with what is missing"
 	@echo "make pictures   draw the pictures of the README again"
 	@echo "make lint       ruff and mypy"
 	@echo "make setup      only the virtual environment (VENV=.venv-3.13 PYTHON=python3.13: one more)"
@@ -71,6 +72,10 @@ test-fast: setup
 
 chaos: setup
 	$(PY) -m tests.training.chaos $(ARGS)
+
+# Without set-up: an image for GPUs brings its own torch (PYTHON=python3.12 chooses).
+gpu-record:
+	$(or $(wildcard $(PY)),$(PYTHON)) -m training.gpu_record $(ARGS)
 
 pictures: setup
 	$(PY) -m docs.make_pictures

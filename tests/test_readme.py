@@ -110,6 +110,9 @@ SMALLER: dict[str, str | None] = {
     "make lint": f"{MAKE} -n lint",
     "make remote": f"{MAKE} -n remote",
     "make pictures": f"{MAKE} -n pictures",
+    "make gpu-record": f"{MAKE} -n gpu-record",  # tests/training/test_gpu_record.py
+    'make gpu-record ARGS="--within-s 580"': f"{MAKE} -n gpu-record",
+    "python -m training.gpu_record --rehearse --list": "",
     "python -m kernels.profile --shape T=64,n=12,pool=resize --out runs/pooling "
     "--no-compile-report": "",
     "python -m data_pipeline.prepare --format folder captioned/ data/captions --overwrite": "",

@@ -12,6 +12,7 @@ from training.side_outputs import unfailing_console
 OK = 0
 CRASH = 1  # as any code that is not named here
 BAD_INPUT = 2  # a setting or the data: starting again would end the same way
+OUT_OF_MEMORY = 12  # of training.gpu_record: the GPU has too little for what was measured
 PREEMPTED = 75  # asked to stop, state saved: start again
 STUCK = 76  # a rank hung and was ended: start again
 

@@ -1,0 +1,157 @@
+"""One training stage: a model from random weights, mixed token counts against one, step by step.
+
+    python -m training.gpu_record.training_speed SHAPE --out FILE.json --work FOLDER [--offload]
+
+The trainer's own data, model, ZeRO-3 engine and step on one GPU, without checkpoints. The file is
+written after every step. Where the GPU's memory does not suffice the exit code is that of
+`exit_codes.OUT_OF_MEMORY`.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+
+from data_pipeline.cli import command_parser
+from data_pipeline.errors import InputError
+from data_pipeline.files import write_atomically
+from data_pipeline.loader import StepBatch
+from data_pipeline.machine import measured_on
+from data_pipeline.paths import path_argument
+from data_pipeline.plan import PlanState
+from training import exit_codes
+from training.engine_interface import Engine
+from training.gpu_record.insertion_cost import insertion_ms
+from training.gpu_record.phase_timer import PhaseTimer
+from training.gpu_record.shapes import OFFLOAD, SHAPES, Shape
+from training.health import LossGuard
+from training.metrics import StepMeter
+from training.model.build import DTYPES
+from training.precision import settle_precision
+from training.record.run_record import PACKAGES
+from training.run import Run
+from training.step import shared_denominator, train_step
+from training.zero3.engine import build_engine
+from training.zero3.process_group import init_distributed, quiet_libraries
+
+COUNTS = ("mixed", "fixed")
+KEPT = ("step_s", "tokens", "images", "tiles", "samples", "padding", "data_wait", "loss")
+
+
+def measure(shape: Shape, work: Path, more: tuple[str, ...], out: Path) -> None:
+    """Train with both kinds of counts, and write what was measured to `out` after every step."""
+    shape.prepare(work)
+    config = shape.config(work, COUNTS[0], more)
+    ranks = init_distributed(config.faults.startup_timeout_s, config.train.device == "cpu")
+    configs = [shape.config(work, counts, more) for counts in COUNTS]
+    runs = [Run(settle_precision(config, ranks), ranks) for config in configs]
+    began = time.perf_counter()
+    engine = build_engine(runs[0].config, runs[0].tokenizer, ranks, pretrained=False)
+    engine.train()
+    sizes = [engine.shape(parameter) for parameter in engine.module.parameters()]
+    found: dict[str, Any] = {
+        "command": " ".join(["python", "-m", "training.gpu_record.training_speed", *sys.argv[1:]]),
+        **measured_on((*PACKAGES, "triton")),
+        "parameters": sum(torch.Size(size).numel() for size in sizes),
+        "built_in_s": round(time.perf_counter() - began, 1),
+        "settings": runs[0].config.model_dump(mode="json"),
+        "projector": runs[0].projector_impl,
+        "runs": {},
+    }
+    for counts, run in zip(COUNTS, runs, strict=True):
+        _train(shape, run, engine, found["runs"].setdefault(counts, {}), lambda: _write(out, found))
+    found["mixed_over_fixed"] = _ratios(*(found["runs"][counts] for counts in COUNTS))
+    _write(out, found | {"complete": True})
+
+
+def _train(shape: Shape, run: Run, engine: Engine, found: dict[str, Any], write: Any) -> None:
+    """Steps with one kind of counts; their rows, what they give together, and the insertion."""
+    data, device = run.config.data, run.ranks.device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    timer, guard = PhaseTimer(engine, device), LossGuard(run.config.faults)
+    meter = StepMeter(data.tokens.sides, data.pack.max_tokens, run.ranks, run.mixture.names)
+    found |= {"counts": data.tokens.counts, "steps": []}
+    batches = run.loader.steps(PlanState())
+    for step in range(1, shape.warmup + shape.steps + 1):
+        meter.start()
+        batch = next(batches)
+        denominator = shared_denominator(batch, False, run.ranks)
+        assert denominator is not None
+        metrics = train_step(timer, batch, denominator, step, meter, run, guard)
+        phases = timer.take()
+        run.say(f"step {step}: {metrics['step_s']:.2f} s, {metrics['tokens_per_s']:.0f} tokens/s")
+        if step > shape.warmup:
+            found["steps"].append({key: metrics[key] for key in KEPT} | phases)
+            found["together"] = _together(found["steps"], metrics["memory_gib"], shape.packs)
+            write()
+    batches.close()
+    found["insertion"] = _insertion(run, batch, found["together"]["step_s"], shape.packs)
+    write()
+
+
+def _together(rows: list[dict[str, Any]], memory_gib: float, packs: int) -> dict[str, float]:
+    """Rates over all measured steps, the mean seconds of a step and its phases, peak memory."""
+    total = {key: sum(row[key] for row in rows) for key in rows[0]}
+    seconds = {key: value / len(rows) for key, value in total.items() if key.endswith("_s")}
+    rates = {
+        f"{what}_per_s": total[what] / total["step_s"]
+        for what in ("tokens", "images", "tiles", "samples")
+    }
+    waited = sum(row["data_wait"] * row["step_s"] for row in rows) / total["step_s"]
+    padding = total["padding"] / len(rows)
+    means = {"packs": packs, "padding": padding, "data_wait": waited, "memory_gib": memory_gib}
+    return {key: float(f"{value:.5g}") for key, value in (seconds | rates | means).items()}
+
+
+def _insertion(run: Run, batch: StepBatch, step_s: float, packs: int) -> dict[str, float]:
+    """Both ways of inserting a pack's image features, and the share of a step they take."""
+    ids = batch.packs[0].input_ids
+    mask = ids == run.tokenizer.special_id("<IMG_CONTEXT>")
+    width = int(run.config.model.llm.config["hidden_size"])
+    found = insertion_ms(mask, width, DTYPES[run.config.train.precision], run.ranks.device)
+    shares = {
+        name.replace("_ms", "_share_of_step"): ms / 1e3 * packs / step_s
+        for name, ms in found.items()
+    }
+    return {"rows": len(ids), "image_tokens": int(mask.sum()), "width": width} | found | shares
+
+
+def _ratios(mixed: dict[str, Any], fixed: dict[str, Any]) -> dict[str, float]:
+    """How many times as much a second mixed counts process."""
+    return {
+        key: round(mixed["together"][key] / fixed["together"][key], 4)
+        for key in ("tokens_per_s", "images_per_s", "tiles_per_s", "samples_per_s", "memory_gib")
+    }
+
+
+def _write(out: Path, found: dict[str, Any]) -> None:
+    write_atomically(out, json.dumps(found, indent=1).encode() + b"\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = command_parser("training.gpu_record.training_speed", __doc__)
+    parser.add_argument("shape", choices=tuple(SHAPES))
+    parser.add_argument("--out", type=path_argument, required=True, help="JSON file to write")
+    parser.add_argument("--work", type=path_argument, required=True, help="folder for the corpus")
+    parser.add_argument("--offload", action="store_true", help="the optimizer in host memory")
+    args = parser.parse_args(argv)
+    quiet_libraries()
+    try:
+        measure(SHAPES[args.shape], args.work, (OFFLOAD,) if args.offload else (), args.out)
+    except torch.OutOfMemoryError as error:
+        print(f"error: out of GPU memory: {str(error).splitlines()[0]}", file=sys.stderr)
+        return exit_codes.OUT_OF_MEMORY
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return exit_codes.BAD_INPUT
+    torch.distributed.destroy_process_group()
+    return exit_codes.OK
+
+
+if __name__ == "__main__":
+    exit_codes.run_rank(main)
