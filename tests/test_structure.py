@@ -18,7 +18,17 @@ MAY_IMPORT = {
 }
 # The files and folders of data_pipeline from the ground up: each imports what stands before it.
 DATA_PIPELINE = (
-    *("errors", "files", "machine", "text_table", "plotting", "yaml_text", "paths", "cli"),
+    *(
+        "errors",
+        "files",
+        "machine",
+        "text_table",
+        "plotting",
+        "html_page",
+        "yaml_text",
+        "paths",
+        "cli",
+    ),
     *("config_file", "backbone_config", "draw"),
     *("walk", "processor", "media_claims", "tokenizer", "captions"),
     *(

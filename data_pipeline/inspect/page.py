@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from data_pipeline.html_page import page_environment
 from data_pipeline.inspect import charts
 from data_pipeline.inspect.content import visible
 from data_pipeline.inspect.inspection import Inspection, StepView
@@ -18,14 +18,8 @@ _MAX_ROWS = 20_000
 
 def render(report: Inspection, title: str) -> str:
     """The whole page; `title` names the config."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(visible=visible, flops=flops_text, percent=percent)
+    environment = page_environment(Path(__file__).parent)
+    environment.filters["visible"] = visible
     environment.globals.update(grid_lines=charts.grid_lines, tile_lines=charts.tile_lines)
     left_out = _left_out_by_index(report)
     return environment.get_template("page.html.j2").render(
@@ -49,19 +43,6 @@ def render(report: Inspection, title: str) -> str:
         failed=sorted(set(report.failed)),
         num_built=report.built,
     )
-
-
-def flops_text(value: float) -> str:
-    """FLOPs with a prefix, such as "3.21 T"."""
-    for factor, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= factor:
-            return f"{value / factor:.3g} {prefix}"
-    return f"{value:.0f}"
-
-
-def percent(fraction: float) -> str:
-    """A fraction as a percentage."""
-    return f"{100 * fraction:.1f} %"
 
 
 def _totals(report: Inspection) -> list[tuple[str, int]]:

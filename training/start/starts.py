@@ -1,7 +1,7 @@
 """Every start of a run, in `output_dir/starts/`: its settings, and where it began.
 
-`0001.yaml` holds the effective settings of the first start; `0001.json` its time, its step, and the
-explicit `checkpoint.resume` that the run follows, so that a later start can tell.
+`0001.yaml` holds the effective settings of the first start; `0001.json` its time, its step, the
+explicit `checkpoint.resume` that the run follows, so that a later start can tell, and the machine.
 """
 
 import json
@@ -12,9 +12,11 @@ from typing import Any
 
 from data_pipeline.errors import InputError
 from data_pipeline.files import write_atomically
+from data_pipeline.machine import measured_on
 from training import checkpoint
 from training.config import RunConfig, save_config
 from training.distributed import from_main
+from training.record.run_record import PACKAGES
 from training.side_outputs import warn
 
 FOLDER = "starts"
@@ -84,6 +86,7 @@ class Starts:
             "step": step,
             "weights": str(source) if source else None,
             "followed": self.followed,
+            **measured_on((*PACKAGES, "triton")),
         }
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
