@@ -158,8 +158,7 @@ class PackedTokenFlex(TokenFlexForConditionalGeneration):
             return inputs_embeds + 0 * self.image_features(blank, [1]).sum()
         features = self.image_features(pixel_values, tile_sides).to(inputs_embeds.dtype)
         _check_count(image_positions, len(features))
-        rows = inputs_embeds.flatten(0, 1).index_copy(0, image_positions, features)
-        return rows.view_as(inputs_embeds)
+        return insert_features(inputs_embeds, image_positions, features)
 
     def _decode(
         self,
@@ -185,6 +184,15 @@ class PackedTokenFlex(TokenFlexForConditionalGeneration):
         if segments is not None:
             check_isolation(self.config.text_config, segments)
         return output.last_hidden_state
+
+
+def insert_features(inputs_embeds: Tensor, positions: Tensor, features: Tensor) -> Tensor:
+    """inputs_embeds [B, L, D] with features [K, D] at positions, int64 [K], of the flattened rows.
+
+    Backward gives features the gradient at their positions, and the embeddings there zero.
+    """
+    rows = inputs_embeds.flatten(0, 1).index_copy(0, positions, features)
+    return rows.view_as(inputs_embeds)
 
 
 def _check_count(image_positions: Tensor, features: int) -> None:
