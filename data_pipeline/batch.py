@@ -29,6 +29,9 @@ class PackedBatch:
     cu_seqlens: int32 [S+1]; sample s has the tokens cu_seqlens[s] .. cu_seqlens[s+1].
     labels: int64 [L], not shifted; IGNORE where nothing is supervised, as is every first token.
     loss_weights: float32 [L], 0 where the label is IGNORE.
+    target_positions: int64 [K], the tokens before those with a label, whose states predict them.
+    targets, target_weights: int64 [K], float32 [K], the labels and loss weights of these.
+    image_positions: int64 [sum of n^2], where the features of the tiles go.
     tiles: uint8 [T, 3, H, W], in the order of their tokens.
     tile_sides: n of each tile (n^2 tokens), on the host.
     num_images: images that the tiles were cut from.
@@ -48,6 +51,10 @@ class PackedBatch:
     cu_seqlens: torch.Tensor
     labels: torch.Tensor
     loss_weights: torch.Tensor
+    target_positions: torch.Tensor
+    targets: torch.Tensor
+    target_weights: torch.Tensor
+    image_positions: torch.Tensor
     tiles: torch.Tensor
     tile_sides: list[int]
     num_images: int
@@ -144,8 +151,9 @@ class PackBuilder:
             tile_sides += content.tile_sides
             num_images += content.num_images
         features = sum(side * side for side in tile_sides)
-        places = np.count_nonzero(input_ids == self._image_context)
-        assert places == features, f"{places} <IMG_CONTEXT> tokens for {features} image features"
+        places = np.flatnonzero(input_ids == self._image_context)
+        assert len(places) == features, f"{len(places)} <IMG_CONTEXT> for {features} image features"
+        supervised_tokens = np.flatnonzero(labels != IGNORE)
         return PackedBatch(
             input_ids=torch.from_numpy(input_ids),
             position_ids=torch.from_numpy(
@@ -154,6 +162,10 @@ class PackBuilder:
             cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)),
             labels=torch.from_numpy(labels),
             loss_weights=torch.from_numpy(loss_weights),
+            target_positions=torch.from_numpy(supervised_tokens - 1),
+            targets=torch.from_numpy(labels[supervised_tokens]),
+            target_weights=torch.from_numpy(loss_weights[supervised_tokens]),
+            image_positions=torch.from_numpy(places),
             tiles=torch.from_numpy(tiles[: len(tile_sides)]),
             tile_sides=tile_sides,
             num_images=num_images,

@@ -290,6 +290,20 @@ def test_the_projector_table_is_the_recorded_calculation() -> None:
         assert f"{line}{unit} |" in pages
 
 
+def test_the_cost_of_inserting_features_is_recorded() -> None:
+    record = json.loads((ROOT / "training/results/insertion.json").read_text())
+    rows = {row["way"]: row for row in record["ways"] if row["dtype"] == "bfloat16"}
+    now, before = rows["index_copy (training)"], rows["masked_scatter"]
+    cost = [
+        f"{row['forward_ms'] + row['backward_ms']:.0f} ms and {row['peak_mb']:.0f} MB"
+        for row in (now, before)
+    ]
+    assert f"{cost[0]} at known positions, {cost[1]} by `masked_scatter`, the same bits" in prose()
+    assert now["same_bits"] and before["same_bits"]
+    shape = "{features} features among {tokens} tokens of width {width}"
+    assert shape.format_map(record) in prose()
+
+
 def test_the_reliability_table_is_the_record() -> None:
     pages = prose()
     record = json.loads((ROOT / "training/results/reliability.json").read_text())

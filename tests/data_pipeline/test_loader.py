@@ -41,8 +41,9 @@ TILING = TilingSettings(tile_size=16, max_tiles=2)
 COUNTS = TokenCountSettings(counts=[1, 4, 9])
 PACKS_PER_STEP = 4
 NUM_SAMPLES = 40
-TENSORS = ("input_ids", "position_ids", "cu_seqlens", "labels", "loss_weights", "tiles")
-NOT_PER_TOKEN = ("cu_seqlens", "tiles")
+FOUND = ("image_positions", "target_positions", "targets", "target_weights")
+NOT_PER_TOKEN = ("cu_seqlens", "tiles", *FOUND)
+TENSORS = ("input_ids", "position_ids", "labels", "loss_weights", *NOT_PER_TOKEN)
 
 
 def turn(role: str, *content: str) -> dict:
@@ -173,6 +174,16 @@ def cut(batch: PackedBatch, context_id: int) -> dict[int, dict[str, torch.Tensor
     return samples
 
 
+def check_positions(batch: PackedBatch, context_id: int) -> None:
+    """What the model would have to find on the device: where features go and losses are taken."""
+    images = [i for i, token in enumerate(batch.input_ids.tolist()) if token == context_id]
+    learned = [i for i, label in enumerate(batch.labels.tolist()) if label != IGNORE]
+    assert batch.image_positions.tolist() == images
+    assert batch.target_positions.tolist() == [i - 1 for i in learned]
+    assert torch.equal(batch.targets, batch.labels[learned])
+    assert torch.equal(batch.target_weights, batch.loss_weights[learned])
+
+
 def expected_tiles(pixels: np.ndarray) -> np.ndarray:
     """Images as large as their grid are cut without resampling; a wide one has a thumbnail."""
     if pixels.shape[1] == 16:
@@ -206,6 +217,7 @@ def test_a_batch_holds_what_was_planned(corpus: Corpus, weighting: str) -> None:
             assert batch.planned_tokens == pack.tokens == len(batch.input_ids)
             assert batch.max_seqlen == int(batch.cu_seqlens.diff().max())
             assert batch.bad == []
+            check_positions(batch, context)
             samples = cut(batch, context)
             for sample, sides in zip(batch.sample_ids, pack.sides, strict=True):
                 check_sample(corpus, sample, sides.tolist(), samples[sample], weighting)
@@ -248,6 +260,10 @@ def test_shapes_and_types(corpus: Corpus) -> None:
         "labels": torch.int64,
         "loss_weights": torch.float32,
         "tiles": torch.uint8,
+        "target_positions": torch.int64,
+        "targets": torch.int64,
+        "target_weights": torch.float32,
+        "image_positions": torch.int64,
     }
     assert batch.tiles.shape == (len(batch.tile_sides), 3, 16, 16)
     assert batch.tiles.is_contiguous()
@@ -289,6 +305,7 @@ def test_an_empty_pack_is_one_pad_token(corpus: Corpus) -> None:
     assert batch.cu_seqlens.tolist() == [0, 1]
     assert batch.labels.tolist() == [IGNORE]
     assert batch.loss_weights.tolist() == [0.0]
+    assert all(len(getattr(batch, name)) == 0 for name in FOUND)
     assert batch.tiles.shape == (0, 3, 16, 16)
     assert (batch.sample_ids, batch.sample_sides, batch.tile_sides) == ([], [], [])
     assert (batch.planned_tokens, batch.max_seqlen) == (0, 1)
@@ -507,6 +524,7 @@ def test_a_bad_sample_is_masked_and_nothing_else_changes(own_corpus: Corpus, fau
         assert getattr(masked, name) == getattr(good, name)
     assert torch.equal(masked.cu_seqlens, good.cu_seqlens)
     assert torch.equal(masked.position_ids, good.position_ids)
+    check_positions(masked, context)
     before, after = cut(good, context), cut(masked, context)
     stand_in = after.pop(bad)
     assert (stand_in["input_ids"] == corpus.tokenizer.pad_id).all()

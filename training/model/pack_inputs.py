@@ -5,24 +5,25 @@ from typing import Any
 import torch
 
 from data_pipeline.loader import PackedBatch
+from training.model.loss import Supervision
 
 
 def model_inputs(batch: PackedBatch, device: torch.device, loss_chunks: int = 1) -> dict[str, Any]:
     """Arguments of `PackedTokenFlex.forward` for one pack (batch size 1).
 
-    Labels and weights stay on the host, where the model finds the supervised positions without
-    waiting for the device.
+    Whatever the model would have to wait for the device to find comes from the loader. cu_seqlens
+    stay on the host, where attention without FlashAttention reads them.
     """
-    labels, loss_weights = batch.labels, batch.loss_weights
+    cu_seqlens = batch.cu_seqlens
     batch = batch.to(device)
     return {
         "input_ids": batch.input_ids[None],
         "position_ids": batch.position_ids[None],
         "pixel_values": batch.tiles,
         "tile_sides": batch.tile_sides,
-        "cu_seqlens": batch.cu_seqlens,
+        "cu_seqlens": cu_seqlens,
         "max_seqlen": batch.max_seqlen,
-        "labels": labels[None],
-        "loss_weights": loss_weights[None],
+        "image_positions": batch.image_positions,
+        "supervision": Supervision(batch.target_positions, batch.targets, batch.target_weights),
         "loss_chunks": loss_chunks,
     }

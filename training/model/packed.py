@@ -18,7 +18,7 @@ from data_pipeline.errors import InputError
 from training.model.attention import ATTENTION_NAME
 from training.model.hub import TokenFlexConfig, TokenFlexForConditionalGeneration
 from training.model.language_models import check_isolation, check_logits
-from training.model.loss import chunked_cross_entropy, find_supervision
+from training.model.loss import Supervision, chunked_cross_entropy, find_supervision
 from training.model.packed_projector import TokenAdaptiveProjector
 from training.model.segments import PackedSegments, find_segments
 from training.profiling.step_phases import phase
@@ -77,6 +77,8 @@ class PackedTokenFlex(TokenFlexForConditionalGeneration):
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
         loss_weights: Tensor | None = None,
+        image_positions: Tensor | None = None,
+        supervision: Supervision | None = None,
         loss_chunks: int = 1,
         **kwargs: Any,
     ) -> TokenFlexOutput | CausalLMOutputWithPast:
@@ -92,16 +94,16 @@ class PackedTokenFlex(TokenFlexForConditionalGeneration):
             restart. max_seqlen: the longest sample, on the host.
         labels: int64 [B, L], not shifted, -100 ignored, a sample's first token never supervised.
             Left on the host they save a wait for the device. loss_weights: float32 [B, L].
+        supervision: what they come to, known beforehand.
+        image_positions: int64 [sum of n^2], the <IMG_CONTEXT> tokens of the flattened [B * L]; when
+            None, found from input_ids, which waits for the device.
         loss_chunks: see `chunked_cross_entropy`.
         attention_mask: [B, L], 1 for real tokens: for padded rows.
 
-        Raises InputError (a ValueError) when image tokens, tiles and sides disagree. On CUDA a
-        disagreeing count of image tokens fails a device-side assertion instead: checking it on the
-        host would wait for the device.
+        Raises InputError (a ValueError) when image tokens, tiles and sides disagree.
         """
         # First what may wait for the device, before this forward has queued any work there.
-        supervision = None
-        if labels is not None and input_ids is not None:
+        if supervision is None and labels is not None and input_ids is not None:
             supervision = find_supervision(labels, loss_weights, input_ids.device)
         row = input_ids if attention_mask is None and past_key_values is None else None
         segments = find_segments(row, position_ids, cu_seqlens, max_seqlen)
@@ -120,8 +122,11 @@ class PackedTokenFlex(TokenFlexForConditionalGeneration):
                 mm_encoder_outputs,
                 **kwargs,
             )
+        if image_positions is None:
+            is_image = torch.eq(input_ids, self.config.image_token_id)
+            image_positions = is_image.flatten().nonzero().flatten()
         with phase("insert"):
-            embeds = self._insert_images(input_ids, pixel_values, tile_sides)
+            embeds = self._insert_images(input_ids, image_positions, pixel_values, tile_sides)
         with phase("decoder"):
             hidden = self._decode(embeds, position_ids, attention_mask, segments)
         if supervision is None:
@@ -147,6 +152,7 @@ class PackedTokenFlex(TokenFlexForConditionalGeneration):
     def _insert_images(
         self,
         input_ids: Tensor,
+        image_positions: Tensor,
         pixel_values: Tensor | None,
         tile_sides: Sequence[int] | Tensor | None,
     ) -> Tensor:
@@ -156,7 +162,6 @@ class PackedTokenFlex(TokenFlexForConditionalGeneration):
         leaves the others waiting for ever.
         """
         inputs_embeds = self.get_input_embeddings()(input_ids)
-        image_positions = torch.eq(input_ids, self.config.image_token_id)
         if pixel_values is None or len(pixel_values) == 0:
             _check_count(image_positions, 0)
             size = self.config.tile_size
@@ -164,7 +169,7 @@ class PackedTokenFlex(TokenFlexForConditionalGeneration):
             return inputs_embeds + 0 * self.image_features(blank, [1]).sum()
         features = self.image_features(pixel_values, tile_sides).to(inputs_embeds.dtype)
         _check_count(image_positions, len(features))
-        return inputs_embeds.masked_scatter(image_positions[..., None], features)
+        return insert_features(inputs_embeds, image_positions, features)
 
     def _decode(
         self,
@@ -192,15 +197,18 @@ class PackedTokenFlex(TokenFlexForConditionalGeneration):
         return output.last_hidden_state
 
 
+def insert_features(inputs_embeds: Tensor, positions: Tensor, features: Tensor) -> Tensor:
+    """inputs_embeds [B, L, D] with features [K, D] at positions, int64 [K], of the flattened rows.
+
+    Backward gives features the gradient at their positions, and the embeddings there zero.
+    """
+    rows = inputs_embeds.flatten(0, 1).index_copy(0, positions, features)
+    return rows.view_as(inputs_embeds)
+
+
 def _check_count(image_positions: Tensor, features: int) -> None:
-    """One image position per feature: InputError on CPU, an asynchronous assertion elsewhere."""
-    found = image_positions.sum()
-    if image_positions.device.type != "cpu":
-        torch._assert_async(
-            found == features, f"input_ids do not hold the {features} image tokens of the tiles"
-        )
-    elif found != features:
+    if len(image_positions) != features:
         raise InputError(
-            f"input_ids hold {int(found)} image tokens, but the tiles give {features} image "
-            "features; each tile of side n needs n * n <IMG_CONTEXT> tokens"
+            f"input_ids hold {len(image_positions)} image tokens, but the tiles give {features} "
+            "image features; each tile of side n needs n * n <IMG_CONTEXT> tokens"
         )

@@ -111,4 +111,7 @@ def find_segments(
 
 
 def _to_device(indices: np.ndarray, device: torch.device) -> Tensor:
-    return torch.from_numpy(indices).to(device, non_blocking=True)
+    tensor = torch.from_numpy(indices)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()  # else the copy waits
+    return tensor.to(device, non_blocking=True)

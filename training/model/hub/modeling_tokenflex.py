@@ -288,10 +288,13 @@ def _insert(inputs_embeds: Tensor, where: Tensor, features: Tensor | None) -> Te
             f"input_ids hold {found} image tokens, but the tiles in pixel_values give {rows} image "
             "features; each tile of side n needs n * n <IMG_CONTEXT> tokens"
         )
-    if features is None:
+    if features is None or rows == 0:
         return inputs_embeds
     features = features.to(inputs_embeds.device, inputs_embeds.dtype)
-    return inputs_embeds.masked_scatter(where[..., None], features)
+    # Counted over positions, not elements, and no count goes to the host: it compiles whole.
+    feature_of_position = where.flatten().cumsum(0).sub(1).clamp(0, rows - 1)
+    spread = features.index_select(0, feature_of_position).view_as(inputs_embeds)
+    return torch.where(where[..., None], spread, inputs_embeds)
 
 
 def _as_list(tile_sides: Sequence[int] | Tensor | None) -> list[int]:
