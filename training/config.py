@@ -114,6 +114,10 @@ class TrainSettings(Length, extra="forbid"):
         return self
 
 
+OFFLOAD_OPTIMIZER = "deepspeed.offload_optimizer=cpu"
+"""The override that keeps the optimizer in host memory, for advice."""
+
+
 class DeepSpeedSettings(Settings):
     """ZeRO-3 options; `extra` is merged into the DeepSpeed configuration."""
 
@@ -225,6 +229,11 @@ class RunConfig(Settings):
                 "earlier ones"
             )
         return self
+
+    @property
+    def optimizer_on_host(self) -> bool:
+        """Whether the optimizer is kept in host memory."""
+        return self.deepspeed.offload_optimizer != "none"
 
     @model_validator(mode="after")
     def _the_best_can_be_known(self) -> "RunConfig":

@@ -13,7 +13,6 @@ _QWEN_1_5B = (
     *("num_attention_heads=12", "num_key_value_heads=2"),
 )
 _RANDOM = ("model.vision.pretrained=null", "model.llm.pretrained=null")
-OFFLOAD = "deepspeed.offload_optimizer=cpu"
 
 
 @dataclass(frozen=True)

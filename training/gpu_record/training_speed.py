@@ -24,10 +24,11 @@ from data_pipeline.machine import measured_on
 from data_pipeline.paths import path_argument
 from data_pipeline.plan import PlanState
 from training import exit_codes
+from training.config import OFFLOAD_OPTIMIZER
 from training.engine_interface import Engine
 from training.gpu_record.insertion_cost import insertion_ms
 from training.gpu_record.phase_timer import PhaseTimer
-from training.gpu_record.shapes import OFFLOAD, SHAPES, Shape
+from training.gpu_record.shapes import SHAPES, Shape
 from training.health import LossGuard
 from training.metrics import StepMeter
 from training.model.build import DTYPES
@@ -142,7 +143,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     quiet_libraries()
     try:
-        measure(SHAPES[args.shape], args.work, (OFFLOAD,) if args.offload else (), args.out)
+        measure(
+            SHAPES[args.shape], args.work, (OFFLOAD_OPTIMIZER,) if args.offload else (), args.out
+        )
     except torch.OutOfMemoryError as error:
         print(f"error: out of GPU memory: {str(error).splitlines()[0]}", file=sys.stderr)
         return exit_codes.OUT_OF_MEMORY

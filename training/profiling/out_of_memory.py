@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 
 from data_pipeline.errors import InputError
-from training.config import RunConfig
+from training.config import OFFLOAD_OPTIMIZER, RunConfig
 from training.distributed import Ranks
 from training.side_outputs import attempt
 
@@ -57,9 +57,7 @@ def remedies(phase: str, config: RunConfig) -> list[str]:
     tiles = [f"a smaller data.pack.max_tiles (now {pack.max_tiles})"]
     tokens = [f"a smaller data.pack.max_tokens (now {pack.max_tokens})"]
     chunks = [f"a smaller train.loss_chunk_tokens (now {train.loss_chunk_tokens})"]
-    offload = (
-        ["deepspeed.offload_optimizer=cpu"] if config.deepspeed.offload_optimizer == "none" else []
-    )
+    offload = [] if config.optimizer_on_host else [OFFLOAD_OPTIMIZER]
     state = [*offload, "more ranks, which share parameters and optimizer"]
     found = {
         "vision": [*layers, *tiles],
