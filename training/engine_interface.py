@@ -5,7 +5,7 @@ which `train.py`, `preflight/`, `checkpoint/`, `export/`, `health/` and `record/
 
     extra.check_extra               InputError for settings of the engine that cannot be used
     engine.build_engine             the model of a run, partitioned, and its optimizer: an `Engine`;
-                                    rows of new tokens are put into it (`model/new_tokens.py`)
+                                    rows of new tokens are put into it (`model/new_rows.py`)
     process_group.init_distributed  join the process group; returns this process's `Ranks`
     process_group.quiet_libraries   hide the start-up chatter of its libraries
     pickles.scan_pickle             InputError for a shard that would run code when it is opened

@@ -29,7 +29,7 @@ def parts(
 def freeze(model: nn.Module, modules: StageModules) -> None:
     """Set `requires_grad` of every parameter to what the stage says.
 
-    Rows of new tokens come after that: see `training.model.new_tokens`.
+    Rows of new tokens come after that: see `training.model.new_rows`.
     """
     for _, module, settings in parts(model, modules):
         module.requires_grad_(settings.train is True)

@@ -1,4 +1,4 @@
-"""A stage that trains the rows of new tokens beside a frozen language model, and what follows it."""
+"""A stage that trains the rows of new tokens beside a frozen language model, and later ones."""
 
 import json
 import shutil
@@ -140,6 +140,9 @@ def test_a_crash_and_other_ranks_go_on_with_the_same_rows(
     code, *_ = two_ranks.run(Starting(crash=4), stage.corpus, tmp_path / "crash", *settings)[0]
     assert code == "crash"
     shutil.copytree(tmp_path / "crash", tmp_path / "other")
+    whole = "train.modules.language_model.train=true"
+    error, *_ = two_ranks.run(Starting(), stage.corpus, tmp_path / "crash", *settings, whole)[0]
+    assert "trained modules" in str(error) and "language_model: new_tokens" in str(error)
     # The weights need not be there any more.
     settings = (*settings, "model.llm.pretrained=null")
     code, said, rows = two_ranks.run(Starting(), stage.corpus, tmp_path / "crash", *settings)[0]

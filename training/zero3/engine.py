@@ -15,7 +15,7 @@ from training.config import RunConfig
 from training.distributed import Ranks
 from training.engine_interface import Engine
 from training.model.build import build_model
-from training.model.new_tokens import train_new_rows
+from training.model.new_rows import train_new_rows
 from training.parameters import freeze, parameter_groups, recompute_activations
 from training.zero3.compatibility import fix_zero3_initialization
 from training.zero3.ds_config import deepspeed_config

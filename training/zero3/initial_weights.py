@@ -11,7 +11,7 @@ import torch.distributed
 from torch import nn
 
 from data_pipeline.errors import InputError
-from training.model.new_tokens import NEW_ROWS
+from training.model.new_rows import NEW_ROWS
 from training.zero3.saved_tensors import SavedTensor, new_rows_of, saved_tensors
 
 

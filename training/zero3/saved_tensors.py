@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.errors import InputError
-from training.model.new_tokens import NEW_ROWS
+from training.model.new_rows import NEW_ROWS
 from training.zero3.shards import Shards
 
 

@@ -49,7 +49,7 @@ def train_new_rows(model: Any, ids: Sequence[int], rows: Rows = own_rows) -> Non
 def _small_copy(module: nn.Module, parameters: dict[str, nn.Parameter], ids: Tensor) -> Any:
     """Put a copy of the module that has these parameters into it, for the tokens `ids`."""
     small = copy.deepcopy(module, {id(getattr(module, k)): p for k, p in parameters.items()})
-    small.register_buffer("ids", ids.to(small.weight.device, copy=True))
+    small.register_buffer("ids", ids.to(parameters["weight"].device, copy=True))
     module.add_module(NEW_ROWS, small)
     return small
 
