@@ -20,6 +20,7 @@ from tests.training.start_scenarios import Outcome, Starting
 from tests.training.test_pretrained import save_llm
 from training.checkpoint import read_manifest
 from training.export import export
+from training.model import PackedTokenFlex
 from training.zero3.saved_tensors import saved_tensors
 from training.zero3.shards import Shards
 
@@ -207,7 +208,10 @@ def test_rows_that_an_earlier_stage_had_not(
 
 def test_the_exported_model_has_the_rows_in_place(stage: Stage, tmp_path: Path) -> None:
     export(stage.out, tmp_path / "model")
-    weights = load_file(tmp_path / "model/model.safetensors")
-    assert not any("new_rows" in name for name in weights)
-    for name, value in stage.tensors().items():
+    stored = load_file(tmp_path / "model/model.safetensors")
+    assert not any("new_rows" in name for name in stored)
+    model: Any = PackedTokenFlex.from_pretrained(tmp_path / "model")
+    weights, expected = dict(model.named_parameters()), stage.tensors()
+    assert weights.keys() == expected.keys()
+    for name, value in expected.items():
         assert torch.equal(weights[name], value.to(weights[name])), name
