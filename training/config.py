@@ -62,6 +62,11 @@ class ModuleSettings(Settings):
     lr: float = Field(1e-5, ge=0)
     """Peak learning rate."""
 
+    @property
+    def trains_whole(self) -> bool:
+        """Whether all of it trains."""
+        return self.train is True
+
 
 class LanguageModelSettings(ModuleSettings):
     """The same, and one choice more."""

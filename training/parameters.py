@@ -32,7 +32,7 @@ def freeze(model: nn.Module, modules: StageModules) -> None:
     Rows of new tokens come after that: see `training.model.new_rows`.
     """
     for _, module, settings in parts(model, modules):
-        module.requires_grad_(settings.train is True)
+        module.requires_grad_(settings.trains_whole)
 
 
 def recompute_activations(model: Any) -> None:

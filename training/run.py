@@ -117,7 +117,7 @@ class Run:
             "model": config.model.model_dump(mode="json", exclude=sources),
             "train.precision": config.train.precision,
             "trained modules": [
-                name if m.train is True else f"{name}: {m.train}"
+                name if m.trains_whole else f"{name}: {m.train}"
                 for name, m in config.train.modules
                 if m.train
             ],
