@@ -28,7 +28,8 @@ class Tokenizer(ABC):
 
     Attributes: `vocab_size` (number of ids, specials included: the embedding needs at least that
     many rows), `fingerprint` (hex, equal for equal vocabulary and behaviour), `pad_id`,
-    `end_of_turn_id` (the id of <|im_end|>), `source` (where it was loaded from, for messages).
+    `end_of_turn_id` (the id of <|im_end|>), `source` (where it was loaded from, for messages),
+    `appended` (ids of the special tokens that the model or folder lacks).
     """
 
     vocab_size: int
@@ -36,6 +37,7 @@ class Tokenizer(ABC):
     pad_id: int
     end_of_turn_id: int
     source: str
+    appended: frozenset[int]
 
     def __init__(self, special_ids: Mapping[str, int], definition: bytes, source: str) -> None:
         """`definition`: the bytes that define vocabulary and behaviour, for the fingerprint."""
@@ -64,6 +66,10 @@ class Tokenizer(ABC):
         `skip_special=False` keeps the special tokens of the prompt as their literal text.
         """
 
+    @abstractmethod
+    def vocabulary(self) -> dict[str, int]:
+        """The id of every token, specials included."""
+
     def special_id(self, token: str) -> int:
         """Id of one of `SPECIAL_TOKENS`. KeyError for any other text."""
         return self._special_ids[token]
@@ -86,6 +92,7 @@ class HuggingFaceTokenizer(Tokenizer):
     def __init__(self, name_or_folder: str | Path) -> None:
         source = str(name_or_folder)
         loaded = _load_hugging_face(source)
+        known = loaded.get_vocab()
         # Also promotes a token that is there as an ordinary added one: those match inside text.
         loaded.add_tokens(list(SPECIAL_TOKENS), special_tokens=True)
         backend = loaded.backend_tokenizer
@@ -95,9 +102,13 @@ class HuggingFaceTokenizer(Tokenizer):
         ids = {token: backend.token_to_id(token) for token in SPECIAL_TOKENS}
         super().__init__(ids, backend.to_str().encode(), source)
         backend.encode_special_tokens = True  # text that looks like a special token stays text
-        self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+        self.appended = frozenset(id for token, id in ids.items() if token not in known)
+        self.vocab_size = max(self.vocabulary().values()) + 1
         pad = loaded.pad_token_id
         self.pad_id = self.end_of_turn_id if pad is None else int(pad)
+
+    def vocabulary(self) -> dict[str, int]:
+        return dict(self._backend.get_vocab(with_added_tokens=True))
 
     def _encode_raw(self, text: str) -> list[int]:
         # The fast one keeps no offsets.
@@ -133,9 +144,14 @@ class SentencePieceTokenizer(Tokenizer):
                 known, size = size, size + 1
             ids[token] = known
         super().__init__(ids, model, source)
+        self.appended = frozenset(range(self._num_pieces, size))
         self.vocab_size = size
         pad = self._pieces.pad_id()
         self.pad_id = pad if pad >= 0 else self.end_of_turn_id
+
+    def vocabulary(self) -> dict[str, int]:
+        pieces = {self._pieces.id_to_piece(i): i for i in range(self._num_pieces)}
+        return {**pieces, **self._special_ids}
 
     def _encode_raw(self, text: str) -> list[int]:
         ids: list[int] = self._pieces.encode(text)

@@ -7,7 +7,13 @@ optimisation and the run, and joins them all into `RunConfig`.
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import (
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+    model_validator,
+)
 
 from data_pipeline.backbone_config import BackboneConfig
 from data_pipeline.config_file import Settings, load_settings
@@ -56,13 +62,33 @@ class ModuleSettings(Settings):
     lr: float = Field(1e-5, ge=0)
     """Peak learning rate."""
 
+    @property
+    def trains_whole(self) -> bool:
+        """Whether all of it trains."""
+        return self.train is True
+
+
+class LanguageModelSettings(ModuleSettings):
+    """The same, and one choice more."""
+
+    train: bool | Literal["new_tokens"] = True  # type: ignore[assignment]
+    """new_tokens: only the rows of tokens that are new to it, in embedding and head."""
+
+    @field_validator("train", mode="wrap")
+    @classmethod
+    def _one_message(cls, value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return check(value)
+        except ValidationError as error:
+            raise ValueError("expected true, false or new_tokens") from error
+
 
 class StageModules(Settings):
     """Which modules train in this stage."""
 
     vision_model: ModuleSettings = ModuleSettings()
     projector: ModuleSettings = ModuleSettings()
-    language_model: ModuleSettings = ModuleSettings()
+    language_model: LanguageModelSettings = LanguageModelSettings()
 
     @model_validator(mode="after")
     def _something_trains(self) -> "StageModules":

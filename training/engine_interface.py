@@ -4,11 +4,13 @@
 which `train.py`, `preflight/`, `checkpoint/`, `export/`, `health/` and `record/` import by name:
 
     extra.check_extra               InputError for settings of the engine that cannot be used
-    engine.build_engine             the model of a run, partitioned, and its optimizer: an `Engine`
+    engine.build_engine             the model of a run, partitioned, and its optimizer: an `Engine`;
+                                    rows of new tokens are put into it (`model/new_rows.py`)
     process_group.init_distributed  join the process group; returns this process's `Ranks`
     process_group.quiet_libraries   hide the start-up chatter of its libraries
     pickles.scan_pickle             InputError for a shard that would run code when it is opened
-    saved_tensors.saved_tensors     the weights in the shards, for export: needs no engine
+    saved_tensors.saved_tensors     the weights in the shards, for export: needs no engine; rows of
+                                    new tokens in their places
     saved_tensors.SavedTensor       one of them
     PACKAGE                         its package: for records, and to tell who waits in a collective
 

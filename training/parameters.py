@@ -27,9 +27,12 @@ def parts(
 
 
 def freeze(model: nn.Module, modules: StageModules) -> None:
-    """Set `requires_grad` of every parameter to what the stage says."""
+    """Set `requires_grad` of every parameter to what the stage says.
+
+    Rows of new tokens come after that: see `training.model.new_rows`.
+    """
     for _, module, settings in parts(model, modules):
-        module.requires_grad_(settings.train)
+        module.requires_grad_(settings.trains_whole)
 
 
 def recompute_activations(model: Any) -> None:

@@ -116,7 +116,11 @@ class Run:
             "data.pack": config.data.pack.model_dump(mode="json"),
             "model": config.model.model_dump(mode="json", exclude=sources),
             "train.precision": config.train.precision,
-            "trained modules": [name for name, m in config.train.modules if m.train],
+            "trained modules": [
+                name if m.trains_whole else f"{name}: {m.train}"
+                for name, m in config.train.modules
+                if m.train
+            ],
         }
 
     def new_window(self, place: PlanState, saved: dict[str, Any]) -> PlanState | None:

@@ -17,7 +17,7 @@ class RememberingTokenizer(Tokenizer):
         self._encode_short = lru_cache(_REMEMBERED)(tokenizer.encode)
         self.vocab_size, self.pad_id = tokenizer.vocab_size, tokenizer.pad_id
         self.fingerprint, self.source = tokenizer.fingerprint, tokenizer.source
-        self.end_of_turn_id = tokenizer.end_of_turn_id
+        self.end_of_turn_id, self.appended = tokenizer.end_of_turn_id, tokenizer.appended
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, as the other tokenizer has them."""
@@ -31,6 +31,10 @@ class RememberingTokenizer(Tokenizer):
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """As the other tokenizer does it."""
         return self._tokenizer.decode(ids, skip_special)
+
+    def vocabulary(self) -> dict[str, int]:
+        """As the other tokenizer's."""
+        return self._tokenizer.vocabulary()
 
     def _encode_raw(self, text: str) -> list[int]:
         return self._tokenizer._encode_raw(text)

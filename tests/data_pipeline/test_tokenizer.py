@@ -92,6 +92,9 @@ def test_special_ids_are_distinct_and_inside_the_vocabulary(tokenizer: Tokenizer
     assert min(ids) >= 0 and max(ids) < tokenizer.vocab_size
     assert 0 <= tokenizer.pad_id < tokenizer.vocab_size
     assert tokenizer.end_of_turn_id == tokenizer.special_id("<|im_end|>")
+    vocabulary = tokenizer.vocabulary()
+    assert [vocabulary[token] for token in SPECIAL_TOKENS] == ids
+    assert sorted(vocabulary.values()) == list(range(tokenizer.vocab_size))
     assert max(tokenizer.encode("héllo 漢字\n" + TEXTS[0])) < tokenizer.vocab_size
 
 
@@ -102,6 +105,8 @@ def test_missing_specials_are_appended_behind_the_vocabulary(folder: Path) -> No
     ids = [tokenizer.special_id(token) for token in SPECIAL_TOKENS]
     assert ids == list(range(size, size + 5))
     assert tokenizer.vocab_size == size + 5
+    assert tokenizer.appended == {*ids}
+    assert load_tokenizer(folder / "hf").appended == {load_tokenizer(folder / "hf").vocab_size - 1}
     assert tokenizer.pad_id == tokenizer.end_of_turn_id  # this model has no pad piece
 
 
@@ -112,7 +117,7 @@ def test_known_specials_keep_their_ids(folder: Path) -> None:
     for token in SPECIAL_TOKENS:
         assert tokenizer.special_id(token) == pieces.piece_to_id(token)
         assert pieces.is_control(tokenizer.special_id(token))
-    assert tokenizer.vocab_size == pieces.vocab_size()
+    assert tokenizer.vocab_size == pieces.vocab_size() and not tokenizer.appended
     assert tokenizer.pad_id == pieces.pad_id()
     hf = load_tokenizer(folder / "hf")
     assert (hf.pad_id, hf.special_id("<|im_start|>"), hf.end_of_turn_id) == (0, 1, 2)

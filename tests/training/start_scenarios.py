@@ -11,6 +11,7 @@ from typing import Any
 from unittest.mock import patch
 
 from data_pipeline.errors import InputError
+from data_pipeline.processor.prompt_tokenflex import SPECIAL_TOKENS
 from tests.training.scenarios import tiny_config
 from training import train as program
 from training.checkpoint import MANIFEST, read_manifest
@@ -99,3 +100,15 @@ def with_more_tokens(model: Path, folder: Path, count: int) -> Path:
         proto.pieces.add(piece=f"<new{number}>", score=0.0, type=4)  # user-defined
     (folder / "larger.model").write_bytes(proto.SerializeToString())
     return folder / "larger.model"
+
+
+def without_markers(model: Path, folder: Path) -> Path:
+    """A sentencepiece model without the special tokens, as other projects' are."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model.read_bytes())
+    for number, piece in enumerate(proto.pieces):
+        if piece.piece in SPECIAL_TOKENS:
+            piece.piece = f"<unused{number}>"
+    (folder / "plain.model").write_bytes(proto.SerializeToString())
+    return folder / "plain.model"

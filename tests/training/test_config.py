@@ -110,6 +110,11 @@ def test_a_wrong_setting_is_named(override: str, expected: str) -> None:
         ("data.tokens.counts=[4, true, 64]", r"data\.tokens\.counts: expected a number"),
         ("train.steps=", r"train\.steps: .*found nothing"),
         ("train.steps=.nan", r"train\.steps: .*finite"),
+        ("train.modules.vision_model.train=new_tokens", r"vision_model\.train: .*boolean"),
+        (
+            "train.modules.language_model.train=rows",
+            r"1 problem:\n.*language_model\.train: expected .* new_tokens \(found 'rows'",
+        ),
         ("train.modules.projector.lr=.inf", r"train\.modules\.projector\.lr: .*finite"),
         ("train.modules.projector.lr=nan", r"train\.modules\.projector\.lr: .*finite"),
         ("train.betas=[0.9, 1]", r"train\.betas\.1: .*less than 1"),

@@ -11,6 +11,7 @@ from training.config import TrainSettings
 from training.flops import PackCost, peak_flops
 from training.metrics.rank_times import RankTimes
 from training.model import PackedTokenFlex, TokenFlexConfig
+from training.model.new_rows import train_new_rows
 from training.parameters import freeze, recompute_activations
 
 VISION: dict[str, Any] = {
@@ -82,6 +83,8 @@ def run(config: TokenFlexConfig, train: TrainSettings, sides: list[int], chunks:
     model = PackedTokenFlex._from_config(config, dtype=torch.float32).train()
     model.projector.backward_mode = train.projector_backward
     freeze(model, train.modules)
+    if train.modules.language_model.train == "new_tokens":
+        train_new_rows(model, [7, 9])
     if train.gradient_checkpointing:
         recompute_activations(model)
     with FlopCounterMode(display=False, custom_mapping=ON_CPU) as counter:
@@ -102,6 +105,11 @@ CHECKPOINTED = {"gradient_checkpointing": True}
         pytest.param(settings("language_model"), MANY, 1, {}, {}, id="frozen language model"),
         pytest.param(settings("vision_model", "language_model"), MANY, 1, {}, {}, id="projector"),
         pytest.param(settings("vision_model", "projector"), MANY, 1, {}, {}, id="decoder"),
+        pytest.param(
+            TrainSettings(steps=1, modules={"language_model": {"train": "new_tokens"}}),
+            *(MANY, 1, {}, {}),
+            id="rows of new tokens",
+        ),
         pytest.param(settings("projector"), MANY, 1, {}, {}, id="frozen projector"),
         pytest.param(settings(**CHECKPOINTED), MANY, 1, {}, {}, id="checkpointing"),
         pytest.param(

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from training.config import ModuleSettings, StageModules, TrainSettings
+from training.config import LanguageModelSettings, ModuleSettings, StageModules, TrainSettings
 from training.parameters import Schedule, freeze, module_table, parameter_groups
 
 
@@ -29,7 +29,7 @@ def test_groups_hold_each_trainable_parameter_once_with_its_learning_rate() -> N
     train = settings(
         vision_model=ModuleSettings(train=False),
         projector=ModuleSettings(lr=1e-3),
-        language_model=ModuleSettings(lr=2e-5),
+        language_model=LanguageModelSettings(lr=2e-5),
     )
     freeze(model, train.modules)
     groups = parameter_groups(model, train)
@@ -50,6 +50,18 @@ def test_freezing_is_undone_by_the_next_stage() -> None:
     assert not model.vision_model.weight.requires_grad
     freeze(model, settings().modules)
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_beside_rows_of_new_tokens_the_language_model_is_frozen() -> None:
+    model = Tiny()
+    train = settings(language_model=LanguageModelSettings(train="new_tokens", lr=2e-5))
+    freeze(model, train.modules)
+    assert not any(p.requires_grad for p in model.language_model.parameters())
+    model.language_model.new_rows = nn.Linear(1, 1, bias=False)
+    groups = {group["name"]: group for group in parameter_groups(model, train)}
+    assert groups["language_model.decay"]["params"] == [model.language_model.new_rows.weight]
+    assert "language_model.no_decay" not in groups
+    assert module_table(model, train.modules).splitlines()[3].split()[2:4] == ["1", "2.0e-05"]
 
 
 def test_schedule_warms_up_linearly_and_decays_as_a_cosine() -> None:

@@ -29,7 +29,8 @@ class Manifest:
     """What a checkpoint holds: `files` maps a name to `{"bytes": n, "sha256": hex}`.
 
     `frozen` maps a frozen parameter's name to the sha256 of its bytes. `run` says of the run that
-    saved it its "settings", its "origin" and its "schedule"; older versions wrote none of them.
+    saved it its "settings", its "origin" and its "schedule", the "vocab_size" of its tokenizer, and
+    the ids of the "new_tokens" whose rows train; older versions wrote none of them.
     """
 
     step: int

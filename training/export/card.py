@@ -57,10 +57,8 @@ def run_card(run: TrainedRun, config: TokenFlexConfig, default: int) -> str:
     if settings.checkpoint.init_from:
         started = f"an earlier stage, {settings.checkpoint.init_from}"
     read = ", ".join(f"{count:,} {name}" for name, count in run.seen.items())
-    modules = [
-        (name, f"{module.lr:g}" if module.train else "frozen")
-        for name, module in settings.train.modules
-    ]
+    rates = {True: "{:g}", False: "frozen", "new_tokens": "{:g}, rows of new tokens only"}
+    modules = [(name, rates[m.train].format(m.lr)) for name, m in settings.train.modules]
     training = [
         f"{run.manifest.step:,} steps of {settings.train.steps:,}, in {run.precision}, started "
         f"from {started}." + (f" Read: {read}." if read else ""),

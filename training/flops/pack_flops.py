@@ -112,7 +112,7 @@ class PackCost:
 
     def _layers(self, lengths: npt.NDArray[np.float64]) -> PartFlops:
         pairs = lengths * lengths if self._masked else lengths * (lengths + 1) / 2
-        trains = self._train.modules.language_model.train
+        trains = self._train.modules.language_model.trains_whole
         return self._stack(self._decoder, float(lengths.sum()), float(pairs.sum()), True, trains)
 
     def _stack(
@@ -140,5 +140,5 @@ class PackCost:
 
     def _loss(self, supervised: int) -> PartFlops:
         product = 2.0 * self._head * supervised
-        trains = self._train.modules.language_model.train
+        trains = self._train.modules.language_model.trains_whole  # rows of new tokens are few
         return PartFlops(product * (2 + trains), product * (self._chunks > 1))

@@ -149,15 +149,20 @@ def _check_folder(name: str, path: str) -> None:
         )
 
 
+def pretrained_config(name: str, path: str) -> Any:
+    """The configuration beside the weights that the setting `name` gives; InputError without."""
+    _check_folder(name, path)
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{name}: cannot load {path}: {error}") from error
+
+
 def _pretrained(part: str, settings: BackboneSettings, model: PreTrainedModel) -> PreTrainedModel:
     """The pretrained backbone, after checking that it has the architecture of the settings."""
     path = str(settings.pretrained)
     name = f"model.{part}.pretrained"
-    _check_folder(name, path)
-    try:
-        found = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{name}: cannot load {path}: {error}") from error
+    found = pretrained_config(name, path)
     loader: Any = AutoModelForCausalLM
     wanted = model.config.text_config
     if part == "vision":

@@ -17,6 +17,7 @@ from training.start.changes import check_origin, describe_changes, origin_of
 from training.start.earlier_stage import earlier_stage, take_weights
 from training.start.epochs import settle_end
 from training.start.extension import continued
+from training.start.new_tokens import settle_new_tokens
 from training.start.pretrained_tokenizer import check_pretrained_tokenizer
 from training.start.starts import Starts
 from training.zero3.engine import build_engine
@@ -42,7 +43,9 @@ def start(run: Run, saver: checkpoint.Saver, monitor: Monitor) -> tuple[Engine, 
         run.schedule = continued(manifest, run)
     if not (saved or stage):
         from_main(lambda: check_pretrained_tokenizer(run.config, run.tokenizer))
-    engine: Engine = build_engine(run.config, run.tokenizer, run.ranks, not (saved or stage))
+    new_tokens = settle_new_tokens(run, manifest, stage)
+    pretrained = not (saved or stage)
+    engine: Engine = build_engine(run.config, run.tokenizer, run.ranks, pretrained, new_tokens)
     progress = Progress()
     if saved and manifest:
         progress = checkpoint.load(engine, saved, run.fingerprints, lambda *_: place)
@@ -53,7 +56,7 @@ def start(run: Run, saver: checkpoint.Saver, monitor: Monitor) -> tuple[Engine, 
         take_weights(engine, stage, run)
     saver.check_space(engine)
     monitor.guard.restore(from_main(lambda: rows_before(run.config.output_dir, progress.step)))
-    saver.about_run = about(run, manifest, stage)
+    saver.about_run = about(run, manifest, stage) | {"new_tokens": new_tokens}
     starts.note(run.config, progress.step, saved or stage)
     run.announce(engine)
     return engine, progress
@@ -69,6 +72,7 @@ def about(run: Run, manifest: Manifest | None, stage: Path | None) -> dict[str, 
         "settings": run.config.model_dump(mode="json"),
         "origin": origin,
         "schedule": asdict(run.schedule),
+        "vocab_size": run.tokenizer.vocab_size,
     }
 
 

@@ -1,11 +1,12 @@
 """DeepSpeed ZeRO-3 as an engine: around the model, and behind the trainer's interface."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed
-from torch import nn
+from torch import Tensor, nn
 from transformers.integrations import HfDeepSpeedConfig
 
 from data_pipeline.errors import InputError
@@ -14,6 +15,7 @@ from training.config import RunConfig
 from training.distributed import Ranks
 from training.engine_interface import Engine
 from training.model.build import build_model
+from training.model.new_rows import train_new_rows
 from training.parameters import freeze, parameter_groups, recompute_activations
 from training.zero3.compatibility import fix_zero3_initialization
 from training.zero3.ds_config import deepspeed_config
@@ -122,11 +124,16 @@ def _whole_shape(parameter: Any) -> tuple[int, ...]:
 
 
 def build_engine(
-    config: RunConfig, tokenizer: Tokenizer, ranks: Ranks, pretrained: bool = True
+    config: RunConfig,
+    tokenizer: Tokenizer,
+    ranks: Ranks,
+    pretrained: bool = True,
+    new_tokens: Sequence[int] = (),
 ) -> Zero3Engine:
     """Build the model partitioned from the start and wrap it in ZeRO-3.
 
     `pretrained=False` leaves out the pretrained weights, where a checkpoint will replace them.
+    `new_tokens` are the ids whose rows train beside a frozen language model.
     """
     import deepspeed
 
@@ -140,11 +147,20 @@ def build_engine(
         del hf_config
         model.train()  # from_pretrained leaves evaluation mode, in which nothing is checkpointed
         freeze(model, config.train.modules)
+        if new_tokens:
+            train_new_rows(model, new_tokens, _rows)
         if config.train.gradient_checkpointing:
             recompute_activations(model)
         optimizer = _optimizer(model, config, ranks)
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
     return Zero3Engine(engine)
+
+
+def _rows(parameter: nn.Parameter, ids: Tensor) -> Tensor:
+    from deepspeed.runtime.zero import GatheredParameters
+
+    with GatheredParameters([parameter]):
+        return parameter.detach()[ids.to(parameter.device)].clone()
 
 
 def _optimizer(model: torch.nn.Module, config: RunConfig, ranks: Ranks) -> torch.optim.Optimizer:

@@ -1,13 +1,18 @@
 """Start from another run's weights, which any number of ranks may have saved."""
 
+import math
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed
+from torch import nn
 
 from data_pipeline.errors import InputError
-from training.zero3.saved_tensors import SavedTensor, saved_tensors
+from training.model.new_rows import NEW_ROWS
+from training.zero3.saved_tensors import SavedTensor, new_rows_of, saved_tensors
 
 
 def load_weights(engine: Any, path: Path, world_size: int, vocabulary: int = 0) -> list[str]:
@@ -19,7 +24,9 @@ def load_weights(engine: Any, path: Path, world_size: int, vocabulary: int = 0) 
 
     saved = {tensor.name: tensor for tensor in saved_tensors(path, world_size)}
     parameters = dict(engine.module.named_parameters())
-    _check(path, saved, parameters, vocabulary)
+    plain = {name: p for name, p in parameters.items() if f".{NEW_ROWS}." not in name}
+    _check(path, saved, plain, vocabulary)
+    saved |= {rows.name: rows for rows in _new_rows(engine.module, saved)}
     rank = torch.distributed.get_rank()
     engine.optimizer.checkpoint_event_prologue()
     for name, parameter in parameters.items():
@@ -32,7 +39,7 @@ def load_weights(engine: Any, path: Path, world_size: int, vocabulary: int = 0) 
     engine.optimizer.checkpoint_event_epilogue()
     grown = [
         f"{name} has {parameter.ds_shape[0]} rows here, new from {saved[name].shape[0]} on"
-        for name, parameter in parameters.items()
+        for name, parameter in plain.items()
         if saved[name].shape != tuple(parameter.ds_shape)
     ]
     own = parameters.keys() | dict(engine.module.named_buffers()).keys()
@@ -47,6 +54,33 @@ def _fill(part: torch.Tensor, start: int, tensor: SavedTensor) -> None:
         if first < last:
             part[first - start : last - start] = piece[first - place : last - place]
         place += len(piece)
+
+
+def _new_rows(module: nn.Module, saved: dict[str, SavedTensor]) -> Iterator[SavedTensor]:
+    """The saved rows of the tokens whose rows train here beside a frozen language model.
+
+    Ids are in ascending order: a token that is new to the checkpoint is behind all others.
+    """
+    trained = {name for name, _ in module.named_parameters()}
+    for name, whole in saved.items():
+        if (rows := new_rows_of(name)) in trained:
+            ids = module.get_buffer(new_rows_of(name, "ids")).tolist()
+            known = [i for i in ids if i < whole.shape[0]]
+            shape = (len(known), *whole.shape[1:])
+            yield SavedTensor(rows, shape, torch.float32, partial(_selected, whole, known))
+
+
+def _selected(whole: SavedTensor, ids: list[int]) -> Iterator[torch.Tensor]:
+    """These rows of a tensor, read in one pass over its pieces."""
+    width, place = math.prod(whole.shape[1:]), 0
+    table = torch.empty(len(ids), width)
+    for piece in whole.pieces():
+        for row, start in zip(table, [i * width for i in ids], strict=True):
+            first, last = max(place, start), min(place + len(piece), start + width)
+            if first < last:
+                row[first - start : last - start] = piece[first - place : last - place]
+        place += len(piece)
+    yield table.flatten()
 
 
 def _check(
