@@ -88,11 +88,13 @@ SMALLER: dict[str, str | None] = {
     "python -m training.import_ristretto Ristretto-3B/ runs/ristretto": (
         "python -m training.import_ristretto --help"
     ),
-    "python -m kernels.profile": "python -m kernels.profile --no-compile-report",
-    "python -m kernels.profile --shape T=64,n=8/12/16,p=.2/.3/.5,pool=resize --out runs/profile": (
-        "python -m kernels.profile --shape T=64,n=8/12/16,p=.2/.3/.5,pool=resize "
-        "--out runs/profile --no-compile-report"
-    ),
+    "python -m kernels.profile": "",
+    "python -m kernels.profile --quick --resume --out runs/quick": "",
+    "python -m kernels.profile --shape T=64,n=8/12/16,p=.2/.3/.5,pool=resize "
+    "--out runs/profile": "",
+    "python -m kernels.profile --sweep n=4..27 --sweep T=1,2,4..256 --out runs/sweeps": "",
+    "python -m kernels.profile --compare runs/quick --fail-above 5%": "",
+    "python -m kernels.profile --shape T=64,n=12 --print-ncu --print-nsys": "",
     "sbatch slurm/profile_projector.sh --shape T=64,n=12": None,  # tests/slurm/test_profile.py
     "python -m kernels.compile_report --arch 90": (
         "python -m kernels.compile_report --arch 90 --kernel swiglu"
@@ -113,8 +115,7 @@ SMALLER: dict[str, str | None] = {
     "make gpu-record": f"{MAKE} -n gpu-record",  # tests/training/test_gpu_record.py
     'make gpu-record ARGS="--within-s 580"': f"{MAKE} -n gpu-record",
     "python -m training.gpu_record --rehearse --list": "",
-    "python -m kernels.profile --shape T=64,n=12,pool=resize --out runs/pooling "
-    "--no-compile-report": "",
+    "python -m kernels.profile --shape T=64,n=12,pool=resize --out runs/pooling": "",
     "python -m data_pipeline.prepare --format folder captioned/ data/captions --overwrite": "",
     'make pretrain ARGS="train.steps=20 output_dir=runs/metric"': (
         f'{MAKE} pretrain ARGS="output_dir=runs/metric {SMALL}"'

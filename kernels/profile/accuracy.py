@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from kernels.passes import Weights
+from kernels.profile.baselines import eager_grouped
 from kernels.profile.cases import Case
-from kernels.profile.providers import eager_grouped
 from kernels.profile.random_inputs import Inputs, outputs_and_gradients
 
 
