@@ -1,6 +1,7 @@
 """Where the time of a call goes: its kernels, what each reaches, and the gaps between them.
 
-Read off a Chrome trace of torch.profiler (ui.perfetto.dev shows those that are kept). On a CPU torch's ops stand for kernels, each with the time spent in itself.
+Read off a Chrome trace of torch.profiler (ui.perfetto.dev shows those that are kept). On a CPU
+torch's ops stand for kernels, each with the time spent in itself.
 """
 
 import gzip

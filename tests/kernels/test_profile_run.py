@@ -68,7 +68,7 @@ def test_a_run_measures_prints_and_writes_everything(tmp_path, monkeypatch, caps
     for record, expected in zip(content["cases"], (both, both | {"eager_batched"}), strict=True):
         assert record["providers"].keys() == expected and record["failed"].keys() == {"fused"}
         assert record["noise"].keys() == set(MODES) and record["skipped"]
-        for name, found in record["providers"].items():
+        for found in record["providers"].values():
             assert max(found["errors"].values()) < 1e-5
             for times in found["timings"].values():
                 order = [times[k] for k in ("lowest_ms", "q1_ms", "median_ms", "q3_ms")]
