@@ -30,6 +30,8 @@ A sweep is KEY=VALUES for one key of the (first) shape: whole numbers, where a..
 a,b..c goes on by the same difference, and a,b,c..d by the same factor if the three do:
   --sweep n=4..27   --sweep T=1,2,4..256   --shape T=64,n=12,pool=resize --sweep C=256,512..2048
 """
+# What a sweep may go over: keys of whole numbers, and the field of `Case` each of them sets.
+SWEPT = {"n": "ns", "T": "tiles", "C": "channels", "F": "hidden", "D": "width"}
 _SEED = 0  # of the order of mixed sides, the same in every run
 
 
@@ -227,7 +229,6 @@ def _one_of(*choices: str):
     return read
 
 
-SWEPT = ("n", "T", "C", "F", "D")  # keys whose values are whole numbers
 # Key -> the field of `Case` that it sets, and what reads its value.
 _READERS: dict[str, tuple[str, Callable[[str, str], Any]]] = {
     "T": ("tiles", _whole),

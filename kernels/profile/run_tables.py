@@ -7,7 +7,6 @@ from typing import Any
 
 from kernels.aligned_text import aligned
 from kernels.profile.cases import Case
-from kernels.profile.providers import PROVIDERS
 from kernels.profile.results import rows_of, time_ms
 from kernels.profile.roofline import MODES, WAYS, Peaks, floor_s, in_l2, model_flops, saved_bytes
 from kernels.profile.targets import Target
@@ -186,8 +185,3 @@ def targets_table(targets: Sequence[Target]) -> Table:
     count = Counter(target.met for target in targets)
     note = f"{count[True]} met, {count[False]} not met, {count[None]} not measured"
     return Table("", ["targets", "", "limit", "measured", ""], rows, note)
-
-
-def provider_list() -> str:
-    """Name and meaning of every provider."""
-    return "\n".join(f"  {p.name:<14} {p.says}" for p in PROVIDERS.values())

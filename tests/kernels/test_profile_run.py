@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import kernels.profile.__main__ as command
-from kernels.profile import bench, measured_run, providers, timing
+from kernels.profile import bench, command_line, measured_run, providers, timing
 from kernels.profile.baselines import Provider
 from kernels.profile.bench import expected_s
 from kernels.profile.cases import Case, default_cases, parse_shape
@@ -82,21 +82,21 @@ def test_a_run_measures_prints_and_writes_everything(tmp_path, monkeypatch, caps
     assert len(rows) == 1 + 3 * (5 + 6) and rows[0].startswith("case,tokens,frozen_vit,provider")
 
 
-def test_a_quick_run_has_few_cases_and_providers(monkeypatch, tmp_path):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(command, "interpreting", lambda: False)
-    args = command._parser().parse_args(["--quick", f"--out={tmp_path}"])
+def test_a_quick_run_has_few_cases_and_providers(tmp_path):
     gpu = torch.device("cuda", 0)
-    sweeps, cases = command._cases(args, gpu, None)
-    settings = command._settings(args, sweeping=False)
+
+    def settings_for(*line):
+        return command_line.settings_of(command_line.parser("").parse_args(line), tmp_path)
+
+    sweeps, cases = command_line.cases_of(command_line.parser("").parse_args(["--quick"]), None)
+    settings = settings_for("--quick")
     assert [len(set(case.sides)) for case in cases] == [1, 3] and not sweeps
     assert expected_s(cases, settings, gpu) < 90
-    full = command._settings(command._parser().parse_args([]), sweeping=False)
+    full = settings_for()
     assert 120 < expected_s(default_cases(), full, gpu) < 900
     assert expected_s(default_cases()[:4], full, gpu) < expected_s(default_cases(), full, gpu)
     assert "compile_max" not in full.providers and "graph" in full.providers
-    hot = command._settings(command._parser().parse_args(["--sustained"]), sweeping=False)
+    hot = settings_for("--sustained")
     assert hot.sustained and hot.min_ms == 5000
 
 
