@@ -73,6 +73,8 @@ def _run(args: argparse.Namespace) -> int:
         content["sweeps"] = sweeps
         _measure(cases, settings, device, content, out)
     else:
+        if out and (out / RESULTS).exists() and read_results(out)["kind"] == "measured":
+            raise ValueError(f"--out {out} holds measurements, and there is no GPU; name another")
         content = _calculate(args, cases, machine) | {"sweeps": sweeps}
     for line in (failed := failures(content)):
         print(f"error: {line}", file=sys.stderr)

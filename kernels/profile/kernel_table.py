@@ -45,6 +45,7 @@ def traced(
     case: Case,
     device: torch.device,
     peaks: Peaks,
+    frozen: bool = False,
     path: Path | None = None,
 ) -> dict[str, Any]:
     """The table of one forward and backward, as `summary` gives it; the trace stays at `path`."""
@@ -64,11 +65,11 @@ def traced(
         path.parent.mkdir(parents=True, exist_ok=True)
         profiler.export_chrome_trace(str(path))
         with gzip.open(path, "rt") as file:
-            return summary(json.load(file)["traceEvents"], case, peaks, CALLS)
+            return summary(json.load(file)["traceEvents"], case, peaks, CALLS, frozen)
 
 
 def summary(
-    events: Iterable[dict[str, Any]], case: Case, peaks: Peaks, calls: int
+    events: Iterable[dict[str, Any]], case: Case, peaks: Peaks, calls: int, frozen: bool = False
 ) -> dict[str, Any]:
     """Of a trace of `calls` calls, per call: kernels, longest first, and the time between them.
 
@@ -81,9 +82,7 @@ def summary(
     if not launches:
         launches, gap_us, gaps = _on_cpu(whole)
     busy = sum(launch.us for launch in launches)
-    own = {step.name: step.bytes for step in steps(case, "recompute", "both")} | {
-        step.name: step.bytes for step in steps(case, "cublas", "both")
-    }
+    own = _own_kernels(case, frozen)
     groups: dict[str, list[Launch]] = {}
     for launch in launches:
         groups.setdefault(launch.name, []).append(launch)
@@ -107,9 +106,13 @@ def summary(
 
 def _on_gpu(events: list[dict[str, Any]]) -> tuple[list[Launch], float, int]:
     """What ran on the GPU, and the idle time between launches of a call, in how many gaps."""
-    ops = {e["args"].get("External id"): e for e in events if e.get("cat") == "cpu_op"}
+
+    def number(event: dict[str, Any]) -> Any:
+        return event.get("args", {}).get("External id")
+
+    ops = {number(e): e for e in events if e.get("cat") == "cpu_op"}
     found = [
-        Launch(e["name"], e["ts"], e["dur"], ops.get(e["args"].get("External id"), {}), True)
+        Launch(e["name"], e["ts"], e["dur"], ops.get(number(e), {}), True)
         for e in sorted(events, key=lambda event: event["ts"])
         if e.get("cat") in ON_GPU
     ]
@@ -143,7 +146,21 @@ def _on_cpu(events: list[dict[str, Any]]) -> tuple[list[Launch], float, int]:
     return found, max(0.0, span - sum(launch.us for launch in found)), 0
 
 
-def _rates(group: list[Launch], own: dict[str, float], peaks: Peaks) -> dict[str, float | None]:
+Work = tuple[float, float]  # bytes moved, FLOPs
+
+
+def _own_kernels(case: Case, frozen: bool) -> dict[str, Work]:
+    """What this op's kernels do in one launch, by their names."""
+    found = {}
+    for way in ("recompute", "cublas"):
+        for step in steps(case, way, "both", frozen):
+            found[step.name] = (step.bytes, step.flops)
+    named = {f"{name}_kernel": work for name, work in found.items() if not work[1]}
+    (a, b, ds) = (found[name] for name in ("a", "b", "ds"))
+    return named | {"_dual_gemm": (a[0] + b[0], a[1] + b[1]), "_gate_gemm": ds}
+
+
+def _rates(group: list[Launch], own: dict[str, Work], peaks: Peaks) -> dict[str, float | None]:
     work = [_work(launch, own) for launch in group]
     seconds = sum(launch.us for launch in group) / 1e6
     if any(each is None for each in work) or seconds <= 0:
@@ -158,11 +175,10 @@ def _rates(group: list[Launch], own: dict[str, float], peaks: Peaks) -> dict[str
     }
 
 
-def _work(launch: Launch, own: dict[str, float]) -> tuple[float, float] | None:
-    """Bytes moved and FLOPs: of this op's kernels as calculated, of others by the op's inputs."""
-    step = launch.name.removesuffix("_kernel")
-    if step in own and step != launch.name:
-        return own[step], 0.0
+def _work(launch: Launch, own: dict[str, Work]) -> Work | None:
+    """Of this op's kernels as calculated, of others by the inputs of the op."""
+    if launch.name in own:
+        return own[launch.name]
     args = launch.op.get("args", {})
     tensors = [
         (shape, SIZES[kind])

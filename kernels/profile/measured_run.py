@@ -63,9 +63,10 @@ def measure(
     done = {record["case"] for record in content["cases"]}
     todo = [case for case in dict.fromkeys(cases) if case.name not in done]
     seconds = expected_s(todo, settings, device)
+    took = f"{seconds:.0f} s" if seconds < 120 else f"{math.ceil(seconds / 60)} min"
     print(
         f"{len(todo)} cases to measure, {len(cases) - len(todo)} there already; about "
-        f"{math.ceil(seconds / 60)} min on a GPU; each is in {out / RESULTS} when it ends",
+        f"{took} on a GPU; each is in {out / RESULTS} when it ends",
         flush=True,
     )
     write_json(out / RESULTS, content)

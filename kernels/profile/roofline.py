@@ -137,7 +137,7 @@ _BACKWARD: dict[str, Passes] = {
 _BACKWARD_OF_X: dict[str, Passes] = {
     "eager": lambda s: {"norm_backward": 3 * s.mc} | _pool_backward(s) | s.unsorting,
     "compile": lambda s: {"norm_backward": 4 * s.mc} | _pool_backward(s),
-    "cublas": lambda s: {"pool_backward": s.mc + s.x, "dpooled": s.mc},
+    "cublas": lambda s: {"norm_backward": 4 * s.mc, "pool_backward": s.mc + s.x},
     "fused": lambda s: {"dpooled": 2 * s.mc, "pool_backward": s.x},
 }
 

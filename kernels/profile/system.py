@@ -77,7 +77,8 @@ def watched(device: torch.device) -> Iterator[dict[str, Any]]:
 
 
 def _summary(lines: list[list[str]]) -> dict[str, Any]:
-    whole = [line for line in lines if len(line) == len(SAMPLED) + 1]  # the last may be cut off
+    # Whole ones: the last may be cut off, and a part of a GPU has no reasons.
+    whole = [line for line in lines if len(line) > len(SAMPLED) and line[-1].startswith("0x")]
     found: dict[str, Any] = {}
     for field, column in zip(SAMPLED, zip(*whole, strict=True), strict=False):
         if values := [float(v) for v in column if v.replace(".", "", 1).isdigit()]:  # or [N/A]

@@ -117,9 +117,9 @@ def test_every_pooling_mode_has_a_way_in_torch_and_a_floor():
 def test_what_fits_in_l2_is_bound_by_the_inputs_alone():
     """The n of the roofline's table with a cache of 60 MiB, and a case of which all fits."""
     cached = Peaks(H200.flops, H200.bandwidth, l2=60 * 2**20)
-    for n, passes in ((8, 4), (12, 3), (16, 2)):
+    for n, passes in ((8, 3), (12, 2), (16, 1)):
         case = Case((n,), (1.0,))
-        assert in_l2(case, "cublas", "both", cached) == (passes, 8)
+        assert in_l2(case, "cublas", "both", cached) == (passes, 7)
         bound, estimate = (floor_s(case, "cublas", "both", peaks) for peaks in (cached, H200))
         assert 0.97 * estimate < bound < estimate
         assert floor_s(case, "cublas", "both", cached.past_l2) == estimate
@@ -322,7 +322,7 @@ def runnable(case: Case) -> dict[str, Provider]:
 def test_providers_agree_with_float64(sides, pool, quick_compile):
     case = parse_shape(f"{sides},pool={pool},{SMALL}")
     given = make_inputs(case, CPU)
-    expected = float64_results(case, given, max_rows=9)
+    expected = float64_results(case, given)
     assert expected.keys() == {"out", *random_inputs.GRADIENTS}
     found = runnable(case)
     assert {"eager_loop", "eager_grouped", "compile", "save", "recompute"} <= found.keys()
@@ -518,7 +518,8 @@ def test_what_the_gpu_did_is_summed_up():
     found = system._summary([line.split(", ") for line in lines])
     assert found["clocks.sm"] == [1410, 1695, 1980] and found["power.draw"] == [300.5] * 3
     assert found["throttled"] == ["power cap", "thermal, software"]
-    assert system._summary([]) == {"throttled": []}
+    part = [["1980", "3201", "[N/A]", "40", "[N/A]"]]
+    assert system._summary([]) == system._summary(part) == {"throttled": []}
 
 
 def test_nothing_is_watched_on_a_cpu_or_without_nvidia_smi(fake_gpu, monkeypatch, tmp_path):

@@ -83,6 +83,23 @@ def test_the_table_of_a_gpu_trace():
     assert found["gap_us"] == pytest.approx(10 + 5 + 15) and found["gaps"] == 3
 
 
+def test_this_ops_kernels_are_known_by_name():
+    m, c, f, d = CASE.rows, 1152, 3456, 2048
+    moved = {"swiglu_kernel": 3 * m * f, "swiglu_backward_kernel": 6 * m * f}
+    moved |= {"norm_backward_kernel": 4 * m * c, "norm_kernel": 2 * m * c}
+    products = {"_dual_gemm": 4 * m * f * c, "_gate_gemm": 2 * m * f * d}
+    events = [kernel(name, 10 * i, 1) for i, name in enumerate(moved | products)]
+    rows = {row["name"]: row for row in summary(events, CASE, H200, 1)["kernels"]}
+    for name, elements in moved.items():
+        assert rows[name]["gb_per_s"] == pytest.approx(2 * elements / 1e-6 / 1e9), name
+    for name, flops in products.items():
+        assert rows[name]["tflops"] == pytest.approx(flops / 1e-6 / 1e12), name
+    (frozen,) = summary([kernel("norm_backward_kernel", 0, 1)], CASE, H200, 1, frozen=True)[
+        "kernels"
+    ]
+    assert frozen["gb_per_s"] == pytest.approx(2 * 3 * m * c / 1e-6 / 1e9)
+
+
 def test_kernels_of_next_to_no_time_are_one_line():
     events = [kernel(f"copy{i}", 10 * i, us) for i, us in enumerate((1000, 1, 1, 1))]
     found = summary(events, CASE, H200, 1)
@@ -130,7 +147,8 @@ def test_a_trace_of_a_real_run_has_the_products(name, tmp_path):
     def run():
         backward(given, call(given.x, given.weights))
 
-    found = traced(run, case, CPU, Peaks(1e12, 1e10), path := tmp_path / "deep" / "trace.json.gz")
+    path = tmp_path / "deep" / "trace.json.gz"
+    found = traced(run, case, CPU, Peaks(1e12, 1e10), path=path)
     rows = [row for row in found["kernels"] if row["tflops"] is not None]
     # 3 forward and 6 backward, once for each side where eager code groups by side.
     sides = 2 if name == "eager_grouped" else 1

@@ -52,7 +52,7 @@ def test_a_run_measures_prints_and_writes_everything(tmp_path, monkeypatch, caps
     assert command.main(line) == 1  # since one fails
     printed = capsys.readouterr()
     first = printed.out.splitlines()[1]
-    assert first.startswith("2 cases to measure") and "min on a GPU" in first
+    assert first.startswith("2 cases to measure") and " s on a GPU" in first
     assert "ceilings measured in this run" in printed.out and "A/A, save timed" in printed.out
     assert "liger skipped: " in printed.out and "kernels of save" in printed.out
     assert "fused: RuntimeError: no such kernel" in printed.err
@@ -193,11 +193,16 @@ def test_without_a_gpu_it_calculates_and_says_so(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert printed.startswith("No GPU was found: nothing was timed.")
     assert "312 TFLOP/s in bf16 and 2 TB/s" in printed and "--peak-tflops" in printed
-    assert "405 / 341 / 149 / 21" in printed and "3 of 8" in printed and "no bounds" in printed
+    assert "405 / 341 / 149 / 21" in printed and "2 of 7" in printed and "no bounds" in printed
     content = read_results(tmp_path)
     assert content["kind"] == "calculated" and content["cases"][0]["peaks"]["flops"] == 312e12
     assert (tmp_path / "parts.png").stat().st_size > 10_000
     assert "nothing was timed" in (tmp_path / "report.html").read_text()
+
+    write_json(tmp_path / "results.json", measured := content_of(recorded(Case((12,), (1.0,)), {})))
+    assert command.main(["--shape=n=12", f"--out={tmp_path}"]) == 2
+    assert "holds measurements" in capsys.readouterr().err
+    assert read_results(tmp_path)["kind"] == measured["kind"]
 
 
 def test_a_sweep_is_one_line_of_cases(tmp_path, monkeypatch, capsys):
