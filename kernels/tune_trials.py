@@ -11,8 +11,8 @@ from torch import Tensor
 
 from kernels.launch import LaunchConfig
 from kernels.passes import Pooling, gates, through_swiglu
+from kernels.profile.baselines import EPS
 from kernels.profile.cases import Case
-from kernels.profile.providers import EPS
 from kernels.profile.random_inputs import make_inputs
 from kernels.tile_layout import tile_layout
 

@@ -1,155 +1,174 @@
-"""Profile the projector: this repository's op beside eager PyTorch, torch.compile and Liger.
+"""Profile the projector: this repository's op beside eager PyTorch, torch.compile and libraries.
 
 On a GPU every provider is timed on every case, with the ceilings of the GPU measured in the same
-run, and tables, CSV, JSON, a roofline plot and a Chrome trace are written. Without a GPU nothing is
-timed: calculated floors and the kernels' compile report are printed, `--out` writes the floors.
+run; each case is written when it ends (results.json), and in the end a page (report.html), a table
+(results.csv), pictures and traces. Without a GPU floors are calculated, in the same files; --device
+cpu times this CPU, at small shapes.
 
     python -m kernels.profile
-    python -m kernels.profile --shape T=64,n=12 --shape T=64,n=8/12/16,p=.2/.3/.5,pool=resize
+    python -m kernels.profile --quick --resume --out runs/quick
+    python -m kernels.profile --shape T=64,n=12 --sweep n=4..27 --sweep T=1,2,4..256
+    python -m kernels.profile --compare runs/before --fail-above 5%
+    python -m kernels.profile --shape T=64,n=12 --print-ncu
 """
 
 import argparse
+import signal
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from kernels.dispatch import interpreting
-from kernels.profile import calculated, measured
-from kernels.profile.bench import BenchSettings
-from kernels.profile.cases import SHAPE_HELP, Case, default_cases, parse_shape
-from kernels.profile.providers import PROVIDERS
-from kernels.profile.results import write_csv, write_json
-from kernels.profile.roofline import MODES, Peaks
+from kernels.profile.bench import BenchSettings, run_once
+from kernels.profile.calculated import calculate
+from kernels.profile.cases import Case
+from kernels.profile.command_line import cases_of, parser, settings_of
+from kernels.profile.commands import ncu_commands, nsys_commands
+from kernels.profile.compare import changes, check_comparable, compare_table
+from kernels.profile.measured_run import begin, failures, measure
+from kernels.profile.results import RESULTS, SCHEMA, read_results, rows_of, write_csv, write_json
+from kernels.profile.run_tables import EXPLANATION, floors_table, targets_table
 from kernels.profile.system import describe_machine
-from kernels.profile.text_report import format_providers
+from kernels.profile.targets import judge
+
+Content = dict[str, Any]  # of results.json
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 1 where something failed."""
-    arguments = _parser().parse_args(argv)
-    cases = arguments.shape or default_cases()
-    try:  # before minutes of measuring, in case it cannot be written
-        if arguments.out:
-            arguments.out.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=arguments.out).close()
-    except OSError as error:
-        print(f"error: --out: {error}; name a folder that can be written to", file=sys.stderr)
+    """Run the command line; returns the exit code: 1 where something failed or got slower."""
+    args = parser(__doc__).parse_args(argv)
+    try:
+        return _run(args)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
-    if torch.cuda.is_available():
-        if interpreting():
-            print("error: TRITON_INTERPRET is set, under which kernels run in Python: unset it")
-            return 2
-        device = torch.device("cuda", torch.cuda.current_device())
-        return run_measured(arguments, cases, device)
-    return run_calculated(arguments, cases)
 
 
-def run_calculated(arguments: argparse.Namespace, cases: list[Case]) -> int:
-    """Without a GPU: print what can be calculated; files only where --out says so."""
-    peaks = Peaks(arguments.peak_tflops * 1e12, arguments.bandwidth * 1e12)
-    content, compiles = calculated.report(
-        cases, peaks, arguments.frozen_vit, arguments.compile_report
-    )
-    if arguments.out:
-        from kernels.profile.plots import plot_calculated  # matplotlib, only where it draws
+def _run(args: argparse.Namespace) -> int:
+    runs = [read_results(path) for path in args.compare or ()]
+    if len(runs) > 2:
+        raise ValueError(f"--compare: {len(runs)} runs found; expected one or two")
+    if len(runs) == 2:
+        check_comparable(runs[0], runs[1]["kind"], [r["case"] for r in runs[1]["cases"]])
+        return _compare(args, runs[0], runs[1], args.out)
+    old = runs[0] if runs else None
+    device = _device(args)
+    measuring = device.type == "cuda" or args.device == "cpu"
+    sweeps, cases = cases_of(args, old)
+    if args.print_ncu or args.print_nsys or args.once:
+        return _for_nsight(args, cases, device)
+    if old:
+        names = [case.name for case in cases]
+        check_comparable(old, "measured" if measuring else "calculated", names)
+    out = _folder(args, measuring)
+    settings = settings_of(args, out)
+    machine = describe_machine(device, ["python", "-m", "kernels.profile", *sys.argv[1:]])
+    if out and measuring:
+        content = begin(out, settings, machine, args.resume)
+        content["sweeps"] = sweeps
+        _measure(cases, settings, device, content, out)
+    else:
+        if out and (out / RESULTS).exists() and read_results(out)["kind"] == "measured":
+            raise ValueError(f"--out {out} holds measurements, and there is no GPU; name another")
+        content = _calculate(args, cases, machine) | {"sweeps": sweeps}
+    for line in (failed := failures(content)):
+        print(f"error: {line}", file=sys.stderr)
+    if out and content["cases"]:
+        _write(content, out, ncu_commands(cases, settings) + nsys_commands(cases, settings))
+    slower = _compare(args, old, content, out) if old else 0
+    return 1 if failed else slower
 
-        machine = describe_machine(torch.device("cpu"), _command())
-        files = [arguments.out / f"calculated.{suffix}" for suffix in ("json", "csv", "png")]
-        write_json(files[0], content | {"machine": machine})
-        write_csv(files[1], content["cases"])
-        plot_calculated(cases, peaks, arguments.frozen_vit, files[2])
-        _print_files(files)
-    return 0 if compiles else 1
+
+def _device(args: argparse.Namespace) -> torch.device:
+    if args.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if interpreting():
+        raise ValueError("TRITON_INTERPRET is set, under which kernels run in Python: unset it")
+    return torch.device("cuda", torch.cuda.current_device())
 
 
-def run_measured(arguments: argparse.Namespace, cases: list[Case], device: torch.device) -> int:
-    """On a GPU: measure, print, write."""
-    settings = BenchSettings(
-        tuple(arguments.provider or PROVIDERS),
-        tuple(arguments.mode or MODES),
-        arguments.min_ms,
-        arguments.frozen_vit,
-    )
-    out = arguments.out or Path("runs") / time.strftime("profile-%Y%m%d-%H%M%S")
-    out.mkdir(parents=True, exist_ok=True)  # before minutes of measuring, in case it cannot be
-    machine = describe_machine(device, _command())
+def _for_nsight(args: argparse.Namespace, cases: list[Case], device: torch.device) -> int:
+    settings = settings_of(args, None)
+    if args.once:
+        run_once(cases[0], settings, device)
+    for wanted, commands in ((args.print_ncu, ncu_commands), (args.print_nsys, nsys_commands)):
+        for line in commands(cases, settings) if wanted else ():
+            print(line)
+    return 0
+
+
+def _folder(args: argparse.Namespace, measuring: bool) -> Path | None:
+    """The folder for the files, which can be written to: before minutes of measuring."""
+    if args.resume and not args.out:
+        raise ValueError("--resume goes on with a run in --out; name its folder")
+    if not args.out and not measuring:
+        return None
+    out: Path = args.out or Path("runs") / time.strftime("profile-%Y%m%d-%H%M%S")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except OSError as error:
+        raise ValueError(f"--out: {error}; name a folder that can be written to") from error
+    return out
+
+
+def _measure(
+    cases: list[Case], settings: BenchSettings, device: torch.device, content: Content, out: Path
+) -> None:
+    machine = content["machine"]
     print(f"{machine['device']}, torch {machine['torch']}, triton {machine['triton']}")
-    results, failures, clocks = measured.measure(cases, settings, device)
-    measured.print_summary(results, failures)
-    if results:
-        description = {"machine": machine, "nvidia_smi": clocks}
-        files = measured.write_files(
-            results, failures, description, device, out, trace=arguments.trace
-        )
-        _print_files(files)
-    return 1 if failures else 0
+    measure(cases, settings, device, content, out)
+    if device.type == "cuda":
+        targets = [target for record in content["cases"] for target in judge(record)]
+        content["targets"] = [asdict(target) for target in targets]
+        print(f"\n{targets_table(targets)}")
+    print(f"\n{EXPLANATION}")
 
 
-def _command() -> list[str]:
-    return ["python", "-m", "kernels.profile", *sys.argv[1:]]
+def _calculate(args: argparse.Namespace, cases: list[Case], machine: dict[str, Any]) -> Content:
+    flops, rate = (value and value * 1e12 for value in (args.peak_tflops, args.bandwidth))
+    records = calculate(cases, args.frozen_vit, flops, rate)
+    print(f"{floors_table(records)}\n\nNothing was timed: no GPU was found.")
+    return {"schema": SCHEMA, "kind": "calculated", "machine": machine, "cases": records}
 
 
-def _print_files(files: list[Path]) -> None:
+def _write(content: Content, out: Path, commands: list[str]) -> None:
+    """All files of a run, and their names."""
+    from kernels.profile.html_report import Report, write_page
+    from kernels.profile.plots import draw
+
+    write_json(out / RESULTS, content)
+    write_csv(out / "results.csv", [row for record in content["cases"] for row in rows_of(record)])
+    pictures = draw(content, out)
+    write_page(out / "report.html", [Report(content["kind"], content, pictures, commands)])
     print("\nwritten:")
-    for path in files:
+    for path in (out / RESULTS, out / "results.csv", out / "report.html", *pictures):
         print(f"  {path}")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m kernels.profile",
-        description=__doc__,
-        epilog=f"{SHAPE_HELP}\nProviders:\n{format_providers()}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--shape", type=_shape, action="append", metavar="SHAPE", help="a case, see below; repeat")
-    add("--out", type=Path, help="folder for the files (GPU: runs/profile-TIME; else none)")
-    add("--provider", action="append", choices=tuple(PROVIDERS), help="only these; repeat")
-    add("--mode", action="append", choices=MODES, help="only these; repeat")
-    add("--frozen-vit", action="store_true", help="x needs no gradient")
-    add("--min-ms", type=_positive, default=200.0, help="timed per provider and mode (200)")
-    add("--no-trace", dest="trace", action="store_false", help="write no Chrome trace")
-    add(
-        "--peak-tflops",
-        type=_positive,
-        default=calculated.ASSUMED.flops / 1e12,
-        help="TFLOP/s the calculation assumes (%(default)g); measured on a GPU",
-    )
-    add(
-        "--bandwidth",
-        type=_positive,
-        default=calculated.ASSUMED.bandwidth / 1e12,
-        help="TB/s the calculation assumes (%(default)g); measured on a GPU",
-    )
-    add(
-        "--no-compile-report",
-        dest="compile_report",
-        action="store_false",
-        help="without a GPU: do not compile the kernels (a minute or more)",
-    )
-    return parser
+def _compare(args: argparse.Namespace, old: Content, new: Content, out: Path | None) -> int:
+    """Print what changed, and write a page of both beside each other into `out`."""
+    limit, table = args.fail_above, compare_table(old, new, args.fail_above)
+    print(f"\n{table}")
+    if out:
+        from kernels.profile.html_report import Report, write_page
+        from kernels.profile.plots import draw
 
-
-def _shape(text: str) -> Case:
-    try:
-        return parse_shape(text)
-    except ValueError as error:  # argparse would hide its message
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
-def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} found; expected a number above 0")
-    return value
+        reports = []
+        for name, run in (("old", old), ("new", new)):
+            (folder := out / f"compare-{name}").mkdir(parents=True, exist_ok=True)
+            reports.append(Report(f"{name}: {run['machine']['device']}", run, draw(run, folder)))
+        write_page(out / "compare.html", reports, table)
+        print(f"\nwritten:\n  {out / 'compare.html'}")
+    slower = limit is not None and any(c.slower_by_more_than(limit) for c in changes(old, new))
+    return 1 if slower else 0
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     sys.exit(main())

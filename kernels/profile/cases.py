@@ -25,6 +25,13 @@ A shape is a comma-separated list of KEY=VALUE without spaces; only n must be gi
 For example: --shape T=64,n=12 --shape T=64,n=8/12/16,p=.2/.3/.5,pool=resize
 Without --shape: 64 tiles with n = 8, 12, 16 and with the three mixed at .2/.3/.5, in both modes.
 """
+SWEEP_HELP = """\
+A sweep is KEY=VALUES for one key of the (first) shape: whole numbers, where a..b counts up by 1,
+a,b..c goes on by the same difference, and a,b,c..d by the same factor if the three do:
+  --sweep n=4..27   --sweep T=1,2,4..256   --shape T=64,n=12,pool=resize --sweep C=256,512..2048
+"""
+# What a sweep may go over: keys of whole numbers, and the field of `Case` each of them sets.
+SWEPT = {"n": "ns", "T": "tiles", "C": "channels", "F": "hidden", "D": "width"}
 _SEED = 0  # of the order of mixed sides, the same in every run
 
 
@@ -82,6 +89,12 @@ class Case:
         """Bytes of one element of x."""
         return self.torch_dtype.itemsize
 
+    @classmethod
+    def of(cls, record: dict[str, Any]) -> "Case":
+        """The case that `asdict` made a record of, as JSON gives it back."""
+        lists = ("ns", "shares", "grid")
+        return cls(**record | {key: tuple(record[key]) for key in lists})
+
     @property
     def name(self) -> str:
         """The case as `--shape` takes it, widths only where they are not the usual ones."""
@@ -110,6 +123,41 @@ def default_cases() -> list[Case]:
     return [Case(ns, shares, pool=pool) for pool in POOL_MODES for ns, shares in sides]
 
 
+def cpu_cases() -> list[Case]:
+    """One side and three mixed, small enough to be measured on a CPU."""
+    widths = "T=4,C=64,F=192,D=128,grid=14x14,dtype=fp32"
+    return [parse_shape(f"{widths},n={n}") for n in ("7", "4/6/8")]
+
+
+def parse_sweep(text: str, base: Case) -> tuple[str, list[Case]]:
+    """Read one `--sweep`: the key, and the base with each of its values; ValueError as above."""
+    key, _, values = text.partition("=")
+    if key not in SWEPT:
+        raise ValueError(f"sweep {text!r}; expected one of {', '.join(SWEPT)}, such as n=4..27")
+    known = dict(part.split("=") for part in base.name.split(","))
+    if key == "n":
+        known.pop("p", None)
+    return key, [
+        parse_shape(",".join(f"{k}={v}" for k, v in (known | {key: value}).items()))
+        for value in _progression(key, values)
+    ]
+
+
+def _progression(key: str, text: str) -> list[int]:
+    first, dots, last = text.partition("..")
+    found = [_whole(key, part) for part in first.split(",")]
+    if not dots:
+        return found
+    *_, a, b, c = [1, 1, *found]
+    end, times = _whole(key, last), c // b if len(found) > 2 and b * b == a * c else 1
+    step = c - b if len(found) > 1 else 1
+    if end <= c or (times <= 1 and step < 1):
+        raise ValueError(f"{key} is {text!r}; expected rising numbers, such as {key}=4..27")
+    while (following := c * times if times > 1 else c + step) <= end:
+        found.append(c := following)
+    return found
+
+
 def parse_shape(text: str) -> Case:
     """Read one `--shape`; ValueError says what was found, what is expected and what to do."""
     values: dict[str, str] = {}
@@ -135,7 +183,14 @@ def parse_shape(text: str) -> Case:
         raise ValueError(
             f"{len(shares)} shares in p for {len(ns)} sides in n of {text!r}; give one for each"
         )
-    return Case(shares=tuple(share / sum(shares) for share in shares), **read)
+    case = Case(shares=tuple(share / sum(shares) for share in shares), **read)
+    if max(ns) > min(case.grid):
+        height, width = case.grid
+        raise ValueError(
+            f"n is {max(ns)} in {text!r}, for a tile of {height}x{width} patches; expected "
+            f"n <= {min(case.grid)}, or a larger grid="
+        )
+    return case
 
 
 def _whole(key: str, value: str) -> int:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.profile.providers import Call
+from kernels.profile.baselines import Call
 from kernels.profile.random_inputs import Inputs, backward
 
 

@@ -1,4 +1,4 @@
-"""The roofline as a picture: measured on a GPU, or calculated and labelled so."""
+"""Pictures of a run, each of which answers the question that is its title."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,129 +8,174 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-import numpy as np
 
-from kernels.profile.bench import CaseResult
 from kernels.profile.cases import Case
-from kernels.profile.providers import PROVIDERS
-from kernels.profile.results import rows_of
-from kernels.profile.roofline import MODES, WAYS, Peaks, steps
-from kernels.profile.text_report import LABELS
+from kernels.profile.results import speedup, time_ms
+from kernels.profile.roofline import Peaks, steps
 
-MARKERS = {"forward": "o", "backward": "s", "both": "D", "kernel": "*"}
-COLORS = {name: f"C{i}" for i, name in enumerate((*PROVIDERS, "pool_norm"))}  # of 10
+BASELINES = {"eager_grouped": "eager", "compile": "torch.compile"}
+COLORS = {"eager_grouped": "C1", "compile": "C2", "save": "C0", "recompute": "C4", "fused": "C3"}
+KINDS = ("matrix products", "pooling, norm", "SwiGLU", "the rest")
 
 
-def plot_measured(results: Sequence[CaseResult], device: str, out: Path) -> None:
-    """Every provider, case and mode, and the pool + norm kernel, under the ceilings."""
-    figure, axes = plt.subplots(figsize=(11, 7), constrained_layout=True)
-    points = [row for result in results for row in rows_of(result)]
-    for dtype, peaks in {result.case.dtype: result.peaks for result in results}.items():
-        _draw_ceilings(axes, peaks, dtype, points)
-    _draw_points(axes, points)
-    axes.set(xlabel="FLOP per byte moved (calculated)", ylabel="TFLOP/s", xscale="log")
-    axes.set(yscale="log", title=f"Roofline, ceilings measured in the same run ({device})")
-    axes.grid(alpha=0.3, which="both")
-    _legend(axes, points)
-    figure.savefig(out, dpi=110)
+def draw(content: dict[str, Any], out: Path) -> list[Path]:
+    """All pictures for which the run has something to show."""
+    named = {record["case"]: record for record in content["cases"]}
+    swept = {name for sweep in content.get("sweeps", ()) for name in sweep["cases"]}
+    plain = [record for name, record in named.items() if name not in swept]
+    drawn = [_speedups(plain, content, out), _parts(plain, content, out)] if plain else []
+    for sweep in content.get("sweeps", ()):
+        records = [named[name] for name in sweep["cases"] if name in named]
+        if len(records) > 1:
+            drawn += _sweep(sweep, records, content, out)
+    return [path for path in drawn if path]
+
+
+def _axes(
+    title: str, content: dict[str, Any], size: tuple[float, float], what: str = ""
+) -> tuple[Any, Any]:
+    figure, axes = plt.subplots(figsize=size, constrained_layout=True)
+    peaks = content["cases"][0]["peaks"]
+    source = content["machine"]["device"]
+    if content["kind"] == "calculated":
+        source = (
+            f"calculated, not timed: {peaks['flops'] / 1e12:.3g} TFLOP/s, "
+            f"{peaks['bandwidth'] / 1e12:.3g} TB/s"
+        )
+    axes.set_title(f"{title}\n", fontweight="bold", loc="left")
+    axes.text(0, 1.02, f"{what}{source}", transform=axes.transAxes, fontsize=9, color="0.4")
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _save(figure: Any, axes: Any, path: Path) -> Path:
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
+    figure.savefig(path, dpi=110)
     plt.close(figure)
+    return path
 
 
-def _draw_points(axes: Any, points: Sequence[dict[str, Any]]) -> None:
-    for row in points:
-        color = COLORS[row["provider"]]
-        axes.plot(
-            row["flops_per_byte"],
-            row["tflops"],
-            MARKERS[row["mode"]],
-            color=color,
-            markerfacecolor=color if row["pool"] == "adaptive" else "white",
-            markersize=12 if row["mode"] == "kernel" else 6,
+def _speedups(records: Sequence[dict[str, Any]], content: dict[str, Any], out: Path) -> Path | None:
+    """Bars of save over the baselines, forward and backward, with the run's own noise."""
+    title = "How many times as fast as eager PyTorch and torch.compile is this op?"
+    shown = [r for r in records if any(speedup(r, other, "save") for other in BASELINES)]
+    if not shown:
+        return None
+    figure, axes = _axes(title, content, (10, 1.6 + 0.7 * len(shown)))
+    for j, (other, label) in enumerate(BASELINES.items()):
+        found = [(i, speedup(r, other, "save"), r) for i, r in enumerate(shown)]
+        found = [(i, ratio, r) for i, ratio, r in found if ratio]
+        noise = [ratio * abs(r.get("noise", {}).get("both", 1) - 1) for _, ratio, r in found]
+        bars = axes.barh(
+            [i + 0.35 * j for i, *_ in found],
+            [ratio for _, ratio, _ in found],
+            0.33,
+            xerr=noise if any(noise) else None,
+            color=COLORS[other],
+            label=f"over {label}",
         )
+        axes.bar_label(bars, [f"{ratio:.2f}x" for _, ratio, _ in found], padding=6, fontsize=9)
+    axes.axvline(1, color="black", linewidth=1)
+    axes.set_yticks([i + 0.17 for i in range(len(shown))], [r["case"] for r in shown], fontsize=9)
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    lines = "; lines at the ends: A/A of the run" if content["kind"] == "measured" else ""
+    axes.set_xlabel(f"times as fast, forward and backward{lines}")
+    return _save(figure, axes, out / "speedup.png")
 
 
-def _draw_ceilings(axes: Any, peaks: Peaks, dtype: str, points: Sequence[dict[str, Any]]) -> None:
-    low = min([1.0, *(row["flops_per_byte"] / 2 for row in points)])
-    high = max([4 * peaks.flops / peaks.bandwidth, *(2 * row["flops_per_byte"] for row in points)])
-    intensity = np.geomspace(low, high, 400)
-    ceiling = np.minimum(peaks.flops, peaks.bandwidth * intensity) / 1e12
-    axes.plot(intensity, ceiling, color="black", linewidth=1.5)
-    knee = peaks.flops / peaks.bandwidth
-    axes.annotate(
-        f"{dtype} matrix product {peaks.flops / 1e12:.3g} TFLOP/s",
-        (high, peaks.flops / 1e12),
-        (0, 5),
-        textcoords="offset points",
-        ha="right",
-        annotation_clip=True,
+def _parts(records: Sequence[dict[str, Any]], content: dict[str, Any], out: Path) -> Path | None:
+    """The op's time by kind of kernel: as traced, or the floors of its steps."""
+    shown = [(r["case"], parts) for r in records if sum(parts := _kinds(r))]
+    if not shown:
+        return None
+    title = "Where does the time of one forward and backward of this op go?"
+    figure, axes = _axes(title, content, (10, 1.6 + 0.5 * len(shown)))
+    left, totals = [0.0] * len(shown), [sum(parts) for _, parts in shown]
+    for i, label in enumerate([*KINDS, "no kernel runs (traced)"][: len(shown[0][1])]):
+        shares = [100 * parts[i] / total for (_, parts), total in zip(shown, totals, strict=True)]
+        bars = axes.barh(range(len(shown)), shares, left=left, label=label, color=f"C{i}")
+        texts = [f"{share:.0f}" if share > 4 else "" for share in shares]
+        axes.bar_label(bars, texts, label_type="center", fontsize=8, color="white")
+        left = [a + b for a, b in zip(left, shares, strict=True)]
+    names = [f"{name}  ({total:.4g} us)" for (name, _), total in zip(shown, totals, strict=True)]
+    axes.set_yticks(range(len(shown)), names, fontsize=9)
+    axes.invert_yaxis()
+    axes.set_xlabel("% of the time")
+    return _save(figure, axes, out / "parts.png")
+
+
+def _kinds(record: dict[str, Any]) -> list[float]:
+    """Microseconds by `KINDS`, and between kernels where that was measured."""
+    found = record["providers"].get("save", {})
+    if kernels := found.get("kernels"):
+        times = [(k["name"], k["us"], k["tflops"] is not None) for k in kernels["kernels"]]
+    elif "repeated" in record:
+        return []  # measured, without traces
+    else:
+        case, peaks = Case.of(record["shape"]), Peaks(**record["peaks"]).past_l2
+        each = steps(case, "cublas", "both", record["frozen"])
+        times = [(s.name, 1e6 * s.floor_s(peaks), s.flops > 0) for s in each]
+    sums = [0.0] * len(KINDS)
+    for name, us, product in times:
+        norm = any(part in name for part in ("pool", "norm"))
+        swiglu = any(part in name for part in ("swiglu", "silu", "sigmoid", "mul"))
+        sums[0 if product else 1 if norm else 2 if swiglu else 3] += us
+    return [*sums, kernels["gap_us"]] if kernels else sums
+
+
+def _sweep(
+    sweep: dict[str, Any], records: Sequence[dict[str, Any]], content: dict[str, Any], out: Path
+) -> list[Path]:
+    """Lines over the values of one key: time, speed-up, and the host's share of it."""
+    key, others = sweep["key"], sweep["rest"]
+    values = [sweep["values"][sweep["cases"].index(record["case"])] for record in records]
+    names = [n for n in records[0]["providers"] if any(time_ms(r, n) for r in records)]
+    times = {n: [time_ms(r, n) for r in records] for n in names}
+    ratios = {
+        f"over {label}": [speedup(r, other, "save") for r in records]
+        for other, label in BASELINES.items()
+    }
+    hosts = {  # none where the host is the device, or nothing was timed
+        n: [_ratio(time_ms(r, n, what="host_ms"), time_ms(r, n)) for r in records]
+        for n in names
+        if content["machine"]["device"] != "cpu"
+    }
+    colors = dict(zip(ratios, (COLORS[other] for other in BASELINES), strict=True)) | COLORS
+    plots = (
+        ("time", "How long does a forward and backward take?", times, "milliseconds", None),
+        ("speedup", "How many times as fast is this op?", ratios, "times as fast", 1.0),
+        (
+            *("host", "Where is the host the limit?", hosts),
+            *("host's time to issue a call / time of the call", 1.0),
+        ),
     )
-    at = (low * knee) ** 0.5
-    axes.annotate(
-        f"copy {peaks.bandwidth / 1e12:.3g} TB/s",
-        (at, peaks.bandwidth * at / 1e12),
-        (-8, 4),
-        textcoords="offset points",
-        ha="right",
-        annotation_clip=True,
-    )
-
-
-def _legend(axes: Any, points: Sequence[dict[str, Any]]) -> None:
-    """Colour is the provider, shape the mode, hollow any mode but adaptive."""
-    entries = [
-        plt.Line2D([], [], color=COLORS[name], marker="o", linestyle="", label=name)
-        for name in dict.fromkeys(row["provider"] for row in points)
-    ]
-    entries += [
-        plt.Line2D(
-            [], [], color="black", marker=MARKERS[mode], linestyle="", label=LABELS.get(mode, mode)
-        )
-        for mode in dict.fromkeys(row["mode"] for row in points)
-    ]
-    if hollow := {row["pool"] for row in points} - {"adaptive"}:
-        entries.append(
-            plt.Line2D(
-                *([], []),
-                color="black",
-                marker="o",
-                markerfacecolor="white",
-                linestyle="",
-                label=f"hollow: {', '.join(sorted(hollow))}",
+    drawn = []
+    for name, question, series, unit, line in plots:
+        if not any(value for column in series.values() for value in column):
+            continue
+        figure, axes = _axes(question, content, (9, 4.5), f"{others};  ")
+        for label, column in series.items():
+            if any(column):
+                heights = [float("nan") if v is None else v for v in column]
+                axes.plot(values, heights, ".-", label=label, color=colors.get(label))
+        if line:
+            axes.axhline(line, color="black", linewidth=1)
+        if name == "host":
+            axes.axhspan(
+                1, max(1.3, axes.get_ylim()[1]), color="0.92", label="the host is the limit"
             )
-        )
-    axes.legend(handles=entries, fontsize=8, loc="lower right")
+        if values[-1] >= 4 * values[0] and key != "n":
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(values, values)
+        if name != "speedup":
+            axes.set_yscale("log")
+        axes.set(xlabel=key, ylabel=unit)
+        axes.grid(alpha=0.3)
+        drawn.append(_save(figure, axes, out / f"sweep-{key}-{name}.png"))
+    return drawn
 
 
-def plot_calculated(cases: Sequence[Case], peaks: Peaks, frozen: bool, out: Path) -> None:
-    """Floors of each way, split into matrix products and the rest; nothing in it was timed."""
-    figure, all_axes = plt.subplots(
-        1, 3, figsize=(15, 1.5 + 1.05 * len(cases)), constrained_layout=True, sharey=True
-    )
-    for axes, mode in zip(all_axes, MODES, strict=True):
-        _draw_floors(axes, cases, peaks, frozen, mode)
-    all_axes[0].legend(loc="upper right")
-    figure.suptitle(
-        "Calculated, not timed: the least time at "
-        f"{peaks.flops / 1e12:.4g} TFLOP/s and {peaks.bandwidth / 1e12:.3g} TB/s (assumed)"
-    )
-    figure.savefig(out, dpi=120)
-    plt.close(figure)
-
-
-def _draw_floors(axes: Any, cases: Sequence[Case], peaks: Peaks, frozen: bool, mode: str) -> None:
-    places, gemms, others = [], [], []
-    for i, case in enumerate(cases):
-        first = i * (len(WAYS) + 1)
-        axes.text(0.0, first - 0.55, case.name, fontsize=8, va="bottom", fontweight="bold")
-        for j, way in enumerate(WAYS):
-            floors = [(step.flops, step.floor_s(peaks)) for step in steps(case, way, mode, frozen)]
-            places.append(first + j)
-            gemms.append(1e6 * sum(seconds for flops, seconds in floors if flops))
-            others.append(1e6 * sum(seconds for flops, seconds in floors if not flops))
-    axes.barh(places, gemms, color="tab:blue", label="matrix products")
-    bars = axes.barh(places, others, left=gemms, color="tab:orange", label="memory passes")
-    totals = [gemm + other for gemm, other in zip(gemms, others, strict=True)]
-    axes.bar_label(bars, [f"{total:.0f}" for total in totals], padding=2, fontsize=8)
-    axes.set_yticks(places, WAYS * len(cases), fontsize=8)
-    axes.set(title=LABELS[mode], xlabel="microseconds", xlim=(0, 1.15 * max(totals)))
-    axes.set_ylim((len(WAYS) + 1) * len(cases) - 0.6, -1.4)
+def _ratio(a: float | None, b: float | None) -> float | None:
+    return a / b if a and b else None

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from kernels.passes import Weights
+from kernels.profile.baselines import Call
 from kernels.profile.cases import Case
-from kernels.profile.providers import Call
 
 MAX_SETS = 256
 GRADIENTS = ("x", *Weights._fields)

@@ -1,103 +1,104 @@
-"""What was measured as rows of numbers, and the files they are written to."""
+"""The file of a run, what is derived from it, and how it is read back."""
 
 import csv
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from kernels.profile.bench import CaseResult, Measured
+from kernels.profile.cases import Case
 from kernels.profile.providers import PROVIDERS
-from kernels.profile.roofline import (
-    bytes_moved,
-    floor_s,
-    model_flops,
-    pool_norm_bytes,
-    pool_norm_flops,
-)
+from kernels.profile.roofline import Peaks, floor_s, model_flops, saved_bytes
+
+SCHEMA = 1  # raised where a reader of older files would go wrong
+RESULTS = "results.json"
+BASELINES = ("eager_loop", "eager_grouped", "eager_batched", "compile")
+CALCULATED_AS = {"eager_grouped": "eager", "compile": "compile", "save": "cublas"}
+CALCULATED_AS |= {"fused": "fused", "recompute": "recompute"}
 
 
-def rows_of(result: CaseResult) -> list[dict[str, Any]]:
-    """One row per provider and mode, then one for the kernel of pooling and LayerNorm."""
-    rows = [
-        _row(result, name, found, mode)
-        for name, found in result.measured.items()
-        for mode in found.timings
-    ]
-    return rows + ([_pool_norm_row(result)] if result.pool_norm else [])
+def read_results(path: Path) -> dict[str, Any]:
+    """A run's file, or that in its folder; ValueError says what is wrong with it and what to do."""
+    path = path / RESULTS if path.is_dir() else path
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}; name a results.json") from error
+    found = content.get("schema") if isinstance(content, dict) else None
+    if found != SCHEMA:
+        raise ValueError(
+            f"{path} has schema {found}, this version reads {SCHEMA}; measure it again, or read it "
+            "with the version that wrote it"
+        )
+    return content
 
 
-def _row(result: CaseResult, name: str, found: Measured, mode: str) -> dict[str, Any]:
-    case, timing, way = result.case, found.timings[mode], PROVIDERS[name].way
-    seconds, flops = timing.median_ms / 1e3, model_flops(case, mode)
-    moved = bytes_moved(case, way, mode, result.frozen)
-    row = _head(result, name, mode) | asdict(timing)
-    row |= {f"speedup_over_{other}": speedup(result, other, name, mode) for other in BASELINES}
-    return row | {
-        "noise": result.noise.get(mode),
-        "tflops": flops / seconds / 1e12,
-        "gb_per_s": moved / seconds / 1e9,
-        "flops_per_byte": flops / moved,
-        "floor_ms": 1e3 * floor_s(case, way, mode, result.peaks, result.frozen),
-        # Of perfect fusion at the ceilings measured in this run: the same floor for everyone.
-        "roofline": floor_s(case, "fused", mode, result.peaks, result.frozen) / seconds,
-        "peak_bytes": found.memory.peak,
-        "saved_bytes": found.memory.saved,
-        "saved_x_bytes": found.memory.saved_x,
-        "held_bytes": found.memory.held,
-        "error": found.errors["out"],
-        "error_worst_gradient": worst(v for k, v in found.errors.items() if k != "out"),
+def calculated_case(case: Case, peaks: Peaks, frozen: bool, modes: Sequence[str]) -> dict[str, Any]:
+    """The record of a case of which nothing was measured: what it takes if all goes to memory."""
+    providers = {}
+    for name, way in CALCULATED_AS.items():
+        seconds = {mode: floor_s(case, way, mode, peaks.past_l2, frozen) for mode in modes}
+        providers[name] = {
+            "memory": {"saved": saved_bytes(case, way, frozen), "saved_x": 0},
+            "timings": {mode: {"median_ms": 1e3 * value} for mode, value in seconds.items()},
+        }
+    return {
+        **{"case": case.name, "shape": asdict(case), "peaks": asdict(peaks), "frozen": frozen},
+        "providers": providers,
     }
 
 
-def _pool_norm_row(result: CaseResult) -> dict[str, Any]:
-    assert result.pool_norm is not None
-    case, seconds = result.case, result.pool_norm.median_ms / 1e3
-    moved, flops = pool_norm_bytes(case), pool_norm_flops(case)
-    return (
-        _head(result, "pool_norm", "kernel")
-        | asdict(result.pool_norm)
-        | {
-            "tflops": flops / seconds / 1e12,
-            "gb_per_s": moved / seconds / 1e9,
-            "flops_per_byte": flops / moved,
-            "floor_ms": 1e3 * moved / result.peaks.bandwidth,
-            "roofline": moved / result.peaks.bandwidth / seconds,
-        }
+def rows_of(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row per provider and mode of a case."""
+    return [
+        _row(record, name, mode)
+        for name, found in record["providers"].items()
+        for mode in found["timings"]
+    ]
+
+
+def _row(record: dict[str, Any], name: str, mode: str) -> dict[str, Any]:
+    case, peaks, found = (
+        Case.of(record["shape"]),
+        Peaks(**record["peaks"]),
+        record["providers"][name],
     )
-
-
-def _head(result: CaseResult, name: str, mode: str) -> dict[str, Any]:
-    case = result.case
+    seconds, flops = found["timings"][mode]["median_ms"] / 1e3, model_flops(case, mode)
+    errors = {of: float(error) for of, error in found.get("errors", {}).items()}
     return {
-        "case": case.name,
-        "tiles": case.tiles,
+        "case": record["case"],
         "tokens": case.rows,
-        "pool": case.pool,
-        "dtype": case.dtype,
-        "frozen_vit": result.frozen,
+        "frozen_vit": record["frozen"],
         "provider": name,
         "mode": mode,
+        **found["timings"][mode],
+        **{f"speedup_over_{other}": speedup(record, other, name, mode) for other in BASELINES},
+        "noise": record.get("noise", {}).get(mode),
+        "tflops": flops / seconds / 1e12,
+        "floor_ms": 1e3 * floor_s(case, PROVIDERS[name].way, mode, peaks, record["frozen"]),
+        # Of perfect fusion at the ceilings measured in this run: the same floor for everyone.
+        "roofline": floor_s(case, "fused", mode, peaks, record["frozen"]) / seconds,
+        **{f"{what}_bytes": value for what, value in found["memory"].items()},
+        "error": errors.get("out"),
+        "error_worst_gradient": worst(v for k, v in errors.items() if k != "out"),
     }
 
 
-BASELINES = ("eager_loop", "eager_grouped", "eager_batched", "compile")
-
-
-def speedup(result: CaseResult, other: str, name: str, mode: str) -> float | None:
+def speedup(record: dict[str, Any], other: str, name: str, mode: str = "both") -> float | None:
     """How many times faster than `other` a provider is, in the same run; None if not measured."""
-    times = [
-        result.measured[key].timings[mode].median_ms
-        for key in (other, name)
-        if key in result.measured and mode in result.measured[key].timings
-    ]
-    return times[0] / times[1] if len(times) == 2 else None
+    times = [time_ms(record, key, mode) for key in (other, name)]
+    return times[0] / times[1] if times[0] and times[1] else None
 
 
-def worst(values: Any) -> float:
+def time_ms(record: dict[str, Any], name: str, mode: str = "both", what: str = "median_ms") -> Any:
+    """A figure of a timing, or None where it was not measured."""
+    return record["providers"].get(name, {}).get("timings", {}).get(mode, {}).get(what)
+
+
+def worst(values: Iterable[float]) -> float:
     """The largest, nan if there is one."""
     values = list(values)
     return math.nan if any(map(math.isnan, values)) else max(values, default=0.0)

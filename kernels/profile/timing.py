@@ -13,25 +13,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.profile.providers import Call
-from kernels.profile.random_inputs import Inputs, backward
+from kernels.profile.baselines import Call
+from kernels.profile.random_inputs import Inputs, backward, l2_bytes
 from kernels.profile.roofline import Peaks
 
 WARMUP_MS = 100.0
 LEAD_CYCLES = 4_000_000  # about 2 ms
-MIN_REPEATS, MAX_REPEATS = 10, 5000
+MIN_REPEATS, MAX_REPEATS = 10, 20_000
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds per call: median and the 20 % and 80 % quantiles of `repeats` calls.
+    """Milliseconds per call: least, quartiles and median of `repeats` calls.
 
     host_ms: how long the host takes to issue one call; above the median the host is the limit.
     """
 
+    lowest_ms: float
+    q1_ms: float
     median_ms: float
-    y20_ms: float
-    y80_ms: float
+    q3_ms: float
     repeats: int
     host_ms: float
 
@@ -60,28 +61,24 @@ def phases(call: Call, sets: Sequence[Inputs], mode: str) -> tuple[Prepare, Time
     return pick, lambda inputs: backward(inputs, forward(inputs))
 
 
-def time_call(prepare: Prepare, timed: Timed, device: torch.device, min_ms: float) -> Timing:
-    """Median over at least `min_ms` of timed work, after a warm-up."""
-    sample(prepare, timed, device, 3)  # compiles, allocates
-    estimate = max(statistics.median(sample(prepare, timed, device, 5)), 1e-3)
-    sample(prepare, timed, device, _clamp(min(WARMUP_MS, min_ms) / estimate, 1))
-    samples = sample(prepare, timed, device, _clamp(min_ms / estimate, MIN_REPEATS))
+def time_call(
+    prepare: Prepare, timed: Timed, device: torch.device, min_ms: float, rest: bool = True
+) -> Timing:
+    """Median over at least `min_ms` of timed work, after a warm-up. rest: as `sample`'s leads."""
+
+    def run(count: float, least: int) -> list[float]:
+        count = min(max(math.ceil(count), least), MAX_REPEATS)
+        return sample(prepare, timed, device, count, per_lead=int(rest))
+
+    run(3, 3)  # compiles, allocates
+    estimate = max(statistics.median(run(5, 5)), 1e-3)
+    run(min(WARMUP_MS, min_ms) / estimate, 1)
+    samples = run(min_ms / estimate, MIN_REPEATS)
     while sum(samples) < min_ms and len(samples) < MAX_REPEATS:  # the estimate was too high
-        mean = sum(samples) / len(samples)
-        samples += sample(prepare, timed, device, _clamp((min_ms - sum(samples)) / mean, 1))
-    y20, median, y80 = quantiles(samples)
-    return Timing(median, y20, y80, len(samples), _host_ms(prepare, timed, device))
-
-
-def _clamp(repeats: float, least: int) -> int:
-    return min(max(math.ceil(repeats), least), MAX_REPEATS)
-
-
-def quantiles(samples: Sequence[float]) -> tuple[float, float, float]:
-    """The 20 %, 50 % and 80 % quantiles."""
-    at = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
-    y20, median, y80 = torch.tensor(samples, dtype=torch.float64).quantile(at).tolist()
-    return y20, median, y80
+        samples += run((min_ms - sum(samples)) * len(samples) / sum(samples), 1)
+    at = torch.tensor([0.0, 0.25, 0.5, 0.75], dtype=torch.float64)
+    low, q1, median, q3 = torch.tensor(samples, dtype=torch.float64).quantile(at).tolist()
+    return Timing(low, q1, median, q3, len(samples), _host_ms(prepare, timed, device))
 
 
 def sample(
@@ -91,7 +88,7 @@ def sample(
 
     Before every `per_lead` of them the GPU idles for LEAD_CYCLES, in which the host gets ahead:
     without that, the time of a short call would be the time it takes to launch. A call that takes
-    the host longer still counts in full, and `Timing.host_ms` tells.
+    the host longer still counts in full, and `Timing.host_ms` tells. per_lead = 0: no rest ever.
     """
     if device.type != "cuda":
         return [_host_sample(prepare(i), timed) for i in range(count)]
@@ -99,7 +96,7 @@ def sample(
     for i in range(count):
         state = prepare(i)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        if i % per_lead == 0:
+        if per_lead and i % per_lead == 0:
             torch.cuda._sleep(LEAD_CYCLES)
         start.record()
         result = timed(state)
@@ -134,32 +131,24 @@ def synchronize(device: torch.device) -> None:
 
 
 def measure_peaks(
-    device: torch.device,
-    dtype: torch.dtype,
-    min_ms: float,
-    gemm_size: int = 8192,
-    copy_bytes: int = 2**30,
+    device: torch.device, dtype: torch.dtype, min_ms: float, sizes: tuple[int, int] | None = None
 ) -> Peaks:
     """The ceilings: rate of a large square matrix product, bandwidth of a large copy.
 
     Bytes are counted read plus written. Random operands: zeros draw less power and run faster.
+    sizes: side of the product and bytes of the copy.
     """
-    gemm_ms = _gemm_ms(device, dtype, min_ms, gemm_size)
-    copy_ms = _copy_ms(device, min_ms, copy_bytes)
-    return Peaks(2e3 * gemm_size**3 / gemm_ms, 2e3 * copy_bytes / copy_ms)
-
-
-def _gemm_ms(device: torch.device, dtype: torch.dtype, min_ms: float, size: int) -> float:
-    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    side, copied = sizes or ((8192, 2**30) if device.type == "cuda" else (1024, 2**26))
+    left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     product = torch.empty_like(left)
-
-    def multiply(_: None) -> Tensor:
-        return torch.mm(left, right, out=product)
-
-    return time_call(lambda i: None, multiply, device, min_ms).median_ms
-
-
-def _copy_ms(device: torch.device, min_ms: float, size: int) -> float:
-    source = torch.randn(size // 4, device=device)
+    source = torch.randn(copied // 4, device=device)
     target = torch.empty_like(source)
-    return time_call(lambda i: None, lambda _: target.copy_(source), device, min_ms).median_ms
+
+    def rate(amount: float, run: Timed) -> float:
+        return 1e3 * amount / time_call(lambda i: None, run, device, min_ms).median_ms
+
+    return Peaks(
+        rate(2.0 * side**3, lambda _: torch.mm(left, right, out=product)),
+        rate(2.0 * copied, lambda _: target.copy_(source)),
+        l2_bytes(device),
+    )

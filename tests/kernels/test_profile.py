@@ -1,21 +1,34 @@
 """python -m kernels.profile: formulas, providers, and all it does on a GPU, run on a CPU."""
 
-import csv
 import json
 import math
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import kernels.profile.__main__ as command
 from kernels import POOL_MODES
-from kernels.profile import bench, calculated, providers, random_inputs, system, targets, timing
+from kernels.profile import (
+    bench,
+    calculated,
+    cuda_graph,
+    libraries,
+    providers,
+    random_inputs,
+    system,
+    timing,
+)
 from kernels.profile.accuracy import float64_results, relative_errors
-from kernels.profile.bench import BenchSettings, CaseResult, Measured, measure_case
-from kernels.profile.cases import Case, default_cases, parse_shape
-from kernels.profile.memory import Memory, measure_memory, saved_for_backward
-from kernels.profile.providers import PROVIDERS, TORCH_POOLS, Provider
+from kernels.profile.baselines import TORCH_POOLS, Provider
+from kernels.profile.bench import BenchSettings, measure_case
+from kernels.profile.calculated import assumed
+from kernels.profile.cases import Case, default_cases, parse_shape, parse_sweep
+from kernels.profile.commands import LAUNCHES, ncu_commands, nsys_commands
+from kernels.profile.memory import measure_memory, saved_for_backward
+from kernels.profile.providers import PROVIDERS
 from kernels.profile.random_inputs import make_inputs, outputs_and_gradients, rotating_inputs
 from kernels.profile.results import rows_of, write_csv, write_json
 from kernels.profile.roofline import (
@@ -24,11 +37,12 @@ from kernels.profile.roofline import (
     WAYS,
     Peaks,
     floor_s,
+    in_l2,
     model_flops,
     saved_bytes,
     steps,
 )
-from kernels.profile.timing import Timing, phases, time_call
+from kernels.profile.timing import phases, time_call
 
 CPU = torch.device("cpu")
 SMALL = "C=24,F=40,D=16,grid=6x7,dtype=fp32"
@@ -100,6 +114,30 @@ def test_every_pooling_mode_has_a_way_in_torch_and_a_floor():
     assert tuple(TORCH_POOLS) == tuple(POOLED_FROM) == POOL_MODES
 
 
+def test_what_fits_in_l2_is_bound_by_the_inputs_alone():
+    """The n of the roofline's table with a cache of 60 MiB, and a case of which all fits."""
+    cached = Peaks(H200.flops, H200.bandwidth, l2=60 * 2**20)
+    for n, passes in ((8, 3), (12, 2), (16, 1)):
+        case = Case((n,), (1.0,))
+        assert in_l2(case, "cublas", "both", cached) == (passes, 7)
+        bound, estimate = (floor_s(case, "cublas", "both", peaks) for peaks in (cached, H200))
+        assert 0.97 * estimate < bound < estimate
+        assert floor_s(case, "cublas", "both", cached.past_l2) == estimate
+    small = parse_shape("T=1,n=4,C=64,F=128,D=64,grid=8x8")
+    inputs = (64 * 64 + 128 * 3 * 64) * 2  # x and the matrices, in bf16
+    assert in_l2(small, "eager", "forward", cached) == (4, 4)
+    assert floor_s(small, "eager", "forward", cached) == pytest.approx(inputs / 4.3e12)
+
+
+def test_products_of_float32_are_taken_at_their_own_rate(monkeypatch):
+    case = parse_shape("T=64,n=12,dtype=fp32")
+    assert 1e3 * floor_s(case, "cublas", "forward", assumed("fp32")) == pytest.approx(4.7, abs=0.2)
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    assert calculated.products_in("fp32") == "TF32" and calculated.products_in("bf16") == "bf16"
+    assert assumed("fp32").flops == assumed("bf16").flops / 2
+    assert assumed("fp32", flops=1.0, bandwidth=2.0) == Peaks(1.0, 2.0, assumed("bf16").l2)
+
+
 def test_default_cases_are_uniform_and_mixed_in_both_modes():
     cases = default_cases()
     assert [case.pool for case in cases] == ["adaptive"] * 4 + ["resize"] * 4
@@ -135,6 +173,8 @@ def test_shape_reads_every_key():
         ("n=8,grid=27", "grid is '27'; expected rows x columns"),
         ("n=8,pool=max", "pool is 'max'; expected one of adaptive, resize"),
         ("n=8,dtype=int8", "dtype is 'int8'; expected one of bf16, fp16, fp32"),
+        ("n=1200", "n is 1200 in 'n=1200', for a tile of 27x27 patches; expected n <= 27"),
+        ("n=4/9,grid=8x12", "n is 9 in 'n=4/9,grid=8x12'"),
     ],
 )
 def test_a_bad_shape_is_a_clear_error(shape, message, capsys):
@@ -144,10 +184,133 @@ def test_a_bad_shape_is_a_clear_error(shape, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("sweep", "expected"),
+    [
+        ("n=4..8", [4, 5, 6, 7, 8]),
+        ("n=4", [4]),
+        ("n=4,8..21", [4, 8, 12, 16, 20]),
+        ("T=1,2,4..256", [1, 2, 4, 8, 16, 32, 64, 128, 256]),
+        ("T=1,2,3..6", [1, 2, 3, 4, 5, 6]),
+        ("C=64,96,144..400", [64, 96, 144, 192, 240, 288, 336, 384]),  # 3/2 is no whole factor
+    ],
+)
+def test_a_sweep_goes_on_as_it_begins(sweep, expected):
+    base = parse_shape("T=6,n=2/3,p=2/1,pool=resize")
+    key, cases = parse_sweep(sweep, base)
+    found = {"n": lambda c: c.ns[0], "T": lambda c: c.tiles, "C": lambda c: c.channels}[key]
+    assert [found(case) for case in cases] == expected
+    assert all(case.pool == "resize" and case.hidden == base.hidden for case in cases)
+    assert all(case.tiles == 6 for case in cases) or key == "T"
+    assert all(case.ns == (2, 3) for case in cases) or key == "n"
+
+
+@pytest.mark.parametrize("sweep", ["n", "n=", "n=8..4", "n=4..x", "pool=adaptive", "n=20..30"])
+def test_a_bad_sweep_is_a_clear_error(sweep, capsys):
+    assert command.main(["--sweep", sweep]) == 2
+    said = capsys.readouterr()
+    assert "expected" in said.err and not said.out
+
+
 @pytest.fixture
 def quick_compile(monkeypatch):
     """torch.compile without generating code, which takes a C++ compiler and half a minute."""
     monkeypatch.setattr(providers, "COMPILE_BACKEND", "aot_eager")
+
+
+def stand_in_for_quack():
+    """quack.linear's two functions, by its own reference: gate and value in turn, then a linear."""
+
+    def gated(x, weight, activation, bias, tuned):
+        assert activation == "swiglu" and not tuned
+        both = F.linear(x, weight, bias)
+        return both, F.silu(both[..., ::2]) * both[..., 1::2]
+
+    def linear(preact, weight, x, activation, bias, tuned):
+        return F.linear(x, weight, bias)
+
+    return SimpleNamespace(linear_gated_func=gated, gated_linear_func=linear)
+
+
+class StandInForTransformerEngine(torch.nn.Module):
+    """LayerNormMLP: its parameters' names, the activated half of fc1 first."""
+
+    def __init__(self, width, hidden, eps, normalization, activation, device, params_dtype):
+        super().__init__()
+        assert (normalization, activation) == ("LayerNorm", "swiglu")
+        self.eps = eps
+        shapes = {"layer_norm_weight": (width,), "layer_norm_bias": (width,)}
+        shapes |= {"fc1_weight": (2 * hidden, width), "fc1_bias": (2 * hidden,)}
+        shapes |= {"fc2_weight": (width, hidden), "fc2_bias": (width,)}
+        for name, shape in shapes.items():
+            self.register_parameter(name, torch.nn.Parameter(torch.empty(shape)))
+
+    def forward(self, rows):
+        norm = (self.layer_norm_weight, self.layer_norm_bias, self.eps)
+        normed = F.layer_norm(rows, rows.shape[-1:], *norm)
+        gate, value = F.linear(normed, self.fc1_weight, self.fc1_bias).chunk(2, -1)
+        return F.linear(F.silu(gate) * value, self.fc2_weight, self.fc2_bias)
+
+
+class StandInForLiger:
+    @staticmethod
+    def apply(gate, value):
+        return F.silu(gate) * value
+
+
+@pytest.mark.parametrize("build", [libraries.liger, libraries.quack, libraries.transformer_engine])
+def test_libraries_are_given_the_weights_as_they_take_them(build, monkeypatch):
+    te = SimpleNamespace(LayerNormMLP=StandInForTransformerEngine)
+    liger = SimpleNamespace(LigerSiLUMulFunction=StandInForLiger)
+    for name, module in (
+        *(("quack.linear", stand_in_for_quack()), ("transformer_engine.pytorch", te)),
+        ("liger_kernel.ops.swiglu", liger),
+    ):
+        parts = name.split(".")
+        for i in range(1, len(parts)):
+            package = SimpleNamespace(__path__=[], **{parts[i]: module})
+            monkeypatch.setitem(sys.modules, ".".join(parts[:i]), package)
+        monkeypatch.setitem(sys.modules, name, module)
+    case = parse_shape("T=5,n=2/3/5,C=24,F=40,D=24,grid=6x7,dtype=fp32")
+    given = make_inputs(case, CPU)
+    found = outputs_and_gradients(build(case, CPU), given)
+    for of, error in relative_errors(found, float64_results(case, given)).items():
+        assert error < 2e-6, of
+
+
+def test_what_cannot_run_says_why_and_what_to_do(monkeypatch):
+    case = Case((8,), (1.0,))
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(libraries.importlib.util, "find_spec", lambda name: None)
+    for name, package in (("liger", "liger-kernel"), ("quack", "quack-kernels"), ("te", "engine")):
+        assert "pip install" in (why := PROVIDERS[name].unfit(case, gpu)) and package in why
+    monkeypatch.setattr(libraries.importlib.util, "find_spec", lambda name: "there")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert "sm_90" in PROVIDERS["quack"].unfit(case, gpu)
+    assert "D=1152" in PROVIDERS["te"].unfit(case, gpu)
+    assert PROVIDERS["te"].unfit(parse_shape("n=8,D=1152"), gpu) is None
+    for name in ("liger", "fused", "graph", "compile_max"):
+        assert "needs a GPU" in PROVIDERS[name].unfit(case, CPU)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_steps_of_a_graph_are_the_op_with_the_layout_given(frozen, monkeypatch):
+    """What is captured, captured once for each set of inputs; a graph itself needs a GPU."""
+    case = parse_shape(f"T=5,n=2/3/5,{SMALL}")
+    captured = []
+
+    def capture(steps, inputs):
+        captured.append(inputs[0].data_ptr())
+        return steps
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", capture)
+    call, op = cuda_graph.replayed(case, CPU), PROVIDERS["save"].build(case, CPU)
+    sets = [make_inputs(case, CPU, seed, frozen) for seed in (0, 1)]
+    for given in (*sets, sets[0]):
+        found, expected = outputs_and_gradients(call, given), outputs_and_gradients(op, given)
+        assert found.keys() == expected.keys() and ("x" in found) != frozen
+        assert all(torch.equal(found[name], expected[name]) for name in found)
+    assert captured == [given.x.data_ptr() for given in sets]
 
 
 def runnable(case: Case) -> dict[str, Provider]:
@@ -159,7 +322,7 @@ def runnable(case: Case) -> dict[str, Provider]:
 def test_providers_agree_with_float64(sides, pool, quick_compile):
     case = parse_shape(f"{sides},pool={pool},{SMALL}")
     given = make_inputs(case, CPU)
-    expected = float64_results(case, given, max_rows=9)
+    expected = float64_results(case, given)
     assert expected.keys() == {"out", *random_inputs.GRADIENTS}
     found = runnable(case)
     assert {"eager_loop", "eager_grouped", "compile", "save", "recompute"} <= found.keys()
@@ -180,11 +343,6 @@ def test_a_frozen_tower_gets_no_gradient():
     assert errors.keys() == expected.keys() and max(errors.values()) < 2e-6
     eager = PROVIDERS["eager_grouped"].build(case, CPU)
     assert saved_for_backward(eager, given)[1] == 0
-
-
-def test_liger_missing_says_how_to_install_it(monkeypatch):
-    monkeypatch.setattr(providers.importlib.util, "find_spec", lambda name: None)
-    assert "pip install liger-kernel" in PROVIDERS["liger"].unfit(Case((8,), (1.0,)), CPU)
 
 
 @pytest.mark.parametrize("pool", ["adaptive", "resize"])
@@ -225,12 +383,21 @@ def test_only_the_timed_part_is_timed_and_inputs_rotate(monkeypatch):
     assert all(leaf.grad is None for leaf in sets[1].leaves)
 
 
-def test_quantiles_and_enough_repeats(monkeypatch):
-    assert timing.quantiles([5.0, 1.0, 2.0, 3.0, 4.0]) == pytest.approx((1.8, 3.0, 4.2))
-    monkeypatch.setattr(timing, "sample", lambda prepare, timed, device, count: [2.0] * count)
-    found = time_call(lambda i: None, lambda state: None, CPU, min_ms=200.0)
-    assert (found.median_ms, found.repeats) == (2.0, 100)
+def test_quartiles_and_enough_repeats(monkeypatch):
+    leads = []
+
+    def sample(prepare, timed, device, count, per_lead):
+        leads.append(per_lead)
+        return [2.0 + i % 5 for i in range(count)]
+
+    monkeypatch.setattr(timing, "sample", sample)
+    found = time_call(lambda i: None, lambda state: None, CPU, min_ms=400.0)
+    assert (found.lowest_ms, found.q1_ms, found.median_ms, found.q3_ms) == (2.0, 3.0, 4.0, 5.0)
+    assert found.repeats == 100 and set(leads) == {1}
     assert time_call(lambda i: None, lambda state: None, CPU, min_ms=1.0).repeats == 10
+    leads.clear()
+    time_call(lambda i: None, lambda state: None, CPU, 1.0, rest=False)
+    assert set(leads) == {0}
 
 
 class FakeEvent:
@@ -267,14 +434,6 @@ def fake_gpu(monkeypatch):
     return torch.device("cuda", 0)
 
 
-def test_an_output_folder_that_cannot_be_written_is_an_error(tmp_path, capsys):
-    (file := tmp_path / "file").write_text("kept")
-    for out in (file, file / "folder"):
-        assert command.main(["--shape", "n=2", "--out", str(out), "--no-compile-report"]) == 2
-        assert "--out: " in (error := capsys.readouterr().err) and str(out) in error
-    assert file.read_text() == "kept"
-
-
 def test_events_enclose_the_timed_part_only(fake_gpu, monkeypatch):
     """The GPU idles after what is prepared and before the clock starts: the host gets ahead."""
     log = FakeEvent.log
@@ -286,6 +445,12 @@ def test_events_enclose_the_timed_part_only(fake_gpu, monkeypatch):
     assert [entry for entry in log if isinstance(entry, str)] == [
         f"{what}" for i in range(3) for what in (f"prepare {i}", "idle", "timed")
     ]
+
+
+def test_a_sustained_run_never_rests(fake_gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: FakeEvent.log.append("idle"))
+    samples = timing.sample(lambda i: None, lambda state: None, fake_gpu, 3, per_lead=0)
+    assert len(samples) == 3 and "idle" not in FakeEvent.log
 
 
 def test_memory_on_a_gpu_is_counted_from_before_the_call(fake_gpu, monkeypatch):
@@ -300,57 +465,69 @@ def test_memory_on_a_gpu_is_counted_from_before_the_call(fake_gpu, monkeypatch):
     assert (memory.held, memory.peak) == (700, 5000)
 
 
-def test_the_machine_is_described(fake_gpu, monkeypatch):
-    asked = []
+SMI = """\
+#!/bin/sh
+echo "$*" >> "$0.asked"
+case "$*" in
+    *clocks_event_reasons*) [ -n "$OLD_DRIVER" ] && exit 2 ;;
+    *driver_version*) echo 580.1; exit ;;
+esac
+case "$*" in
+    *loop-ms*) echo "1980, 3201, 300.5, 40, 0x0000000000000001"
+               echo "1410, 3201, [N/A], 60, 0x0000000000000024"
+               printf "1410, 32"; exec sleep 60 ;;
+esac
+echo 700
+"""
 
-    def output(line):
-        asked.append(line)
-        return (
-            "580.1" if "driver" in str(line) else "1980 MHz, 1980 MHz, 3201 MHz, 300 W, 700 W, 40"
-        )
 
-    monkeypatch.setattr(system, "_output", output)
+@pytest.fixture
+def fake_smi(tmp_path, monkeypatch):
+    (script := tmp_path / "nvidia-smi").write_text(SMI)
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    return tmp_path / "nvidia-smi.asked"
+
+
+def test_the_machine_is_described(fake_gpu, fake_smi):
     machine = system.describe_machine(fake_gpu, ["python", "-m", "kernels.profile"])
     assert machine["device"] == "NVIDIA H200" and machine["driver"] == "580.1"
     assert machine["datasheet"] == {"bf16_tflops": 989, "tb_per_s": 4.8}
-    assert "--id=GPU-12345678-90ab" in asked[-1]
-    assert system.clocks(fake_gpu)["power.limit"] == "700 W"
-    assert system.datasheet("NVIDIA GH200 480GB") is None
+    assert machine["power.limit"] == "700" and machine["command"] == "python -m kernels.profile"
+    assert machine["torch"] == torch.__version__ and machine["transformer_engine"] is None
+    assert all("--id=GPU-12345678-90ab" in line for line in fake_smi.read_text().splitlines())
     assert random_inputs.l2_bytes(fake_gpu) == 60 << 20
 
 
-def result_of(case: Case, both_ms: dict[str, float], **changes) -> CaseResult:
-    errors = {"out": 1e-3, "x": 2e-3}
-    result = CaseResult(case, H200, frozen=False, **changes)
-    for name, milliseconds in both_ms.items():
-        memory = Memory(saved_bytes(case, PROVIDERS[name].way), 0, None, None)
-        result.measured[name] = Measured(dict(errors), memory)
-        result.measured[name].timings["both"] = Timing(milliseconds, 1, 1, 10, 1)
-    return result
+@pytest.mark.parametrize("old_driver", ["", "1"])
+def test_clocks_power_and_throttling_are_watched_while_timing(
+    old_driver, fake_gpu, fake_smi, monkeypatch
+):
+    monkeypatch.setenv("OLD_DRIVER", old_driver)
+    with system.watched(fake_gpu) as found:
+        while not fake_smi.exists() or "loop-ms" not in fake_smi.read_text():
+            pass
+    assert ("clocks_throttle_reasons" in fake_smi.read_text()) == bool(old_driver)
+    if found["throttled"]:  # the script was given the time to print
+        assert found["clocks.sm"] == [1410, 1695, 1980] and found["power.draw"] == [300.5] * 3
+        assert found["throttled"] == ["power cap", "thermal, software"]
 
 
-def test_targets_are_judged_by_ratios_of_one_run():
-    case = Case((12,), (1.0,))
-    result = result_of(case, {"eager_grouped": 1.2, "compile": 1.0, "save": 1.0, "recompute": 1.0})
-    result.pool_norm = Timing(1.0, 1.0, 1.0, 10, 1.0)
-    result.measured["save"].errors["x"] = math.nan
-    result.measured["recompute"].errors["x"] = 5e-3
-    found = {target.what: target for target in targets.judge([result])}
-    assert found["speed over eager_grouped, fwd+bwd"].met is True
-    assert found["speed over compile, fwd+bwd"].met is False
-    assert found["saved memory over eager_grouped, save"].measured == pytest.approx(0.367, abs=1e-3)
-    assert found["saved memory over eager_grouped, recompute"].met is True
-    assert found["error over eager_grouped, save"].met is False
-    assert found["error over eager_grouped, recompute"].measured == pytest.approx(2.5)
-    assert found["pool + norm kernel over copy bandwidth"].met is False
+def test_what_the_gpu_did_is_summed_up():
+    lines = ["1980, 3201, 300.5, 40, 0x1", "1410, 3201, [N/A], 60, 0x24", "1410, 32"]
+    found = system._summary([line.split(", ") for line in lines])
+    assert found["clocks.sm"] == [1410, 1695, 1980] and found["power.draw"] == [300.5] * 3
+    assert found["throttled"] == ["power cap", "thermal, software"]
+    part = [["1980", "3201", "[N/A]", "40", "[N/A]"]]
+    assert system._summary([]) == system._summary(part) == {"throttled": []}
 
-    mixed = Case((8, 12, 16), (0.2, 0.3, 0.5))
-    found = {t.what: t for t in targets.judge([result_of(mixed, {"eager_loop": 4.0, "save": 1.0})])}
-    assert found["speed over eager_loop, fwd+bwd"].met is True
-    assert found["speed over eager_grouped, fwd+bwd"].met is None
-    assert found["pool + norm kernel over copy bandwidth"].met is None
-    resized = [t.what for t in targets.judge([result_of(Case((8,), (1.0,), pool="resize"), {})])]
-    assert "speed over eager_grouped, fwd+bwd" in resized and len(resized) == 4
+
+def test_nothing_is_watched_on_a_cpu_or_without_nvidia_smi(fake_gpu, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for device in (CPU, fake_gpu):
+        with system.watched(device) as found:
+            pass
+        assert found == {}
 
 
 def broken(case, device):
@@ -363,10 +540,10 @@ def broken(case, device):
 def test_a_provider_that_fails_is_named_and_the_others_are_measured(monkeypatch):
     monkeypatch.setitem(PROVIDERS, "compile", Provider("compile", "", "compile", broken))
     case = parse_shape(f"T=2,n=2,{SMALL}")
-    result = measure_case(case, BenchSettings(("compile", "save"), ("both",), 0.1), CPU, H200)
-    assert result.failed == {"compile": "RuntimeError: no such kernel"}
-    assert result.measured.keys() == {"save"} and result.repeated == "save"
-    assert [row["provider"] for row in rows_of(result)] == ["save", "pool_norm"]
+    record = measure_case(case, BenchSettings(("compile", "save"), ("both",), 0.1), CPU, H200)
+    assert record["failed"] == {"compile": "RuntimeError: no such kernel"}
+    assert record["providers"].keys() == {"save"} and record["repeated"] == "save"
+    assert [row["provider"] for row in rows_of(record)] == ["save"]
 
 
 def test_a_lost_gpu_ends_the_run(monkeypatch):
@@ -381,66 +558,59 @@ def test_a_lost_gpu_ends_the_run(monkeypatch):
         )
 
 
-def test_all_that_a_gpu_run_does(tmp_path, monkeypatch, capsys, quick_compile):
-    monkeypatch.setattr(timing, "WARMUP_MS", 0.1)
-    monkeypatch.setattr(timing.measure_peaks, "__defaults__", (64, 2**12))
-    monkeypatch.setitem(PROVIDERS, "fused", Provider("fused", "", "fused", broken))
-    shapes = [f"T=2,n=2,{SMALL}", f"T=3,n=2/3,pool=resize,{SMALL}"]
-    line = [*(f"--shape={shape}" for shape in shapes), f"--out={tmp_path}/out", "--min-ms=0.1"]
-    arguments = command._parser().parse_args(line)
-    assert command.run_measured(arguments, arguments.shape, CPU) == 1  # since one fails
-    printed = capsys.readouterr()
-    assert "ceilings measured in this run" in printed.out
-    assert "A/A, save timed again" in printed.out
-    assert "pip install liger-kernel" in printed.out or "needs a GPU" in printed.out
-    assert "targets" in printed.out and "speed over eager_loop" not in printed.out
-    assert "fused: RuntimeError: no such kernel" in printed.err
-    files = [f"{tmp_path}/out/{n}" for n in ("results.json", "results.csv", "roofline.png")]
-    assert printed.out.split()[-4:] == [*files, f"{tmp_path}/out/trace.json"]
+def test_the_profilers_commands_name_what_one_call_launches(monkeypatch):
+    """Counted by a recorder in the place of Triton's launch."""
+    pytest.importorskip("triton")
+    from triton.runtime.interpreter import GridExecutor
+    from triton.runtime.jit import JITFunction
 
-    recorded = json.loads((tmp_path / "out/results.json").read_text())
-    assert recorded["machine"]["torch"] == torch.__version__
-    assert len(recorded["cases"]) == 2 and len(recorded["failures"]) == 2
-    with (tmp_path / "out/results.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    timed = {(row["provider"], row["mode"]) for row in rows if row["pool"] == "resize"}
-    names = ("eager_loop", "eager_grouped", "eager_batched", "compile", "save", "recompute")
-    assert timed == {(name, mode) for name in names for mode in MODES} | {("pool_norm", "kernel")}
-    assert all(float(row["median_ms"]) > 0 and float(row["tflops"]) > 0 for row in rows)
-    assert (tmp_path / "out/roofline.png").read_bytes().startswith(b"\x89PNG")
-    events = json.loads((tmp_path / "out/trace.json").read_text())["traceEvents"]
-    assert {f"{name}: backward" for name in names} <= {event.get("name") for event in events}
+    from kernels import launch, triton_impl
+    from kernels.passes import Needs, Pooling, backward, forward
+    from kernels.tile_layout import tile_layout
 
-
-def test_without_a_gpu_it_calculates_and_says_so(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    line = ["--no-compile-report", f"--out={tmp_path}", "--peak-tflops=312", "--bandwidth=2"]
-    assert command.main([*line, "--shape=T=64,n=12"]) == 0
-    printed = capsys.readouterr().out
-    assert printed.startswith("No GPU was found: nothing was timed.")
-    assert "assumed 312 TFLOP/s and 2 TB/s" in printed and "--peak-tflops" in printed
-    assert "405 / 341 / 149 / 21" in printed
-    recorded = json.loads((tmp_path / "calculated.json").read_text())
-    assert recorded["kind"].startswith("calculated") and recorded["assumed"]["tflops"] == 312
-    assert {row["kind"] for row in recorded["cases"]} == {"calculated"}
-    assert (tmp_path / "calculated.csv").read_text().startswith("kind,case,tokens")
-    assert (tmp_path / "calculated.png").stat().st_size > 10_000
+    launched = []
+    monkeypatch.setattr(JITFunction, "run", lambda self, *a, **k: launched.append(self.__name__))
+    monkeypatch.setattr(
+        GridExecutor, "__call__", lambda self, *a, **k: launched.append(self.fn.__name__)
+    )
+    monkeypatch.setattr(launch, "architecture", lambda _: "sm_90")
+    case = parse_shape("T=2,n=2/3,C=32,F=64,D=32,grid=6x7,dtype=bf16")
+    given, layout = make_inputs(case, CPU), tile_layout(case.sides, CPU)
+    pooling = Pooling(layout, case.grid, case.pool)
+    for name, keep in (("save", "save"), ("recompute", "recompute"), ("fused", "save")):
+        for frozen in (False, True):
+            launched.clear()
+            fused = name == "fused"
+            with torch.no_grad():
+                x, weights = given.x, given.weights
+                _, saved = forward(triton_impl, x, pooling, weights, keep, fused, 1e-5)
+                needs = Needs(not frozen, True, True, True)
+                backward(triton_impl, given.grad, pooling, weights, saved, needs, fused)
+            found = [kernel.removesuffix("_kernel") for kernel in launched]
+            expected = [k for k in LAUNCHES[name] if not (frozen and k == "pool_backward")]
+            assert sorted(k for k in found if k != "column_sum") == sorted(expected)
+            (line,) = ncu_commands([case], BenchSettings((name,), MODES, frozen=frozen))
+            assert f"--launch-count {len(expected)} " in line and "--launch-skip 0" in line
+            assert "--clock-control base" in line and ("--frozen-vit" in line) == frozen
+            (pattern,) = [part for part in line.split("'") if part.startswith("regex:")]
+            names = pattern.removeprefix("regex:^(").removesuffix(")$").split("|")
+            assert set(names) == set(launched) - {"column_sum_kernel"}
 
 
-def test_the_compile_report_is_printed_or_its_failure(monkeypatch, capsys):
-    report = pytest.importorskip("kernels.compile_report")
-    monkeypatch.setattr(calculated, "interpreting", lambda: False)
-    monkeypatch.setattr(report, "compile_all", lambda: [])
-    monkeypatch.setattr(report, "format_summary", lambda results: "kernel  registers")
-    assert calculated._print_compile_report() is True
-    assert "kernel  registers" in capsys.readouterr().out
-
-    def fail():
-        raise OSError("ptxas not found")
-
-    monkeypatch.setattr(report, "compile_all", fail)
-    assert calculated._print_compile_report() is False
-    assert "COMPILE REPORT FAILED: OSError: ptxas not found" in capsys.readouterr().out
+def test_the_profilers_commands_can_be_run(capsys):
+    shape = f"T=2,n=2/3,p=0.5/0.5,pool=adaptive,{SMALL}"
+    line = ["--shape", shape, "--device", "cpu", "--provider", "save", "--provider", "eager_loop"]
+    assert command.main([*line, "--print-ncu", "--print-nsys"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in printed] == ["ncu", "ncu", "nsys", "nsys"]
+    assert "--kernel-name" in printed[0] and "--kernel-name" not in printed[1]
+    assert "--capture-range=cudaProfilerApi" in printed[2]
+    for text in printed:
+        assert "--once" in text and "--provider=" in text
+        _, _, options = text.partition("python -m kernels.profile ")
+        assert command.main(["--device", "cpu", *options.split()]) == 0
+    assert ncu_commands([parse_shape(shape)], BenchSettings(("liger",), MODES))
+    assert nsys_commands([parse_shape(shape)], BenchSettings(("liger",), MODES))
 
 
 def test_numbers_that_are_not_finite_stay_valid_json(tmp_path):
@@ -448,16 +618,3 @@ def test_numbers_that_are_not_finite_stay_valid_json(tmp_path):
     assert json.loads((tmp_path / "a.json").read_text()) == {"a": ["nan", 1.0], "b": "inf"}
     write_csv(tmp_path / "a.csv", [{"a": 1}, {"b": 2}])
     assert (tmp_path / "a.csv").read_text().splitlines() == ["a,b", "1,", ",2"]
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_a_run_on_the_gpu(tmp_path, capsys):
-    shapes = ["--shape=T=4,n=12", "--shape=T=4,n=8/12/16,pool=resize"]
-    assert command.main([*shapes, f"--out={tmp_path}", "--min-ms=5"]) == 0
-    recorded = json.loads((tmp_path / "results.json").read_text())
-    assert recorded["machine"]["device"] == torch.cuda.get_device_name()
-    for case in recorded["cases"]:
-        assert not case["failed"]
-        assert {row["provider"] for row in case["measurements"]} >= {"save", "fused", "compile"}
-    assert (tmp_path / "trace.json").is_file()

@@ -23,7 +23,7 @@ def test_help_and_a_start_outside_a_job() -> None:
 @pytest.mark.slurm
 def test_arguments_reach_the_profile_and_its_exit_code_the_job(cluster: Cluster) -> None:
     environment = {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
-    arguments = ("--shape", "T=64,n=12", "--no-compile-report")
+    arguments = ("--shape", "T=64,n=12")
     job = cluster.submit(PROFILE, *arguments, nodes=1, env=environment)
     bad = cluster.submit(PROFILE, "--shape", "T=64", nodes=1, env=environment)
     log = cluster.wait(job, timeout=90).log
