@@ -75,7 +75,7 @@ def test_overrides_are_yaml_values() -> None:
     [
         ("train.stepz=7", r"train\.stepz: .*steps\?"),
         ("nonsense.key=7", r"nonsense: .*output_dir"),
-        ("steps=7", r"steps: unknown key; did you mean train\.steps\?"),
+        ("steps=7", r"steps: unknown key; did you mean train\.steps"),
         (
             "train.lr=7",
             r"train\.lr: .*train\.modules\.vision_model\.lr or train\.modules\.projector",
