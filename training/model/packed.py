@@ -116,8 +116,7 @@ class PackedTokenFlex(TokenFlexModel, TokenFlexGenerationMixin):
         """Loss of a pack or of rows; without labels the logits of a pack.
 
         Arguments that are not named here, and rows with neither labels nor cu_seqlens nor positions
-        that restart: as in `TokenFlexModel`,
-        with logits.
+        that restart: as in `TokenFlexModel`, with logits.
 
         input_ids: int64 [B, L]; one <IMG_CONTEXT> per vision token.
         tile_sides: n of each tile, on the host.
