@@ -25,6 +25,7 @@ from data_pipeline.tokenizer import load_tokenizer
 from tests.ranks import RankPool
 from tests.training import export_scenarios
 from tests.training.clean_environment import make_environment, run_there
+from tests.training.tiny import earlier_name
 from training.export import export
 from training.export.__main__ import main
 from training.export.safetensors_files import parse_size, write_weights
@@ -67,7 +68,7 @@ def exported(trained: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.multiprocess
 def test_every_parameter_is_the_trained_one(trained: Any, exported: Path) -> None:
     model, _ = load(exported)
-    found = dict(model.named_parameters())
+    found = {earlier_name(model, name): value for name, value in model.named_parameters()}
     assert found.keys() == trained[1].keys()
     for name, value in trained[1].items():
         assert np.array_equal(found[name].detach().numpy(), value), name
@@ -210,12 +211,13 @@ def test_frozen_and_tied_weights_are_whole(
     expected = results[0][0]
     export(tmp_path / "run", tmp_path / "out")
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-    stored = {weight.name: weight.read() for weight in folder_weights(tmp_path / "out")}
+    model, _ = load(tmp_path / "out")
+    weights = folder_weights(tmp_path / "out")
+    stored = {earlier_name(model, weight.name): weight.read() for weight in weights}
     assert stored.keys() == expected.keys() and "language_model.lm_head.weight" not in stored
     for name, value in expected.items():
         assert stored[name].dtype == dtype
         assert torch.equal(stored[name], torch.from_numpy(value).to(dtype)), name
-    model, _ = load(tmp_path / "out")
     assert model.dtype == dtype
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
 

@@ -9,7 +9,7 @@ import torch
 from transformers import CompileConfig, StaticCache, TextIteratorStreamer, pipeline
 from transformers.cache_utils import DynamicCache
 
-from tests.training.tiny import make_model, make_processor, picture, prompt
+from tests.training.tiny import earlier_weights, make_model, make_processor, picture, prompt
 from training.model import PackedTokenFlex, TokenFlexForConditionalGeneration, TokenFlexProcessor
 from training.model.attention import ATTENTION_NAME
 
@@ -140,7 +140,7 @@ def test_a_step_with_a_static_cache_compiles_into_one_graph(model, batch, expect
 
 def test_the_trainers_class_generates_the_same(processor, model, batch, expected):
     trained = make_model(PackedTokenFlex, processor, seed=1)
-    trained.load_state_dict(model.state_dict())
+    trained.load_state_dict(earlier_weights(model))
     assert answers(trained, batch) == expected
     assert answers(trained, batch, use_cache=False) == expected
 
@@ -160,7 +160,8 @@ def test_several_samples_of_each_row_keep_its_images(model, batch, expected):
 
 def test_assisted_decoding_gives_the_same_answers(processor, model, single, expected):
     other = make_model(TokenFlexForConditionalGeneration, processor, seed=1)
-    assistants = [other, copy.deepcopy(model), copy.deepcopy(model.language_model)]
+    language_model = make_model(PackedTokenFlex, processor).language_model  # of the same weights
+    assistants = [other, copy.deepcopy(model), language_model]
     for inputs, answer in zip(single, expected, strict=True):
         assert answers(model, inputs, prompt_lookup_num_tokens=3) == [answer]
     for assistant in assistants:
@@ -174,7 +175,7 @@ def test_a_prompt_read_in_chunks_gives_the_same_answers(model, batch, expected):
 
 def test_the_vision_tower_runs_once_per_prompt(model, batch, expected):
     towers: list[int] = []
-    hook = model.vision_model.register_forward_hook(lambda *_: towers.append(1))
+    hook = model.model.vision_model.register_forward_hook(lambda *_: towers.append(1))
     assert answers(model, batch) == expected and len(towers) == 1
     assert answers(model, batch, use_cache=False) == expected and len(towers) == 2
     hook.remove()

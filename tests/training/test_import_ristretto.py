@@ -170,7 +170,7 @@ def test_image_features_are_those_of_the_description(
     with torch.no_grad():
         pixels = ((tiles.float() / 255 - 0.5) / 0.5).double()
         patches = vision(pixel_values=pixels).last_hidden_state.numpy()
-        found = model.image_features(tiles, [n, n]).numpy()
+        found = model.model.image_features(tiles, [n, n]).numpy()
     weights = {
         name.removeprefix("projector.mlp."): value.double().numpy()
         for name, value in stored.items()

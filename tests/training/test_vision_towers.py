@@ -62,7 +62,7 @@ def clip_overrides(**changes: Any) -> list[str]:
 @torch.no_grad()
 def test_patches_are_those_of_the_pixels_in_reading_order(vision: dict[str, Any]) -> None:
     model = make_model(vision | {"num_hidden_layers": 0})  # no attention: a patch sees its pixels
-    family, tower, side = model.config.vision_family, model.vision_model, TILE // GRID
+    family, tower, side = model.config.vision_family, model.model.vision_model, TILE // GRID
     assert model.config.patch_grid == (GRID, GRID)
     blank = family.patches(tower, torch.zeros(1, 3, TILE, TILE))
     assert blank.shape == (1, GRID * GRID, WIDTH)
@@ -77,24 +77,24 @@ def test_patches_are_those_of_the_pixels_in_reading_order(vision: dict[str, Any]
 def test_features_are_the_projected_patches_of_the_towers_own_code(vision: dict[str, Any]) -> None:
     model = make_model(vision)
     tower = AutoModel.from_config(AutoConfig.for_model(**vision)).eval()
-    missing, unexpected = tower.load_state_dict(model.vision_model.state_dict(), strict=False)
+    missing, unexpected = tower.load_state_dict(model.model.vision_model.state_dict(), strict=False)
     assert not unexpected and all(name.startswith("head.") for name in missing)
     tiles = torch.randint(0, 256, (2, 3, TILE, TILE), dtype=torch.uint8)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (model.config.image_mean,
                                                          model.config.image_std))  # fmt: skip
     patches = tower(pixel_values=(tiles / 255 - mean) / std).last_hidden_state[:, -GRID * GRID :]
-    p = model.projector
+    p = model.model.projector
     rows = F.layer_norm(patches.flatten(0, 1), (WIDTH,), p.norm_weight, p.norm_bias)
     gated = F.silu(F.linear(rows, p.w1, p.b1)) * F.linear(rows, p.w2, p.b2)
     expected = F.linear(gated, p.w3, p.b3)
-    torch.testing.assert_close(model.image_features(tiles, [GRID, GRID]), expected)
+    torch.testing.assert_close(model.model.image_features(tiles, [GRID, GRID]), expected)
 
 
 def test_the_cost_needs_no_code_of_a_family(vision: dict[str, Any]) -> None:
     with torch.device("meta"):
         model = make_model(vision)
     cost = cost_of(vision, TEXT)
-    assert cost.vision_parameters == linear_weights(model.vision_model)
+    assert cost.vision_parameters == linear_weights(model.model.vision_model)
     assert (cost.vision_layers, cost.vision_width) == (2, WIDTH)
     assert cost.patches_per_tile == GRID * GRID
 
@@ -106,7 +106,9 @@ def test_a_saved_model_is_the_same_model(vision: dict[str, Any], tmp_path: Path)
     assert again.config.image_mean == model.config.image_mean
     tiles = torch.randint(0, 256, (1, 3, TILE, TILE), dtype=torch.uint8)
     with torch.no_grad():
-        assert torch.equal(again.image_features(tiles, [3]), model.image_features(tiles, [3]))
+        assert torch.equal(
+            again.model.image_features(tiles, [3]), model.model.image_features(tiles, [3])
+        )
 
 
 def test_pretrained_weights_come_from_a_folder(

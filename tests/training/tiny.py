@@ -10,6 +10,7 @@ from PIL import Image
 from data_pipeline.processor.prompt_tokenflex import DEFAULT_SYSTEM
 from tests.data_pipeline.small_tokenizers import save_hugging_face
 from training.model import TokenFlexConfig, TokenFlexImageProcessor, TokenFlexProcessor
+from training.model.hub.language_model_tokenflex import renamed, trainer_names
 
 TILE, GRID = 16, 4
 VISION = {
@@ -74,6 +75,16 @@ def make_model(
     model.generation_config.eos_token_id = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
     model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
     return model
+
+
+def earlier_name(model: Any, name: str) -> str:
+    """An exported model's parameter by the name that checkpoints and earlier folders have."""
+    return renamed(name, trainer_names(model.config.text_config))
+
+
+def earlier_weights(model: Any) -> dict[str, torch.Tensor]:
+    """All of an exported model's weights by those names."""
+    return {earlier_name(model, name): value for name, value in model.state_dict().items()}
 
 
 def picture(seed: int = 0, width: int = 40, height: int = 30) -> Image.Image:

@@ -21,6 +21,8 @@ from training.model.hub import (
     TokenFlexProcessor,
     chatml_template,
 )
+from training.model.hub.language_model_tokenflex import EARLIER_NAMES, renamed
+from training.model.hub.modeling_tokenflex import AUTO_MAP
 
 
 @dataclass(frozen=True)
@@ -45,12 +47,14 @@ class ModelFolder:
         return tensor_shapes(self._model())
 
     def write(self, folder: Path, weights: list[Weight], card: str, max_bytes: int) -> None:
-        """Write all files; InputError unless the weights are the model's."""
+        """Write all files; InputError unless the weights, of any layout, are the model's."""
         model = self._model()
+        weights = [weight.renamed(renamed(weight.name, EARLIER_NAMES)) for weight in weights]
         found = {weight.name: weight.shape for weight in weights}
         check_weights(found, tensor_shapes(model), self.source)
         model.config.architectures = [type(model).__name__]
-        custom_object_save(model, folder, config=model.config)  # type: ignore[arg-type]
+        custom_object_save(model, folder)
+        model.config.auto_map = dict(AUTO_MAP)
         model.config.save_pretrained(folder)
         GenerationConfig(
             eos_token_id=self.tokenizer.convert_tokens_to_ids("<|im_end|>"),

@@ -30,6 +30,7 @@ from training.import_ristretto.release_config import (
     config_to_release,
 )
 from training.model.hub import TokenFlexConfig, TokenFlexProcessor, chatml_template
+from training.model.hub.language_model_tokenflex import EARLIER_NAMES, renamed, trainer_names
 from training.model.packed_projector import RELEASED_NAMES
 
 VISION_HEAD = "vision_head.safetensors"
@@ -75,7 +76,8 @@ def from_release(source: Path, out: Path, max_bytes: int) -> list[str]:
         SYSTEM,
         str(source),
     )
-    expected = {_to_released(name): shape for name, shape in form.shapes().items()}
+    to_released = _to_released(config)
+    expected = {to_released(name): shape for name, shape in form.shapes().items()}
     check_weights({weight.name: weight.shape for weight in weights}, expected, str(source))
     with new_folder(out) as temporary:
         form.write(temporary, _rename(weights, _from_released), _card(form), max_bytes)
@@ -99,11 +101,11 @@ def to_release(source: Path, out: Path, max_bytes: int) -> list[str]:
     check_expressible(config, source)
     processor = TokenFlexProcessor.from_pretrained(source, trust_remote_code=False)
     assert isinstance(processor, TokenFlexProcessor)
-    weights = folder_weights(source)
+    weights = _rename(folder_weights(source), lambda name: renamed(name, EARLIER_NAMES))
     dtype = _common_dtype(weights)
     form = ModelFolder(config, dtype, processor.tokenizer, TilingSettings(), 1, SYSTEM, str(source))
     check_weights({weight.name: weight.shape for weight in weights}, form.shapes(), str(source))
-    weights = _rename(weights, _to_released)
+    weights = _rename(weights, _to_released(config))
     notes = []
     if processor.chat_template != chatml_template(SYSTEM):
         notes.append(
@@ -143,17 +145,25 @@ def _nested(name: str) -> str:
 
 
 def _from_released(name: str) -> str:
+    """The trainer's name, which the export maps on."""
     if name.startswith(_PROJECTOR):
         return f"projector.{RELEASED_NAMES[name.removeprefix(_PROJECTOR)]}"
     return name.replace(_VISION, "vision_model.", 1) if name.startswith(_VISION) else name
 
 
-def _to_released(name: str) -> str:
+def _to_released(config: TokenFlexConfig) -> Callable[[str], str]:
+    """From the names of an exported model to those of the release."""
     back = {ours: theirs for theirs, ours in RELEASED_NAMES.items()}
-    part, _, rest = name.partition(".")
-    if part == "projector":
-        return _PROJECTOR + back[rest]
-    return _VISION + rest if part == "vision_model" else name
+    earlier = trainer_names(config.text_config)
+
+    def name_there(name: str) -> str:
+        name = renamed(name, earlier)
+        part, _, rest = name.partition(".")
+        if part == "projector":
+            return _PROJECTOR + back[rest]
+        return _VISION + rest if part == "vision_model" else name
+
+    return name_there
 
 
 def _rename(weights: list[Weight], rename: Callable[[str], str]) -> list[Weight]:

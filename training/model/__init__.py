@@ -4,6 +4,7 @@ from training.model.hub import (
     TokenFlexConfig,
     TokenFlexForConditionalGeneration,
     TokenFlexImageProcessor,
+    TokenFlexModel,
     TokenFlexProcessor,
     chatml_template,
 )
@@ -17,6 +18,7 @@ __all__ = [
     "TokenFlexConfig",
     "TokenFlexForConditionalGeneration",
     "TokenFlexImageProcessor",
+    "TokenFlexModel",
     "TokenFlexOutput",
     "TokenFlexProcessor",
     "chatml_template",

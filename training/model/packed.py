@@ -9,14 +9,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
 from data_pipeline.errors import InputError
 from training.model.attention import ATTENTION_NAME
-from training.model.hub import TokenFlexConfig, TokenFlexForConditionalGeneration
+from training.model.hub import TokenFlexConfig, TokenFlexGenerationMixin, TokenFlexModel
+from training.model.hub.language_model_tokenflex import decoder_and_head, trainer_names
 from training.model.language_models import check_isolation, check_logits
 from training.model.loss import Supervision, chunked_cross_entropy, find_supervision
 from training.model.packed_projector import TokenAdaptiveProjector
@@ -41,13 +43,16 @@ class TokenFlexOutput(ModelOutput):
     num_supervised: int | None = None
 
 
-class PackedTokenFlex(TokenFlexForConditionalGeneration):
+class PackedTokenFlex(TokenFlexModel, TokenFlexGenerationMixin):
     """The same parameters, trained: the projector op, packed attention, the chunked loss.
 
+    Its language model has its head on it: the parameters' names are those of the checkpoints of
+    all versions, and `trainer_names` says which those of an exported folder are.
     Anything that is neither a pack nor supervised runs as in the class that users load.
     """
 
     _auto_class = None  # what this saves needs no code of ours beside it
+    _keys_to_ignore_on_load_unexpected = None
     _no_split_modules = ["TokenAdaptiveProjector"]  # noqa: RUF012 - transformers' own style
     _projector_class = TokenAdaptiveProjector
 
@@ -60,8 +65,34 @@ class PackedTokenFlex(TokenFlexForConditionalGeneration):
         if config._attn_implementation is None:
             config._attn_implementation = ATTENTION_NAME
         super().__init__(config)
+        self._write_no_image_tokens()
 
-    def forward(  # type: ignore[override]
+    def _language_model_and_head(
+        self, causal: PreTrainedModel
+    ) -> tuple[PreTrainedModel, nn.Module]:
+        try:
+            return causal, decoder_and_head(causal)[1]
+        except ValueError as error:
+            raise InputError(str(error)) from error
+
+    @classmethod
+    def from_pretrained(
+        cls, *args: Any, key_mapping: dict[str, str] | None = None, **kwargs: Any
+    ) -> Any:
+        """As in `PreTrainedModel`, from an exported folder of any version."""
+        config = kwargs.get("config") or TokenFlexConfig.from_pretrained(args[0])
+        names = trainer_names(config.text_config) if key_mapping is None else key_mapping
+        return super().from_pretrained(*args, key_mapping=names, **kwargs)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The language model's head."""
+        return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        """Replace the language model's head."""
+        self.language_model.set_output_embeddings(value)
+
+    def forward(
         self,
         input_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
@@ -85,7 +116,7 @@ class PackedTokenFlex(TokenFlexForConditionalGeneration):
         """Loss of a pack or of rows; without labels the logits of a pack.
 
         Arguments that are not named here, and rows with neither labels nor cu_seqlens nor positions
-        that restart: as in `TokenFlexForConditionalGeneration`.
+        that restart: as in `TokenFlexModel`, with logits.
 
         input_ids: int64 [B, L]; one <IMG_CONTEXT> per vision token.
         tile_sides: n of each tile, on the host.
@@ -116,10 +147,10 @@ class PackedTokenFlex(TokenFlexForConditionalGeneration):
                 position_ids,
                 past_key_values,
                 inputs_embeds,
-                labels,
                 use_cache,
-                logits_to_keep,
                 mm_encoder_outputs,
+                labels=labels,
+                logits_to_keep=logits_to_keep,
                 **kwargs,
             )
         if image_positions is None:

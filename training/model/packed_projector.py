@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from kernels import token_adaptive_projector
-from training.model.hub.modeling_tokenflex import TokenFlexProjector
+from training.model.hub import TokenFlexProjector
 from training.profiling.step_phases import phase
 
 # Name in the released checkpoint, below `projector.mlp.` -> name here, below `projector.`; the

@@ -18,19 +18,26 @@ from data_pipeline.processor.image_processing_tokenflex import TokenFlexImagePro
 from data_pipeline.processor.processing_tokenflex import TokenFlexProcessor, chatml_template
 
 from .configuration_tokenflex import TokenFlexConfig
-from .modeling_tokenflex import TokenFlexForConditionalGeneration, TokenFlexProjector
+from .modeling_tokenflex import (
+    TokenFlexForConditionalGeneration,
+    TokenFlexGenerationMixin,
+    TokenFlexModel,
+)
+from .projector_tokenflex import TokenFlexProjector
 
 __all__ = [
     "TokenFlexConfig",
     "TokenFlexForConditionalGeneration",
+    "TokenFlexGenerationMixin",
     "TokenFlexImageProcessor",
+    "TokenFlexModel",
     "TokenFlexProcessor",
     "TokenFlexProjector",
     "chatml_template",
 ]
 
 AutoConfig.register(TokenFlexConfig.model_type, TokenFlexConfig)
-AutoModel.register(TokenFlexConfig, TokenFlexForConditionalGeneration)
+AutoModel.register(TokenFlexConfig, TokenFlexModel)
 AutoModelForImageTextToText.register(TokenFlexConfig, TokenFlexForConditionalGeneration)
 AutoImageProcessor.register(
     TokenFlexConfig, image_processor_classes={"pil": TokenFlexImageProcessor}
@@ -38,6 +45,7 @@ AutoImageProcessor.register(
 AutoProcessor.register(TokenFlexConfig, TokenFlexProcessor)
 
 TokenFlexConfig.register_for_auto_class()
+TokenFlexModel.register_for_auto_class("AutoModel")
 TokenFlexForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
 TokenFlexImageProcessor.register_for_auto_class()
 TokenFlexProcessor.register_for_auto_class()

@@ -47,6 +47,8 @@ class TokenFlexConfig(PreTrainedConfig):
         self.image_std = list(family.image_std if self.image_std is None else self.image_std)
         self._check()
         super().__post_init__(**kwargs)
+        # transformers asks this config, not the language model's.
+        self.tie_word_embeddings = getattr(self.text_config, "tie_word_embeddings", False)
 
     def _check(self) -> None:
         if self.pool not in POOL_MODES:

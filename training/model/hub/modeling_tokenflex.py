@@ -1,93 +1,42 @@
 """The vision-language model: vision tower -> token-adaptive projector -> any causal language model.
 
+`TokenFlexModel` ends with the hidden states, `TokenFlexForConditionalGeneration` puts a head on it.
+
 B rows, L tokens, T tiles, C vision width, F projector width, D language width, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    BaseModelOutputWithPooling,
+    CausalLMOutputWithPast,
+)
+from transformers.utils import can_return_tuple
 
 from .configuration_tokenflex import TokenFlexConfig
-from .pooling_tokenflex import pool_patches
+from .language_model_tokenflex import EARLIER_NAMES, decoder_and_head
+from .projector_tokenflex import TokenFlexProjector, as_list
+
+AUTO_MAP = {
+    "AutoModel": "modeling_tokenflex.TokenFlexModel",
+    "AutoModelForImageTextToText": "modeling_tokenflex.TokenFlexForConditionalGeneration",
+}
+"""Which class each Auto class of transformers gives, for a folder that holds this code."""
 
 
-class TokenFlexProjector(nn.Module):
-    """Turns each tile's patches into n x n tokens of the language model's width, n given per tile.
-
-    TokenFLEX (arXiv 2504.03154), section 3: pool to n x n, LayerNorm, SwiGLU, linear; the weights
-    never see n.
-
-    vision_size: C. hidden_size: F. text_size: D. grid: (rows, columns) of patches. pool: see
-    `pooling_tokenflex`.
-    """
-
-    def __init__(
-        self,
-        vision_size: int,
-        hidden_size: int,
-        text_size: int,
-        grid: tuple[int, int],
-        pool: str = "adaptive",
-        eps: float = 1e-5,
-    ) -> None:
-        super().__init__()
-        # For printing: where the trainer shards the weights, their shapes are empty.
-        self.widths = (vision_size, hidden_size, text_size)
-        self.grid, self.pool, self.eps = grid, pool, eps
-        self.norm_weight = nn.Parameter(torch.empty(vision_size))
-        self.norm_bias = nn.Parameter(torch.empty(vision_size))
-        self.w1 = nn.Parameter(torch.empty(hidden_size, vision_size))
-        self.b1 = nn.Parameter(torch.empty(hidden_size))
-        self.w2 = nn.Parameter(torch.empty(hidden_size, vision_size))
-        self.b2 = nn.Parameter(torch.empty(hidden_size))
-        self.w3 = nn.Parameter(torch.empty(text_size, hidden_size))
-        self.b3 = nn.Parameter(torch.empty(text_size))
-        self.reset_parameters()
-
-    def reset_parameters(self, std: float = 0.02) -> None:
-        """Normal weights, zero biases, identity norm: as transformers starts Linear and norm."""
-        nn.init.ones_(self.norm_weight)
-        for bias in (self.norm_bias, self.b1, self.b2, self.b3):
-            nn.init.zeros_(bias)
-        for weight in (self.w1, self.w2, self.w3):
-            nn.init.normal_(weight, mean=0.0, std=std)
-
-    def forward(self, patches: Tensor, tile_sides: Sequence[int] | Tensor) -> Tensor:
-        """patches [T, H*W, C], one side n per tile -> [sum of n^2, D], tile after tile.
-
-        Between two matrix products it computes in float32 or wider and rounds once.
-
-        Raises ValueError unless there is one side per tile, from 1 to the patch grid's.
-        """
-        sides = _as_list(tile_sides)
-        _check_sides(sides, len(patches), self.grid)
-        rows = pool_patches(patches, sides, self.grid, self.pool).to(patches.dtype)
-        wide = torch.promote_types(rows.dtype, torch.float32)
-        weight, bias = self.norm_weight.to(wide), self.norm_bias.to(wide)
-        rows = F.layer_norm(rows.to(wide), rows.shape[1:], weight, bias, self.eps)
-        rows = rows.to(patches.dtype)
-        gate, value = F.linear(rows, self.w1, self.b1), F.linear(rows, self.w2, self.b2)
-        gated = (F.silu(gate.to(wide)) * value.to(wide)).to(rows.dtype)
-        return F.linear(gated, self.w3, self.b3)
-
-    def extra_repr(self) -> str:
-        """Widths, grid and pool mode, for `print(model)`."""
-        return f"{' -> '.join(map(str, self.widths))}, grid={self.grid}, pool={self.pool!r}"
-
-
-class TokenFlexForConditionalGeneration(PreTrainedModel, GenerationMixin):
-    """TokenFLEX (arXiv 2504.03154): one model for any number n^2 of vision tokens per tile."""
+class TokenFlexPreTrainedModel(PreTrainedModel):
+    """What the classes here have in common: what transformers asks of them, loading, saving."""
 
     config: TokenFlexConfig
     config_class = TokenFlexConfig
-    base_model_prefix = ""
+    base_model_prefix = "model"
     main_input_name = "input_ids"
     input_modalities = ["image", "text"]  # noqa: RUF012 - transformers' own style
     supports_gradient_checkpointing = True
@@ -97,9 +46,49 @@ class TokenFlexForConditionalGeneration(PreTrainedModel, GenerationMixin):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, TokenFlexProjector):
+            # transformers guards torch.nn.init here, so that loaded weights are left alone.
+            module.reset_parameters(getattr(self.config.text_config, "initializer_range", 0.02))
+
+    @classmethod
+    def from_pretrained(
+        cls, *args: Any, key_mapping: dict[str, str] | None = None, **kwargs: Any
+    ) -> Any:
+        """As in `PreTrainedModel`; a folder with the names of an earlier layout loads as well."""
+        mapping = EARLIER_NAMES if key_mapping is None else key_mapping
+        loaded = super().from_pretrained(*args, key_mapping=mapping, **kwargs)
+        model: Any = loaded[0] if isinstance(loaded, tuple) else loaded
+        # transformers would save by the names that it loaded, as it does where users map keys.
+        if key_mapping is None and getattr(model, "_weight_conversions", None):
+            model._weight_conversions = [
+                conversion
+                for conversion in model._weight_conversions
+                if not mapping.keys() >= set(conversion.source_patterns)
+            ]
+        return loaded
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As in `PreTrainedModel`; where the code is saved, too, for both Auto classes."""
+        if self._auto_class is not None:
+            self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), **AUTO_MAP}
+        super().save_pretrained(*args, **kwargs)
+
+
+class TokenFlexModel(TokenFlexPreTrainedModel):
+    """Images and tokens to the last hidden states: vision tower, projector and decoder."""
+
+    # The head of a folder with one, which a base model is loaded without.
+    _keys_to_ignore_on_load_unexpected: list[str] | None = [r"^lm_head\."]  # noqa: RUF012
     _projector_class: type[TokenFlexProjector] = TokenFlexProjector
 
-    def __init__(self, config: TokenFlexConfig) -> None:
+    def __init__(
+        self, config: TokenFlexConfig, take_head: Callable[[nn.Module], None] | None = None
+    ) -> None:
+        """take_head: called with the language model's head, which is built with its decoder."""
         config.check_image_token()
         super().__init__(config)
         # Without the dtype a sub-model would follow the dtype its own config was saved with.
@@ -112,17 +101,17 @@ class TokenFlexForConditionalGeneration(PreTrainedModel, GenerationMixin):
             config.patch_grid,
             config.pool,
         )
-        self.language_model = AutoModelForCausalLM.from_config(config.text_config, dtype=dtype)
+        causal = AutoModelForCausalLM.from_config(config.text_config, dtype=dtype)
+        self.language_model, head = self._language_model_and_head(causal)
+        if take_head is not None:
+            take_head(head)
         self.post_init()
-        # An answer with image tokens in it could not be read again: they would have no tiles.
-        self.generation_config.suppress_tokens = [config.image_token_id]
 
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, TokenFlexProjector):
-            # transformers guards torch.nn.init here, so that loaded weights are left alone.
-            module.reset_parameters(getattr(self.config.text_config, "initializer_range", 0.02))
+    def _language_model_and_head(
+        self, causal: PreTrainedModel
+    ) -> tuple[PreTrainedModel, nn.Module]:
+        """What `language_model` is, and the head of it."""
+        return decoder_and_head(causal)
 
     def get_input_embeddings(self) -> nn.Module:
         """The language model's token embedding."""
@@ -132,14 +121,7 @@ class TokenFlexForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """Replace the language model's token embedding."""
         self.language_model.set_input_embeddings(value)
 
-    def get_output_embeddings(self) -> nn.Module:
-        """The language model's head."""
-        return self.language_model.get_output_embeddings()
-
-    def set_output_embeddings(self, value: nn.Module) -> None:
-        """Replace the language model's head."""
-        self.language_model.set_output_embeddings(value)
-
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -149,21 +131,18 @@ class TokenFlexForConditionalGeneration(PreTrainedModel, GenerationMixin):
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
-        """The language model's output, its mean loss included where there are labels.
+    ) -> BaseModelOutputWithPast:
+        """The decoder's output.
 
         input_ids: int64 [B, L]; one <IMG_CONTEXT> per vision token. Or inputs_embeds: [B, L, D].
         pixel_values: uint8 [T, 3, tile_size, tile_size], the tiles of all rows in reading order;
             None for text alone and behind the first step with a cache.
         tile_sides: n of each tile.
         attention_mask: [B, L], 1 for real tokens. position_ids, past_key_values, use_cache,
-            logits_to_keep, kwargs: the language model's.
-        labels: int64 [B, L], not shifted, -100 ignored.
+            kwargs: the language model's.
         mm_encoder_outputs: {"image": what `get_image_features` returned}, instead of tiles.
 
         Raises ValueError when image tokens, tiles and sides disagree.
@@ -180,41 +159,16 @@ class TokenFlexForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if features is not None or _may_need_tiles(past_key_values):
             where = self._image_positions(input_ids, inputs_embeds)
             inputs_embeds = _insert(inputs_embeds, where, features)
-        return self.language_model(
+        output: BaseModelOutputWithPast = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
-            labels=labels,
             use_cache=use_cache,
-            logits_to_keep=logits_to_keep,
+            return_dict=True,
             **kwargs,
         )
-
-    def prepare_inputs_for_generation(  # type: ignore[override]
-        self,
-        input_ids: Tensor,
-        inputs_embeds: Tensor | None = None,
-        is_first_iteration: bool = False,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """As in `GenerationMixin`; ValueError for a prompt that is longer than the context."""
-        context = getattr(self.config.text_config, "max_position_embeddings", None)
-        if is_first_iteration and context is not None and input_ids.shape[1] > context:
-            raise ValueError(
-                f"input_ids have {input_ids.shape[1]} tokens, the language model's context is "
-                f"{context}; shorten the prompt, give fewer images or lower num_image_tokens"
-            )
-        model_inputs: dict[str, Any] = super().prepare_inputs_for_generation(  # type: ignore[misc]
-            input_ids,  # type: ignore[arg-type]
-            inputs_embeds=inputs_embeds,
-            is_first_iteration=is_first_iteration,
-            **kwargs,
-        )
-        # An assistant of assisted decoding reads the prompt, images included, in a later iteration.
-        if _may_need_tiles(kwargs.get("past_key_values")) and kwargs.get("mm_encoder_outputs"):
-            model_inputs["mm_encoder_outputs"] = kwargs["mm_encoder_outputs"]
-        return model_inputs
+        return output
 
     def get_image_features(
         self,
@@ -222,12 +176,9 @@ class TokenFlexForConditionalGeneration(PreTrainedModel, GenerationMixin):
         tile_sides: Sequence[int] | Tensor | None = None,
         return_dict: bool | None = None,
     ) -> BaseModelOutputWithPooling:
-        """As `image_features`; pooler_output holds a tensor [n * n, D] per tile.
-
-        `generate` calls this once, before the first step.
-        """
+        """As `image_features`; pooler_output holds a tensor [n * n, D] per tile."""
         features = self.image_features(pixel_values, tile_sides)
-        counts = [n * n for n in _as_list(tile_sides)]
+        counts = [n * n for n in as_list(tile_sides)]
         per_tile: Any = list(features.split(counts))
         return BaseModelOutputWithPooling(pooler_output=per_tile)
 
@@ -266,6 +217,131 @@ class TokenFlexForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
 
 
+class TokenFlexGenerationMixin(GenerationMixin):
+    """`generate` for what reads images and ends with logits."""
+
+    config: TokenFlexConfig
+
+    def _write_no_image_tokens(self) -> None:
+        """Of any answer: it could not be read again, since they would have no tiles."""
+        self.generation_config.suppress_tokens = [self.config.image_token_id]
+
+    def prepare_inputs_for_generation(  # type: ignore[override]
+        self,
+        input_ids: Tensor,
+        inputs_embeds: Tensor | None = None,
+        is_first_iteration: bool = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """As in `GenerationMixin`; ValueError for a prompt that is longer than the context."""
+        context = getattr(self.config.text_config, "max_position_embeddings", None)
+        if is_first_iteration and context is not None and input_ids.shape[1] > context:
+            raise ValueError(
+                f"input_ids have {input_ids.shape[1]} tokens, the language model's context is "
+                f"{context}; shorten the prompt, give fewer images or lower num_image_tokens"
+            )
+        model_inputs: dict[str, Any] = super().prepare_inputs_for_generation(  # type: ignore[misc]
+            input_ids,  # type: ignore[arg-type]
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+        # An assistant of assisted decoding reads the prompt, images included, in a later iteration.
+        if _may_need_tiles(kwargs.get("past_key_values")) and kwargs.get("mm_encoder_outputs"):
+            model_inputs["mm_encoder_outputs"] = kwargs["mm_encoder_outputs"]
+        return model_inputs
+
+
+class TokenFlexForConditionalGeneration(TokenFlexPreTrainedModel, TokenFlexGenerationMixin):
+    """TokenFLEX (arXiv 2504.03154): one model for any number n^2 of vision tokens per tile."""
+
+    def __init__(self, config: TokenFlexConfig) -> None:
+        super().__init__(config)
+        heads: list[nn.Module] = []
+        self.model = TokenFlexModel(config, heads.append)
+        (self.lm_head,) = heads
+        embedding = self.get_input_embeddings()
+        (name,) = (name for name, part in self.named_modules() if part is embedding)
+        self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
+        self.post_init()
+        self._write_no_image_tokens()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The language model's token embedding."""
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the language model's token embedding."""
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The language model's head."""
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        """Replace the language model's head."""
+        self.lm_head = value
+
+    def get_image_features(
+        self,
+        pixel_values: Tensor,
+        tile_sides: Sequence[int] | Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
+        """As in `TokenFlexModel`; `generate` calls this once, before the first step."""
+        return self.model.get_image_features(pixel_values, tile_sides, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        tile_sides: Sequence[int] | Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits, and the mean loss where there are labels.
+
+        labels: int64 [B, L], not shifted, -100 ignored.
+        logits_to_keep: of how many positions at the end, or of which; 0 for all.
+
+        The other arguments, and errors: as in `TokenFlexModel`.
+        """
+        output = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            tile_sides=tile_sides,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            mm_encoder_outputs=mm_encoder_outputs,
+            return_dict=True,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(output.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            vocab_size = self.config.text_config.vocab_size
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=output.past_key_values,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+        )
+
+
 def _encoded_features(outputs: dict[str, BaseModelOutputWithPooling] | None) -> Tensor | None:
     """The image features [rows, D] of `mm_encoder_outputs`."""
     image = (outputs or {}).get("image")
@@ -295,25 +371,6 @@ def _insert(inputs_embeds: Tensor, where: Tensor, features: Tensor | None) -> Te
     feature_of_position = where.flatten().cumsum(0).sub(1).clamp(0, rows - 1)
     spread = features.index_select(0, feature_of_position).view_as(inputs_embeds)
     return torch.where(where[..., None], spread, inputs_embeds)
-
-
-def _as_list(tile_sides: Sequence[int] | Tensor | None) -> list[int]:
-    values = tile_sides.tolist() if isinstance(tile_sides, Tensor) else list(tile_sides or ())
-    return [int(n) for n in values]
-
-
-def _check_sides(tile_sides: Sequence[int], tiles: int, grid: tuple[int, int]) -> None:
-    if len(tile_sides) != tiles:
-        raise ValueError(
-            f"tile_sides has {len(tile_sides)} entries for {tiles} tiles; give one side per tile"
-        )
-    largest = min(grid)
-    for n in set(tile_sides):
-        if not 1 <= n <= largest:
-            raise ValueError(
-                f"tile_sides has {n}; a tile has {grid[0]} x {grid[1]} patches, so give sides from "
-                f"1 to {largest}"
-            )
 
 
 @lru_cache(maxsize=64)
