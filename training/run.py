@@ -28,9 +28,9 @@ from training.flops import PackCost
 from training.metrics import MetricsLog
 from training.metrics.run_curve import plot_run
 from training.model.build import DTYPES
+from training.model.projector_choice import choose_projector
 from training.parameters import Schedule, module_table
 from training.precision import has_fast_bf16
-from training.projector_choice import choose_projector
 from training.side_outputs import SideFiles, attempt
 
 

@@ -10,13 +10,14 @@ import torch
 from data_pipeline.errors import InputError
 from tests.ranks import RankPool
 from tests.training.scenarios import tiny_config
-from training import checkpoint, projector_choice, run
+from training import checkpoint, run
 from training.distributed import Ranks
 from training.health import Monitor
+from training.model import projector_choice
+from training.model.projector_choice import choose_projector
 from training.preflight import rank_checks
 from training.preflight.phases import judge
 from training.preflight.rank_checks import RankReport, check_projector
-from training.projector_choice import choose_projector
 from training.run import Run
 from training.start import start
 
