@@ -1,6 +1,6 @@
 """The token-adaptive projector as one op: its public entry point, reference and pooling tables."""
 
-from kernels.dispatch import implementation
+from kernels.dispatch import implementation, triton_obstacle
 from kernels.projector import token_adaptive_projector
 from kernels.reference import projector_reference
 from kernels.tables import POOL_MODES, pooling_table
@@ -11,4 +11,5 @@ __all__ = [
     "pooling_table",
     "projector_reference",
     "token_adaptive_projector",
+    "triton_obstacle",
 ]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels.launch import fused_by_default
+from kernels.trial_launch import launch_obstacle
 
 IMPLEMENTATIONS = ("auto", "triton", "torch")
 GEMM_CHOICES = ("auto", "cublas", "fused")
@@ -41,22 +42,27 @@ def implementation(impl: str, device: torch.device, dtype: torch.dtype) -> str:
     return impl
 
 
+def triton_obstacle(device: torch.device) -> str | None:
+    """Why the kernels cannot run on this GPU, with the remedy if there is one; None if they can."""
+    if not triton_found():
+        return "triton is not installed; install the version that torch asks for"
+    if torch.version.hip is not None:
+        return "the kernels were written and compiled for NVIDIA GPUs only"
+    if torch.cuda.get_device_capability(device) < OLDEST:
+        return f"the GPU is older than compute capability {OLDEST[0]}.{OLDEST[1]}"
+    return launch_obstacle(device)
+
+
 @cache
 def _obstacle(device: torch.device) -> str | None:
-    """Why the kernels cannot run on this GPU, or None; warns once."""
-    if not triton_found():
-        obstacle = "triton is not installed; install the version that torch asks for"
-    elif torch.version.hip is not None:
-        obstacle = "the kernels were written and compiled for NVIDIA GPUs only"
-    elif torch.cuda.get_device_capability(device) < OLDEST:
-        obstacle = f"the GPU is older than compute capability {OLDEST[0]}.{OLDEST[1]}"
-    else:
-        return None
-    warnings.warn(
-        f"the projector runs in plain PyTorch on {device}, tile sides one after the other: "
-        f"{obstacle}",
-        stacklevel=2,
-    )
+    """`triton_obstacle`, which warns once where there is one."""
+    obstacle = triton_obstacle(device)
+    if obstacle:
+        warnings.warn(
+            f"the projector runs in plain PyTorch on {device}, tile sides one after the other: "
+            f"{obstacle}",
+            stacklevel=2,
+        )
     return obstacle
 
 

@@ -127,7 +127,8 @@ class TrainSettings(Length, extra="forbid"):
     projector_backward: Literal["save", "recompute"] = "save"
     """Keep the projector's gates for backward, or compute them again: a seventh of the memory."""
     projector_impl: Literal["auto", "triton", "torch"] = "auto"
-    """What runs the projector; auto: the Triton kernels on a GPU, else PyTorch."""
+    """What runs the projector; auto: the Triton kernels where every rank can launch them, else
+    PyTorch."""
     log_every: int = Field(10, gt=0)
     """Print every this many steps; every step is recorded."""
     loss_chunk_tokens: int = Field(4096, gt=0)

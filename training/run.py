@@ -19,7 +19,6 @@ from data_pipeline.stats.advice import advice
 from data_pipeline.stats.placed import Placed
 from data_pipeline.storage import Storage
 from data_pipeline.tokenizer import load_tokenizer
-from kernels import implementation
 from training.checkpoint.pruning import Best
 from training.config import RunConfig
 from training.distributed import Ranks, from_main
@@ -29,6 +28,7 @@ from training.flops import PackCost
 from training.metrics import MetricsLog
 from training.metrics.run_curve import plot_run
 from training.model.build import DTYPES
+from training.model.projector_choice import choose_projector
 from training.parameters import Schedule, module_table
 from training.precision import has_fast_bf16
 from training.side_outputs import SideFiles, attempt
@@ -46,11 +46,13 @@ class Run:
         self.schedule = Schedule.of(config.train)
         data = config.data
         self.named_bad: set[str] = set()
-        self.projector_impl = self._projector_impl()
+        train = config.train
+        self.projector_impl, self.projector_obstacle = choose_projector(
+            train.projector_impl, ranks, DTYPES[train.precision]
+        )
         if data.prepare:
             from_main(self._prepare)
         cost = cost_of(config.model.vision.config, config.model.llm.config)
-        train = config.train
         corpus = open_corpus(data, config.seed, cost, train.loss_weighting, train.epochs)
         corpus.planner.check()  # a pack too short for every sample must not wait for the engine
         self.tokenizer, self.mixture = corpus.tokenizer, corpus.mixture
@@ -63,14 +65,6 @@ class Run:
         self.loss_chunks = self._slices(data.pack.max_tokens)
         self.pack_cost = PackCost.of(config, self.tokenizer, self.loss_chunks)
         self.fingerprints = self._fingerprints()
-
-    def _projector_impl(self) -> str:
-        """What will run the projector; InputError where what was asked for cannot."""
-        train = self.config.train
-        try:
-            return implementation(train.projector_impl, self.ranks.device, DTYPES[train.precision])
-        except ValueError as error:
-            raise InputError(f"train.projector_impl: {error}") from error
 
     def _held_out(self) -> tuple[EvaluationPlan, PackBuilder]:
         data, source = self.config.data, DatasetSettings(shards=self.config.data.eval_shards)
@@ -158,6 +152,11 @@ class Run:
             f"precision: {config.train.precision}; projector: {self.projector_impl}, "
             f"{config.train.projector_backward} for backward"
         )
+        if self.projector_obstacle:
+            self.say(
+                "warning: the projector runs in plain PyTorch on every rank, tile sides one after "
+                f"the other: {self.projector_obstacle}"
+            )
         if config.train.precision == "bf16" and not has_fast_bf16(self.ranks.device):
             self.say(
                 "warning: this processor is tens of times slower in bf16 than in fp32; set "

@@ -330,15 +330,17 @@ def test_triton_says_what_it_cannot_run(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("triton", "capability", "expected", "reason"),
+    ("triton", "capability", "trial", "expected", "reason"),
     [
-        (False, (9, 0), "torch", "triton is not installed"),
-        (True, (7, 5), "torch", "older than compute capability 8.0"),
-        (True, (8, 0), "triton", None),
+        (False, (9, 0), None, "torch", "triton is not installed"),
+        (True, (7, 5), None, "torch", "older than compute capability 8.0"),
+        (True, (8, 0), "there is no C compiler", "torch", "there is no C compiler"),
+        (True, (8, 0), None, "triton", None),
     ],
 )
-def test_auto_runs_triton_where_it_can(monkeypatch, triton, capability, expected, reason):
+def test_auto_runs_triton_where_it_can(monkeypatch, triton, capability, trial, expected, reason):
     monkeypatch.setattr(dispatch, "triton_found", lambda: triton)
+    monkeypatch.setattr(dispatch, "launch_obstacle", lambda _: trial)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     dispatch._obstacle.cache_clear()
     with warnings.catch_warnings(record=True) as caught:

@@ -112,7 +112,7 @@ def report(rank: int, **changes: object) -> dict[str, object]:
         "sent": 100.2,
         "received": 100.3,
     }
-    return {**ok, **times, "problems": [], "wrong": "", **changes}
+    return {**ok, **times, "problems": [], "notes": [], "wrong": "", **changes}
 
 
 @pytest.mark.parametrize(

@@ -99,6 +99,8 @@ def judge(phase: str, answers: Answers, world_size: int) -> tuple[int, list[str]
     reports = list(answers.values())
     if phase == "nodes":
         print_table(reports)
+        notes = [f"warning: node {r['node']}: {note}" for r in reports for note in r["notes"]]
+        print(*dict.fromkeys(notes), sep="\n", end="\n" * bool(notes), flush=True)
         checked = [report for report in reports if report["index"] or report["wrong"]]
         wrong = [report for report in checked if report["wrong"]]
         if wrong and len(wrong) == len(checked):  # on every node: not the nodes are to blame

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from data_pipeline.corpus import open_mixture
 from data_pipeline.errors import InputError
 from data_pipeline.tokenizer import load_tokenizer
+from kernels import triton_obstacle
 from training import distributed
 from training.config import RunConfig
 
@@ -26,7 +27,10 @@ ROUNDS = 5
 
 @dataclass
 class RankReport:
-    """What one rank found: `problems` are its node's, `wrong` is a setting's."""
+    """What one rank found: `problems` are its node's, `wrong` is a setting's.
+
+    notes: what ends nothing.
+    """
 
     rank: int
     node: str
@@ -39,6 +43,7 @@ class RankReport:
     seen: float = 0.0
     """The rank's clock when it saw that sign."""
     problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     wrong: str = ""
 
 
@@ -55,6 +60,10 @@ def check_node(report: RankReport, config: RunConfig) -> torch.device:
         check_device(report, devices[-1])
 
     within(15, "device", check, report)
+    if devices[-1].type == "cuda":
+        impl = config.train.projector_impl
+        what = "trial launch of a Triton kernel"
+        within(15, what, lambda: check_projector(report, devices[-1], impl), report)
     if os.environ.get("LOCAL_RANK", "0") == "0":
         folder = config.output_dir
         within(5, f"output_dir {folder}", lambda: check_folder(report, folder), report)
@@ -95,6 +104,19 @@ def check_device(report: RankReport, device: torch.device) -> None:
         report.problems.append(
             f"{device} has {free / GIB:.1f} of {total / GIB:.1f} GiB free: another program uses it"
         )
+
+
+def check_projector(report: RankReport, device: torch.device, setting: str) -> None:
+    """Launch one of the projector's kernels, if it is to run them on this rank's GPU."""
+    if device.type == "cpu" or setting == "torch":
+        return
+    torch.cuda.set_device(device)  # this thread's
+    if not (obstacle := triton_obstacle(device)):
+        return
+    if setting == "triton":
+        report.problems.append(f"train.projector_impl is 'triton', but {obstacle}")
+    else:
+        report.notes.append(f"all ranks would run the projector in plain PyTorch: {obstacle}")
 
 
 def check_folder(report: RankReport, folder: Path) -> None:
