@@ -107,7 +107,7 @@ def _parts(records: Sequence[dict[str, Any]], content: dict[str, Any], out: Path
         texts = [f"{share:.0f}" if share > 4 else "" for share in shares]
         axes.bar_label(bars, texts, label_type="center", fontsize=8, color="white")
         left = [a + b for a, b in zip(left, shares, strict=True)]
-    names = [_label(f"{n},({us:.4g} us)") for (n, _), us in zip(shown, totals, strict=True)]
+    names = [_label(f"{n},{us:.0f}us") for (n, _), us in zip(shown, totals, strict=True)]
     axes.set_yticks(range(len(shown)), names, fontsize=9)
     axes.invert_yaxis()
     axes.set_xlabel("% of the time")
