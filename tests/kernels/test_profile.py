@@ -4,6 +4,7 @@ import json
 import math
 import sys
 import time
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -530,6 +531,37 @@ def test_nothing_is_watched_on_a_cpu_or_without_nvidia_smi(fake_gpu, monkeypatch
         with system.watched(device) as found:
             pass
         assert found == {}
+
+
+def test_nsight_sees_one_call_after_two_in_a_named_range(monkeypatch):
+    log, case = [], parse_shape(f"T=2,n=2,{SMALL}")
+
+    @contextmanager
+    def noted(what):
+        log.append(f"{what} begins")
+        yield
+        log.append("ends")
+
+    def build(case, device):
+        def call(x, weights):
+            log.append("call")
+            return PROVIDERS["eager_grouped"].build(case, CPU)(x, weights)
+
+        return call
+
+    monkeypatch.setitem(PROVIDERS, "save", Provider("save", "", "cublas", build))
+    monkeypatch.setattr(bench, "rotating_inputs", lambda case, *_: [make_inputs(case, CPU)])
+    monkeypatch.setattr(bench, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda.nvtx, "range", noted)
+    monkeypatch.setattr(torch.cuda.profiler, "profile", lambda: noted("profiler"))
+    settings = BenchSettings(("save", "liger"), ("forward", "both"), 0.1)
+    bench.run_once(case, settings, gpu := torch.device("cuda"))
+    expected = ["call", "call", "profiler begins", "save begins", "call", "ends", "ends"]
+    assert log == expected
+    log.clear()
+    monkeypatch.setattr(bench, "time_call", lambda *_, rest: timing.Timing(1, 1, 1, 1, 1, rest))
+    bench._time_modes("save", build(case, CPU), [], settings, gpu)
+    assert log == ["save: forward begins", "ends", "save: both begins", "ends"]
 
 
 def broken(case, device):
