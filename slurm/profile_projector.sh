@@ -31,6 +31,7 @@ runs `python -m kernels.profile` with these options on one GPU. For example:
 
     sbatch --gres=gpu:h100:1 --cpus-per-task=8 slurm/profile_projector.sh
     sbatch slurm/profile_projector.sh --shape T=64,n=12 --out runs/profile-n12
+    sbatch --time=20 slurm/profile_projector.sh --resume --out runs/profile   # again: goes on
 
 The log is profile-<job id>.out; its last lines name the files with the results (by default in
 runs/profile-<time>). Ask for a whole node (--exclusive) where other jobs on it would disturb the

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Install Chromium, in which the tests look at the page of data_pipeline.inspect, from the packages of
+# Install Chromium, in which the tests look at pages (data_pipeline.inspect, kernels.profile), from the packages of
 # Debian, as root. Does nothing where it is installed already.
 
 set -euo pipefail

@@ -25,8 +25,8 @@ RANGE = "one call"
 IDLE = "spin_kernel"  # of torch.cuda._sleep, which lets the host get ahead before each call
 ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")
 SIZES = {"float": 4, "c10::BFloat16": 2, "c10::Half": 2, "double": 8, "long int": 8, "int": 4}
-# Ops whose result is smaller than what they read: counted by what they read.
-REDUCING = ("pool2d", "sum", "upsample", "copy_", "fill_", "zero_", "cat")
+# Ops whose result is far smaller than what they read, or among what they are given (Inductor's).
+REDUCING = ("pool2d", "sum", "upsample", "copy_", "fill_", "zero_", "triton_")
 
 
 @dataclass
@@ -110,7 +110,7 @@ def _on_gpu(events: list[dict[str, Any]]) -> tuple[list[Launch], float, int]:
     def number(event: dict[str, Any]) -> Any:
         return event.get("args", {}).get("External id")
 
-    ops = {number(e): e for e in events if e.get("cat") == "cpu_op"}
+    ops = {number(e): e for e in events if e.get("cat") == "cpu_op" and number(e)}
     found = [
         Launch(e["name"], e["ts"], e["dur"], ops.get(number(e), {}), True)
         for e in sorted(events, key=lambda event: event["ts"])

@@ -1,5 +1,6 @@
 """Pictures of a run, each of which answers the question that is its title."""
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,11 @@ def _save(figure: Any, axes: Any, path: Path) -> Path:
     return path
 
 
+def _label(name: str) -> str:
+    """A case's name in short lines."""
+    return "\n".join(textwrap.wrap(name.replace(",", ", "), 36))
+
+
 def _speedups(records: Sequence[dict[str, Any]], content: dict[str, Any], out: Path) -> Path | None:
     """Bars of save over the baselines, forward and backward, with the run's own noise."""
     title = "How many times as fast as eager PyTorch and torch.compile is this op?"
@@ -77,7 +83,9 @@ def _speedups(records: Sequence[dict[str, Any]], content: dict[str, Any], out: P
         )
         axes.bar_label(bars, [f"{ratio:.2f}x" for _, ratio, _ in found], padding=6, fontsize=9)
     axes.axvline(1, color="black", linewidth=1)
-    axes.set_yticks([i + 0.17 for i in range(len(shown))], [r["case"] for r in shown], fontsize=9)
+    axes.set_yticks(
+        [i + 0.17 for i in range(len(shown))], [_label(r["case"]) for r in shown], fontsize=9
+    )
     axes.invert_yaxis()
     axes.margins(x=0.12)
     lines = "; lines at the ends: A/A of the run" if content["kind"] == "measured" else ""
@@ -91,7 +99,7 @@ def _parts(records: Sequence[dict[str, Any]], content: dict[str, Any], out: Path
     if not shown:
         return None
     title = "Where does the time of one forward and backward of this op go?"
-    figure, axes = _axes(title, content, (10, 1.6 + 0.5 * len(shown)))
+    figure, axes = _axes(title, content, (10, 1.6 + 0.7 * len(shown)))
     left, totals = [0.0] * len(shown), [sum(parts) for _, parts in shown]
     for i, label in enumerate([*KINDS, "no kernel runs (traced)"][: len(shown[0][1])]):
         shares = [100 * parts[i] / total for (_, parts), total in zip(shown, totals, strict=True)]
@@ -99,7 +107,7 @@ def _parts(records: Sequence[dict[str, Any]], content: dict[str, Any], out: Path
         texts = [f"{share:.0f}" if share > 4 else "" for share in shares]
         axes.bar_label(bars, texts, label_type="center", fontsize=8, color="white")
         left = [a + b for a, b in zip(left, shares, strict=True)]
-    names = [f"{name}  ({total:.4g} us)" for (name, _), total in zip(shown, totals, strict=True)]
+    names = [_label(f"{n},{us:.0f}us") for (n, _), us in zip(shown, totals, strict=True)]
     axes.set_yticks(range(len(shown)), names, fontsize=9)
     axes.invert_yaxis()
     axes.set_xlabel("% of the time")

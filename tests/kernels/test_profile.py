@@ -3,6 +3,8 @@
 import json
 import math
 import sys
+import time
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -505,8 +507,9 @@ def test_clocks_power_and_throttling_are_watched_while_timing(
 ):
     monkeypatch.setenv("OLD_DRIVER", old_driver)
     with system.watched(fake_gpu) as found:
+        deadline = time.monotonic() + 60
         while not fake_smi.exists() or "loop-ms" not in fake_smi.read_text():
-            pass
+            assert time.monotonic() < deadline
     assert ("clocks_throttle_reasons" in fake_smi.read_text()) == bool(old_driver)
     if found["throttled"]:  # the script was given the time to print
         assert found["clocks.sm"] == [1410, 1695, 1980] and found["power.draw"] == [300.5] * 3
@@ -528,6 +531,37 @@ def test_nothing_is_watched_on_a_cpu_or_without_nvidia_smi(fake_gpu, monkeypatch
         with system.watched(device) as found:
             pass
         assert found == {}
+
+
+def test_nsight_sees_one_call_after_two_in_a_named_range(monkeypatch):
+    log, case = [], parse_shape(f"T=2,n=2,{SMALL}")
+
+    @contextmanager
+    def noted(what):
+        log.append(f"{what} begins")
+        yield
+        log.append("ends")
+
+    def build(case, device):
+        def call(x, weights):
+            log.append("call")
+            return PROVIDERS["eager_grouped"].build(case, CPU)(x, weights)
+
+        return call
+
+    monkeypatch.setitem(PROVIDERS, "save", Provider("save", "", "cublas", build))
+    monkeypatch.setattr(bench, "rotating_inputs", lambda case, *_: [make_inputs(case, CPU)])
+    monkeypatch.setattr(bench, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda.nvtx, "range", noted)
+    monkeypatch.setattr(torch.cuda.profiler, "profile", lambda: noted("profiler"))
+    settings = BenchSettings(("save", "liger"), ("forward", "both"), 0.1)
+    bench.run_once(case, settings, gpu := torch.device("cuda"))
+    expected = ["call", "call", "profiler begins", "save begins", "call", "ends", "ends"]
+    assert log == expected
+    log.clear()
+    monkeypatch.setattr(bench, "time_call", lambda *_, rest: timing.Timing(1, 1, 1, 1, 1, rest))
+    bench._time_modes("save", build(case, CPU), [], settings, gpu)
+    assert log == ["save: forward begins", "ends", "save: both begins", "ends"]
 
 
 def broken(case, device):

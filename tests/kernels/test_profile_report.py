@@ -100,6 +100,21 @@ def test_this_ops_kernels_are_known_by_name():
     assert frozen["gb_per_s"] == pytest.approx(2 * 3 * m * c / 1e-6 / 1e9)
 
 
+def test_what_other_kernels_move_is_read_off_their_op():
+    """Not of a kernel without an op, as in a graph; an op of Inductor is given its result, too."""
+    names = {"aten::mul": 3, "aten::sum": 2, "triton_poi_fused_mul_0": 2, "tokenflex::f": None}
+    ops = [op(i + 1, name, [[9216, 3456]] * 2) for i, name in enumerate(names)]
+    unnumbered = op(0, "aten::add", [[9216, 3456]] * 2)
+    del unnumbered["args"]["External id"]
+    launches = [kernel(f"of {name}", 10 * i, 1, i + 1) for i, name in enumerate(names)]
+    graph = kernel("of nothing", 90, 1) | {"args": {}}
+    rows = summary([*ops, unnumbered, *launches, graph], CASE, H200, 1)["kernels"]
+    moved = {row["name"].removeprefix("of "): row["gb_per_s"] for row in rows}
+    for name, tensors in (names | {"nothing": None}).items():
+        expected = tensors and pytest.approx(tensors * 9216 * 3456 * 2 / 1e-6 / 1e9)
+        assert moved[name] == expected, name
+
+
 def test_kernels_of_next_to_no_time_are_one_line():
     events = [kernel(f"copy{i}", 10 * i, us) for i, us in enumerate((1000, 1, 1, 1))]
     found = summary(events, CASE, H200, 1)
