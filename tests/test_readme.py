@@ -106,6 +106,7 @@ SMALLER: dict[str, str | None] = {
     "python -m training.checkpoint list runs/digits/checkpoints": "",
     "python -m training.checkpoint verify runs/digits/checkpoints": "",
     "python -m training.goodput runs/digits --failures-per-day 1": "",
+    "python -m training.report runs/digits": "",
     "make chaos": f"{MAKE} -n chaos",  # tests/training/test_chaos.py
     # CONTRIBUTING.md
     "make setup": f"{MAKE} -n setup",
