@@ -11,7 +11,8 @@ NPROC ?= $(if $(filter 1,$(GPUS)),1,2)
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup remote extras pretrain test test-fast chaos gpu-record pictures lint clean
+.PHONY: help setup remote extras pretrain test test-fast chaos gpu-record kernel-checks \
+  pictures lint clean
 
 help:
 	@echo "make pretrain   set up, then train and evaluate the demo (CONFIG=training/configs/grid.yaml"
@@ -19,6 +20,7 @@ help:
 	@echo "make test       set up, then run all tests"
 	@echo "make test-fast  set up, then run the tests that need one process, no cluster and no GPU"
 	@echo "make chaos      ten faults of different kinds on a small run, about 3 minutes"
+	@echo "make kernel-checks  run compiled kernels on the CPU, compile them with other Tritons"
 	@echo "make gpu-record measure all that needs a GPU, on this one; again: goes on with what is missing"
 	@echo "make pictures   draw the pictures of the README again"
 	@echo "make lint       ruff and mypy"
@@ -50,11 +52,19 @@ $(VENV)/remote-installed: tests/requirements-remote.txt $(VENV)/installed
 EXTRAS := $(VENV)-demo $(VENV)-lmms
 extras: $(EXTRAS:=/installed)
 
+# Other versions of Triton, and a tool that runs compiled kernels on a CPU: half a GB to download.
+CHECKS := $(VENV)-ttsem $(VENV)-triton36
+$(VENV)-ttsem/installed: PIP_OPTIONS := --ignore-requires-python
+kernel-checks: $(CHECKS:=/installed)
+	REQUIRE_KERNEL_CHECKS=1 $(PY) -m pytest -q tests/kernels/test_sanitized.py \
+	  tests/kernels/test_other_tritons.py $(ARGS)
+
 $(VENV)-%/installed: tests/environments/%.txt $(VENV)/installed
 	$(PY) -m venv --clear $(VENV)-$*
 	$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
 	  > $$(echo $(VENV)-$*/lib/python*/site-packages)/main.pth
-	$(VENV)-$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
+	$(VENV)-$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	  $(PIP_OPTIONS) -r $<
 	touch $@
 
 pretrain: setup
@@ -86,4 +96,4 @@ lint: setup
 	$(VENV)/bin/mypy
 
 clean:
-	rm -rf $(VENV) $(EXTRAS) data runs logs
+	rm -rf $(VENV) $(EXTRAS) $(CHECKS) data runs logs

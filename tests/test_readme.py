@@ -113,6 +113,7 @@ SMALLER: dict[str, str | None] = {
     "make lint": f"{MAKE} -n lint",
     "make remote": f"{MAKE} -n remote",
     "make pictures": f"{MAKE} -n pictures",
+    "make kernel-checks": f"{MAKE} -n kernel-checks",
     "make gpu-record": f"{MAKE} -n gpu-record",  # tests/training/test_gpu_record.py
     'make gpu-record ARGS="--within-s 580"': f"{MAKE} -n gpu-record",
     "python -m training.gpu_record --rehearse --list": "",
@@ -305,6 +306,15 @@ def test_the_cost_of_inserting_features_is_recorded() -> None:
     assert now["same_bits"] and before["same_bits"]
     shape = "{features} features among {tokens} tokens of width {width}"
     assert shape.format_map(record) in prose()
+
+
+def test_the_spills_are_those_recorded() -> None:
+    record = json.loads((ROOT / "kernels/results/compile_matrix.json").read_text())
+    (old, a), (pinned, b), (new, c) = (
+        (version, len(found["beyond_a_limit"])) for version, found in record.items()
+    )
+    assert f"{a} spill with {old}, {b} with {pinned} and {c} with {new}" in prose()
+    assert f"Of {record[old]['configurations']}, as" in prose()
 
 
 def test_the_reliability_table_is_the_record() -> None:

@@ -9,16 +9,22 @@ import pytest
 
 
 def python_with(package: str, environment: str) -> str:
-    """This Python if it has the package, else that of the environment beside (`make extras`).
-
-    Without both the test is skipped, or fails if REQUIRE_EXTRAS=1 says otherwise.
-    """
+    """This Python if it has the package, else that of the environment beside (`make extras`)."""
     if importlib.util.find_spec(package) is not None:
         return sys.executable
+    return python_in(environment, "extras")
+
+
+def python_in(environment: str, make: str) -> str:
+    """The Python of an environment that `make` installs: "extras" or "kernel-checks".
+
+    Without it the test is skipped, or fails if REQUIRE_EXTRAS=1 (REQUIRE_KERNEL_CHECKS=1) says so.
+    """
     python = Path(f"{sys.prefix}-{environment}", "bin", "python")
     if (python.parents[1] / "installed").exists():
         return str(python)
-    reason = f"{package} is not installed: run make extras"
-    if os.environ.get("REQUIRE_EXTRAS") == "1":
-        pytest.fail(f"{reason} (REQUIRE_EXTRAS=1)", pytrace=False)
+    variable = f"REQUIRE_{make.upper().replace('-', '_')}"
+    reason = f"{environment} is not installed: run make {make}"
+    if os.environ.get(variable) == "1":
+        pytest.fail(f"{reason} ({variable}=1)", pytrace=False)
     pytest.skip(reason)

@@ -78,7 +78,7 @@ def all_stages(places: Places, rehearse: bool) -> list[Stage]:
     few = ("--samples", "1") if rehearse else ()
     one = ("--kernel", "swiglu") if rehearse else ()
     interpreted = {"TRITON_INTERPRET": "1"} if rehearse else {}
-    tests = ("-m", "gpu", "-q", "-n0", "-p", "tests.result_rows", "--rows", rows)
+    tests = ("-m", "gpu", "-q", "-p", "tests.result_rows", "--rows", rows)
 
     def profile(name: str, says: str, seconds: int, *more: str) -> Stage:
         out = kernels / name

@@ -24,15 +24,17 @@ from data_pipeline.machine import measured_on
 from data_pipeline.paths import path_argument
 from data_pipeline.plan import PlanState
 from training import exit_codes
-from training.config import OFFLOAD_OPTIMIZER
+from training.config import OFFLOAD_OPTIMIZER, ProfileSettings
 from training.engine_interface import Engine
+from training.flops import peak_flops
 from training.gpu_record.insertion_cost import insertion_ms
-from training.gpu_record.phase_timer import PhaseTimer
 from training.gpu_record.shapes import SHAPES, Shape
 from training.health import LossGuard
 from training.metrics import StepMeter
 from training.model.build import DTYPES
 from training.precision import settle_precision
+from training.profiling import StepProfiler, phase
+from training.profiling.phase_table import phase_times, read_trace
 from training.record.run_record import PACKAGES
 from training.run import Run
 from training.step import shared_denominator, train_step
@@ -40,7 +42,10 @@ from training.zero3.engine import build_engine
 from training.zero3.process_group import init_distributed, quiet_libraries
 
 COUNTS = ("mixed", "fixed")
-KEPT = ("step_s", "tokens", "images", "tiles", "samples", "padding", "data_wait", "loss")
+KEPT = (
+    *("step_s", "tokens", "images", "tiles", "samples", "padding", "data_wait", "loss"),
+    *("mfu", "hfu"),
+)
 
 
 def measure(shape: Shape, work: Path, more: tuple[str, ...], out: Path) -> None:
@@ -70,43 +75,67 @@ def measure(shape: Shape, work: Path, more: tuple[str, ...], out: Path) -> None:
 
 
 def _train(shape: Shape, run: Run, engine: Engine, found: dict[str, Any], write: Any) -> None:
-    """Steps with one kind of counts; their rows, what they give together, and the insertion."""
+    """Steps with one kind of counts: their rows, what they give together, a traced one, insertion.
+
+    The traced step comes last, and counts for none of the rates.
+    """
     data, device = run.config.data, run.ranks.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    timer, guard = PhaseTimer(engine, device), LossGuard(run.config.faults)
-    meter = StepMeter(data.tokens.sides, data.pack.max_tokens, run.ranks, run.mixture.names)
+    guard, peak = LossGuard(run.config.faults), peak_flops(device, run.config.train.precision)
+    meter = StepMeter(
+        data.tokens.sides, data.pack.max_tokens, run.ranks, run.mixture.names, run.pack_cost, peak
+    )
     found |= {"counts": data.tokens.counts, "steps": []}
-    batches = run.loader.steps(PlanState())
-    for step in range(1, shape.warmup + shape.steps + 1):
+    batches, traced = run.loader.steps(PlanState()), shape.warmup + shape.steps + 1
+    folder = run.config.output_dir / "-".join(map(str, data.tokens.counts))
+    profiler = StepProfiler(ProfileSettings(steps=(traced, traced)), folder, run.ranks)
+    for step in range(1, traced + 1):
+        profiler.begins(step)
         meter.start()
-        batch = next(batches)
+        with phase("data"):
+            batch = next(batches)
         denominator = shared_denominator(batch, False, run.ranks)
         assert denominator is not None
-        metrics = train_step(timer, batch, denominator, step, meter, run, guard)
-        phases = timer.take()
+        metrics = train_step(engine, batch, denominator, step, meter, run, guard)
+        profiler.done(step)
         run.say(f"step {step}: {metrics['step_s']:.2f} s, {metrics['tokens_per_s']:.0f} tokens/s")
-        if step > shape.warmup:
-            found["steps"].append({key: metrics[key] for key in KEPT} | phases)
+        if shape.warmup < step < traced:
+            found["steps"].append({key: metrics[key] for key in KEPT if key in metrics})
             found["together"] = _together(found["steps"], metrics["memory_gib"], shape.packs)
             write()
+    profiler.close()
     batches.close()
+    found["phases"] = _phases(folder)
     found["insertion"] = _insertion(run, batch, found["together"]["step_s"], shape.packs)
     write()
 
 
 def _together(rows: list[dict[str, Any]], memory_gib: float, packs: int) -> dict[str, float]:
-    """Rates over all measured steps, the mean seconds of a step and its phases, peak memory."""
-    total = {key: sum(row[key] for row in rows) for key in rows[0]}
-    seconds = {key: value / len(rows) for key, value in total.items() if key.endswith("_s")}
-    rates = {
-        f"{what}_per_s": total[what] / total["step_s"]
-        for what in ("tokens", "images", "tiles", "samples")
+    """Rates over all measured steps, means per step, peak memory since the first."""
+    seconds = sum(row["step_s"] for row in rows)
+    found = {"packs": packs, "memory_gib": memory_gib, "step_s": seconds / len(rows)}
+    for what in ("tokens", "images", "tiles", "samples"):
+        found[f"{what}_per_s"] = sum(row[what] for row in rows) / seconds
+    for share in ("data_wait", "mfu", "hfu"):  # shares of a step's time
+        if share in rows[0]:
+            found[share] = sum(row[share] * row["step_s"] for row in rows) / seconds
+    found["padding"] = sum(row["padding"] for row in rows) / len(rows)
+    return {key: float(f"{value:.5g}") for key, value in found.items()}
+
+
+def _phases(folder: Path) -> dict[str, dict[str, float]]:
+    """Milliseconds of each phase in the traced step; empty where it could not be traced."""
+    times = {}
+    for path in folder.glob("profile/*.trace.json.gz"):
+        times = phase_times(read_trace(path))
+    return {
+        name: {
+            "host_ms": round(time.host_us / 1e3, 3),
+            "gpu_ms": round(time.gpu_us / 1e3, 3),
+        }
+        for name, time in times.items()
     }
-    waited = sum(row["data_wait"] * row["step_s"] for row in rows) / total["step_s"]
-    padding = total["padding"] / len(rows)
-    means = {"packs": packs, "padding": padding, "data_wait": waited, "memory_gib": memory_gib}
-    return {key: float(f"{value:.5g}") for key, value in (seconds | rates | means).items()}
 
 
 def _insertion(run: Run, batch: StepBatch, step_s: float, packs: int) -> dict[str, float]:
