@@ -33,13 +33,11 @@ def begin(
     before = read_results(out)
     known = before.get("settings", {}) | before["machine"] | {"kind": before["kind"]}
     now = settings.record() | {key: machine[key] for key in SAME} | {"kind": content["kind"]}
-    differ = [
-        f"{k} is {v!r}, was {known.get(k)!r}" for k, v in now.items() if not _same(v, known.get(k))
-    ]
-    if differ:
+    pairs = [(key, value, known.get(key)) for key, value in now.items()]
+    if differ := [f"{k} is {new!r}, was {old!r}" for k, new, old in pairs if not _same(new, old)]:
         raise ValueError(
-            f"--resume: {out / RESULTS} is of another run ({'; '.join(differ)}); give the options it "
-            "was started with, or another --out"
+            f"--resume: {out / RESULTS} is of another run ({'; '.join(differ)}); give the options "
+            "it was started with, or another --out"
         )
     return before | {"machine": machine, "failures": {}}
 
