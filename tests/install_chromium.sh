@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Install Chromium, in which the tests look at pages (data_pipeline.inspect, kernels.profile), from the packages of
-# Debian, as root. Does nothing where it is installed already.
+# Install Chromium, in which the tests look at the pages of data_pipeline.inspect and kernels.profile, from
+# the packages of Debian, as root. Does nothing where it is installed already.
 
 set -euo pipefail
 

@@ -38,7 +38,7 @@ class BenchSettings:
 
     providers: tuple[str, ...]
     modes: tuple[str, ...]
-    min_ms: float = 200.0
+    min_ms: float = 100.0
     frozen: bool = False
     sustained: bool = False
     traces: Path | None = None

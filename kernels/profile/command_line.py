@@ -46,7 +46,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     add("--provider", action="append", choices=tuple(PROVIDERS), help="only these; repeat")
     add("--mode", action="append", choices=MODES, help="only these; repeat")
     add("--frozen-vit", action="store_true", help="x needs no gradient")
-    add("--min-ms", type=_positive, help="timed per provider and mode (200; --quick 30)")
+    add("--min-ms", type=_positive, help="timed per provider and mode (100; --quick 30)")
     add("--sustained", action="store_true", help="without rests between calls, 5 s each: a hot GPU")
     add("--no-trace", dest="trace", action="store_false", help="no traces, no table of kernels")
     add("--device", choices=("auto", "cpu"), default="auto", help="cpu: time this CPU")
@@ -92,7 +92,7 @@ def settings_of(args: argparse.Namespace, out: Path | None) -> BenchSettings:
     return BenchSettings(
         tuple(args.provider or (QUICK if args.quick or args.sweep else every)),
         tuple(args.mode or (("both",) if args.sweep else MODES)),
-        args.min_ms or (5000.0 if args.sustained else 30.0 if args.quick else 200.0),
+        args.min_ms or (5000.0 if args.sustained else 30.0 if args.quick else 100.0),
         args.frozen_vit,
         args.sustained,
         out / "traces" if out and args.trace and not args.sweep else None,

@@ -108,7 +108,7 @@ def _remarks(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
         }
         for run in (old, new)
     ]
-    for key in have[0].keys() & have[1].keys():
+    for key in sorted(have[0].keys() & have[1].keys()):
         for what in ("saved", "peak"):
             was, now = (side[key]["memory"].get(what) for side in have)
             if was and now and abs(now / was - 1) > 0.01:

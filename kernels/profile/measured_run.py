@@ -31,22 +31,22 @@ def begin(
     if not resume or not (out / RESULTS).exists():
         return content
     before = read_results(out)
-    pairs = [(k, content["settings"][k], before["settings"].get(k)) for k in content["settings"]]
-    pairs += [(k, machine[k], before["machine"].get(k)) for k in SAME]
-    differ = [f"{k} is {now!r}, was {was!r}" for k, now, was in pairs if _plain(now) != _plain(was)]
-    if differ or before["kind"] != "measured":
+    known = before.get("settings", {}) | before["machine"] | {"kind": before["kind"]}
+    now = settings.record() | {key: machine[key] for key in SAME} | {"kind": content["kind"]}
+    pairs = [(key, value, known.get(key)) for key, value in now.items()]
+    if differ := [f"{k} is {new!r}, was {old!r}" for k, new, old in pairs if not _same(new, old)]:
         raise ValueError(
-            f"--resume: {out / RESULTS} is of another run ({'; '.join(differ) or before['kind']}); "
-            "give the options it was started with, or another --out"
+            f"--resume: {out / RESULTS} is of another run ({'; '.join(differ)}); give the options "
+            "it was started with, or another --out"
         )
     return before | {"machine": machine, "failures": {}}
 
 
-def _plain(value: Any) -> Any:
-    """As JSON gives it back; a commit without the mark of changes, which results may be."""
-    if isinstance(value, str):
-        return value.removesuffix("+changes")
-    return list(value) if isinstance(value, tuple) else value
+def _same(value: Any, read: Any) -> bool:
+    """Whether JSON gave it back; of a commit without the mark of changes, which results may be."""
+    if isinstance(value, str) and isinstance(read, str):
+        return value.removesuffix("+changes") == read.removesuffix("+changes")
+    return (list(value) if isinstance(value, tuple) else value) == read
 
 
 def measure(

@@ -13,9 +13,11 @@ import matplotlib.pyplot as plt
 from kernels.profile.cases import Case
 from kernels.profile.results import speedup, time_ms
 from kernels.profile.roofline import Peaks, steps
+from kernels.profile.run_tables import LABELS
 
 BASELINES = {"eager_grouped": "eager", "compile": "torch.compile"}
 COLORS = {"eager_grouped": "C1", "compile": "C2", "save": "C0", "recompute": "C4", "fused": "C3"}
+ASKED = {"both": "a forward and backward", "forward": "a forward", "backward": "a backward"}
 KINDS = ("matrix products", "pooling, norm", "SwiGLU", "the rest")
 
 
@@ -57,6 +59,12 @@ def _save(figure: Any, axes: Any, path: Path) -> Path:
     return path
 
 
+def _mode(records: Sequence[dict[str, Any]]) -> str:
+    """The most of forward and backward that any record has times of."""
+    found = {m for r in records for p in r["providers"].values() for m in p["timings"]}
+    return next((mode for mode in ("both", "backward", "forward") if mode in found), "both")
+
+
 def _label(name: str) -> str:
     """A case's name in short lines."""
     return "\n".join(textwrap.wrap(name.replace(",", ", "), 36))
@@ -65,14 +73,15 @@ def _label(name: str) -> str:
 def _speedups(records: Sequence[dict[str, Any]], content: dict[str, Any], out: Path) -> Path | None:
     """Bars of save over the baselines, forward and backward, with the run's own noise."""
     title = "How many times as fast as eager PyTorch and torch.compile is this op?"
-    shown = [r for r in records if any(speedup(r, other, "save") for other in BASELINES)]
+    mode = _mode(records)
+    shown = [r for r in records if any(speedup(r, other, "save", mode) for other in BASELINES)]
     if not shown:
         return None
     figure, axes = _axes(title, content, (10, 1.6 + 0.7 * len(shown)))
     for j, (other, label) in enumerate(BASELINES.items()):
-        found = [(i, speedup(r, other, "save"), r) for i, r in enumerate(shown)]
+        found = [(i, speedup(r, other, "save", mode), r) for i, r in enumerate(shown)]
         found = [(i, ratio, r) for i, ratio, r in found if ratio]
-        noise = [ratio * abs(r.get("noise", {}).get("both", 1) - 1) for _, ratio, r in found]
+        noise = [ratio * abs(r.get("noise", {}).get(mode, 1) - 1) for _, ratio, r in found]
         bars = axes.barh(
             [i + 0.35 * j for i, *_ in found],
             [ratio for _, ratio, _ in found],
@@ -89,7 +98,7 @@ def _speedups(records: Sequence[dict[str, Any]], content: dict[str, Any], out: P
     axes.invert_yaxis()
     axes.margins(x=0.12)
     lines = "; lines at the ends: A/A of the run" if content["kind"] == "measured" else ""
-    axes.set_xlabel(f"times as fast, forward and backward{lines}")
+    axes.set_xlabel(f"times as fast, {LABELS[mode]}{lines}")
     return _save(figure, axes, out / "speedup.png")
 
 
@@ -139,20 +148,21 @@ def _sweep(
     """Lines over the values of one key: time, speed-up, and the host's share of it."""
     key, others = sweep["key"], sweep["rest"]
     values = [sweep["values"][sweep["cases"].index(record["case"])] for record in records]
-    names = [n for n in records[0]["providers"] if any(time_ms(r, n) for r in records)]
-    times = {n: [time_ms(r, n) for r in records] for n in names}
+    mode = _mode(records)
+    names = dict.fromkeys(name for r in records for name in r["providers"])
+    times = {n: [time_ms(r, n, mode) for r in records] for n in names}
     ratios = {
-        f"over {label}": [speedup(r, other, "save") for r in records]
+        f"over {label}": [speedup(r, other, "save", mode) for r in records]
         for other, label in BASELINES.items()
     }
     hosts = {  # none where the host is the device, or nothing was timed
-        n: [_ratio(time_ms(r, n, what="host_ms"), time_ms(r, n)) for r in records]
+        n: [_ratio(time_ms(r, n, mode, "host_ms"), time_ms(r, n, mode)) for r in records]
         for n in names
         if content["machine"]["device"] != "cpu"
     }
     colors = dict(zip(ratios, (COLORS[other] for other in BASELINES), strict=True)) | COLORS
     plots = (
-        ("time", "How long does a forward and backward take?", times, "milliseconds", None),
+        ("time", f"How long does {ASKED[mode]} take?", times, "milliseconds", None),
         ("speedup", "How many times as fast is this op?", ratios, "times as fast", 1.0),
         (
             *("host", "Where is the host the limit?", hosts),
@@ -163,7 +173,7 @@ def _sweep(
     for name, question, series, unit, line in plots:
         if not any(value for column in series.values() for value in column):
             continue
-        figure, axes = _axes(question, content, (9, 4.5), f"{others};  ")
+        figure, axes = _axes(question, content, (9, 4.5), f"{others}, {LABELS[mode]};  ")
         for label, column in series.items():
             if any(column):
                 heights = [float("nan") if v is None else v for v in column]

@@ -207,6 +207,18 @@ def test_the_pictures_of_a_run_on_a_gpu(tmp_path):
     assert [path.stem for path in draw(content_of(), tmp_path)] == []
 
 
+def test_the_pictures_of_a_run_of_forward_alone(tmp_path):
+    """And a provider that failed in the first case of a sweep is drawn all the same."""
+    content = gpu_content()
+    for record in content["cases"]:
+        for found in record["providers"].values():
+            found["timings"] = {"forward": found["timings"]["both"]}
+    first = next(r for r in content["cases"] if r["case"].startswith("T=1,"))
+    del first["providers"]["compile"]
+    stems = [path.stem for path in draw(content, tmp_path)]
+    assert stems == ["speedup", "parts", "sweep-T-time", "sweep-T-speedup", "sweep-T-host"]
+
+
 def seen(page: Path, folder: Path):
     html, messages = browse(page, folder, "--dump-dom", "--window-size=1600,1200")
     assert not messages

@@ -204,6 +204,10 @@ def test_without_a_gpu_it_calculates_and_says_so(tmp_path, monkeypatch, capsys):
     assert "holds measurements" in capsys.readouterr().err
     assert read_results(tmp_path)["kind"] == measured["kind"]
 
+    write_json(tmp_path / "results.json", content)  # nor the other way round
+    assert command.main([*LINE, "--resume", f"--out={tmp_path}", f"--shape={SHAPES[0]}"]) == 2
+    assert "kind is 'measured', was 'calculated'" in capsys.readouterr().err
+
 
 def test_a_sweep_is_one_line_of_cases(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
