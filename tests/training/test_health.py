@@ -25,7 +25,7 @@ from tests.training import hang, health_scenarios
 from tests.training.scenarios import tiny_config
 from training.config import FaultSettings
 from training.distributed import Ranks
-from training.exit_codes import STUCK
+from training.exit_codes import PREEMPTED, STUCK
 from training.goodput import summarize
 from training.health.loss_guard import LossGuard
 from training.health.monitor import Monitor
@@ -124,6 +124,42 @@ def test_a_signal_is_noted_and_a_second_does_nothing(
     text = capfd.readouterr().err
     assert f"{first.name}: stopping at the next step boundary" in text
     assert f"SIGTERM again: already stopping after {first.name}" in text
+
+
+STARTING = """
+import datetime, os, signal, sys, threading, torch.distributed
+from training.health.preemption import StopRequest
+from training.health.slow_start import SlowStart
+
+store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+number = signal.Signals[sys.argv[1]]
+with StopRequest() as stop, SlowStart(wait_s=float(sys.argv[2])) as start:
+    threading.Timer(0.5, os.kill, (os.getpid(), number)).start()
+    try:
+        # As in a collective: no handler runs meanwhile.
+        store.wait(["never"], datetime.timedelta(seconds=float(sys.argv[3])))
+    except torch.distributed.DistStoreError:
+        pass
+    start.over()
+    os.kill(os.getpid(), signal.SIGUSR1)
+    print("noted", stop.reason, signal.set_wakeup_fd(-1), flush=True)
+"""
+
+
+@pytest.mark.parametrize("number", ["SIGUSR1", "SIGTERM"])
+def test_a_start_that_waits_for_others_ends_after_a_signal(number: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", STARTING, number, "0.2", "100"], capture_output=True, text=True
+    )
+    assert done.returncode == PREEMPTED and not done.stdout, done.stderr
+    assert f"{number}: asked to stop while the run was starting" in done.stderr
+
+
+def test_a_start_that_is_over_soon_leaves_it_to_the_first_step() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", STARTING, "SIGTERM", "100", "1"], capture_output=True, text=True
+    )
+    assert done.returncode == 0 and done.stdout == "noted SIGTERM -1\n", done.stderr
 
 
 def test_without_a_signal_the_handlers_are_put_back(handlers: None) -> None:

@@ -204,6 +204,10 @@ def test_rows_that_an_earlier_stage_had_not(
     earlier, later = tensors(tmp_path / "base", 1), tensors(tmp_path / "next", 1)
     for name in (n for n in earlier if n.startswith("language_model.")):
         assert torch.equal(later[name][: len(earlier[name])], earlier[name]), name
+    # A checkpoint knows which tokens they are, and wins over what could be found out now.
+    settings = (*settings, "checkpoint.init_from=null")
+    code, said, _ = one_rank.run(Starting(), corpus, tmp_path / "next", *settings)[0]
+    assert code == 0 and "rows of 3 new tokens train" in said and "resumed" in said, code
 
 
 def test_the_exported_model_has_the_rows_in_place(stage: Stage, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from training.distributed import Ranks
 from training.goodput import Goodput
 from training.health.loss_guard import LossGuard
 from training.health.preemption import StopRequest
+from training.health.slow_start import SlowStart
 from training.health.timeouts import set_timeout
 from training.health.watchdog import PATIENT, Watchdog
 from training.profiling import StepProfiler, phase
@@ -37,6 +38,7 @@ class Monitor:
         self.goodput = Goodput(config.output_dir, ranks, files=self.files)
         self.profiler = StepProfiler(config.profile, config.output_dir, ranks)
         self.watchdog = Watchdog(config.output_dir / "health", ranks, config.faults)
+        self.start = SlowStart()
         self.outcome = "finished"
         self._running = False
         self._step = 0
@@ -46,6 +48,7 @@ class Monitor:
         if not self.stop.entered:
             self._entered.enter_context(self.stop)
         self._entered.enter_context(self.watchdog)
+        self._entered.enter_context(self.start)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
@@ -56,6 +59,7 @@ class Monitor:
 
     def ready(self, step: int) -> None:
         """The engine is built (its process groups exist); the step after `step` comes first."""
+        self.start.over()
         set_timeout(self.faults.startup_timeout_s + _GRACE_S)
         self._step = step
         self.goodput.ready(step)
