@@ -8,6 +8,8 @@ import pytest
 
 from data_pipeline.errors import InputError
 from tests.chromium import Element, browse, parse, require_chromium
+from tests.training.scenarios import tiny_config
+from training.config import save_config
 from training.report.__main__ import main
 
 EVIL = "<script>document.title = 'run'</script>"
@@ -120,10 +122,11 @@ def test_a_finished_run_has_its_checkpoints_and_goodput(
     """Of a real run, stopped and gone on."""
     from tests.training.start_scenarios import Starting, run
 
-    length = ("train.steps=4", "profile.steps=[1,1]")
+    held_out = f"data.eval_shards=[{digits_corpus / 'eval'}]"
+    length = ("train.steps=4", "profile.steps=[1,1]", held_out, "eval.max_samples=6")
     one_rank.run(Starting(stop=2), digits_corpus, tmp_path, *length)
     one_rank.run(run, digits_corpus, tmp_path, *length)
-    main([str(tmp_path)])
+    main([str(tmp_path), "--samples", "2"])
     page = parse((tmp_path / "report.html").read_text())
     found = summary(page)
     assert found["state"] == ["finished"] and found["steps"] == ["4 of 4"]
@@ -132,6 +135,23 @@ def test_a_finished_run_has_its_checkpoints_and_goodput(
     assert [row.find("td")[-1].text for row in rows] == ["preempted", "finished", ""]
     saved = page.one("section", id="checkpoints").one("tbody").find("tr")
     assert [row.find("td")[0].text for row in saved] == ["2", "4"]
+    samples = page.one("section", id="samples").find("article")
+    assert len(samples) == 2
+    for sample in samples:
+        reference = sample.one("span", class_="chip").text
+        figures = sample.find("figure")
+        assert [figure.attributes["data-count"] for figure in figures] == ["4", "16", "64"]
+        for figure in figures:
+            answer = figure.one("figcaption").one("span")
+            assert (answer.text.strip() == reference) == (answer.attributes["class"] == "")
+            assert figure.one("img").attributes["src"].startswith("data:image/png")
+
+
+def test_samples_of_a_run_without_held_out_shards(digits_corpus: Path, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    save_config(tiny_config(digits_corpus, "data.eval_shards=[]"), run / "config.yaml")
+    with pytest.raises(InputError, match=r"data\.eval_shards"):
+        main([str(run), "--samples", "2"])
 
 
 @pytest.mark.parametrize("kind", ["no folder", "no metrics", "too many"])

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.html_page import page_environment, percent, prefixed
+from data_pipeline.inspect.charts import grid_lines, tile_lines
+from data_pipeline.inspect.content import visible
 from training.checkpoint import setting_changes
 from training.checkpoint.saver import gigabytes
 from training.goodput.accounting import ALL_PARTS, duration
@@ -18,7 +20,8 @@ def render(runs: list[RunFacts]) -> str:
     """The whole page."""
     name_apart(runs)
     environment = page_environment(Path(__file__).parent)
-    environment.filters.update(duration=duration, gigabytes=gigabytes)
+    environment.filters.update(duration=duration, gigabytes=gigabytes, visible=visible)
+    environment.globals.update(grid_lines=grid_lines, tile_lines=tile_lines)
     pictures = charts(runs)
     return environment.get_template("report.html.j2").render(
         runs=runs,

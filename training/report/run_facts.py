@@ -13,6 +13,7 @@ from training.checkpoint import best, finished, read_manifest
 from training.goodput import Summary, summarize
 from training.metrics import read_evaluations, read_metrics
 from training.metrics.metrics_log import METRICS
+from training.report.sample_answers import SampleAnswers
 
 Row = dict[str, Any]
 COUNTED = ("bad_samples", "too_long", "store_retries")
@@ -37,6 +38,7 @@ class RunFacts:
     name: what tells it from the others on the page. rows, evaluations: of `metrics.jsonl` and
     `evaluations.jsonl`. settings: `config.yaml` as text; `config` as read. starts: the notes of
     every start. profiles: (name, table) of traced steps. goodput: None where it was not recorded.
+    samples: answers to held-out samples, where they were asked for.
     """
 
     folder: Path
@@ -49,6 +51,7 @@ class RunFacts:
     profiles: list[tuple[str, str]] = field(default_factory=list)
     checkpoints: list[SavedStep] = field(default_factory=list)
     goodput: Summary | None = None
+    samples: list[SampleAnswers] = field(default_factory=list)
 
     @property
     def step(self) -> int:
