@@ -8,7 +8,7 @@
 
 Results go to kernels/results/ and training/results/, into a folder named after the GPU, with the
 state of every stage in gpu_record.json: done, partial or failed. The same command goes on with
-what is not done; kernels and tests go on inside a stage, too. One GPU is used. Nothing is
+what is not done; kernels and tests go on inside a stage, too, which gets up to four turns. One GPU is used. Nothing is
 installed or downloaded: a stage that lacks a package fails and says so, and the next one begins.
 Exit status: 0 when all stages are done, 1 when one is not, 2 without a GPU.
 """
