@@ -119,11 +119,25 @@ child = subprocess.Popen(["sleep", "600"])
 open(FILE, "w").write(str(child.pid))
 time.sleep(600)
 """
-    stage = python("slow", code, tmp_path / "child")
+    stage = python("slow", code, tmp_path / "child", goes_on=False)
     record = run([stage], places)
     assert record.state(stage) == PARTIAL and "limit" in record.stages["slow"]["reason"]
     child = Path("/proc") / (tmp_path / "child").read_text() / "stat"
     assert not child.exists() or child.read_text().split()[2] == "Z"
+
+
+def test_a_stage_that_goes_on_gets_more_turns(places, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("training.gpu_record.stage_runs.LIMIT_S", 2.0)
+    code = """
+import os, time
+with open(FILE, "a") as rows:
+    rows.write("x")
+if os.path.getsize(FILE) < 3:
+    time.sleep(600)
+"""
+    stage = python("long", code, tmp_path / "rows")
+    assert run([stage], places).state(stage) == DONE
+    assert (tmp_path / "rows").read_text() == "xxx"
 
 
 def test_a_signal_ends_the_stage_and_the_same_command_goes_on(places, tmp_path) -> None:

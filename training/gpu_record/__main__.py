@@ -8,9 +8,10 @@
 
 Results go to kernels/results/ and training/results/, into a folder named after the GPU, with the
 state of every stage in gpu_record.json: done, partial or failed. The same command goes on with
-what is not done; kernels and tests go on inside a stage, too. One GPU is used. Nothing is
-installed or downloaded: a stage that lacks a package fails and says so, and the next one begins.
-Exit status: 0 when all stages are done, 1 when one is not, 2 without a GPU.
+what is not done; kernels and tests go on inside a stage, too, which gets up to four turns. One GPU
+is used. Nothing is installed or downloaded: a stage that lacks a package fails and says so, and the
+next one begins. Exit status: 0 when all stages are done, 1 when one is not, 2 without a GPU, 75
+after a signal.
 """
 
 import argparse
@@ -34,7 +35,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=path_argument, help="another folder for the results")
     parser.add_argument("--list", action="store_true", help="show the stages and end")
     parser.add_argument("--again", action="store_true", help="forget what the stages measured")
-    parser.add_argument("--within-s", type=float, default=float("inf"), metavar="S")
+    parser.add_argument(
+        "--within-s", type=float, default=float("inf"), metavar="S", help="time there is"
+    )
     parser.add_argument("--rehearse", action="store_true", help="without a GPU, tiny shapes")
     return parser.parse_args(argv)
 

@@ -16,7 +16,8 @@ class Stage:
 
     expected_s: about how long on an H100; it is not begun with less time left. files: what it
     writes and `--again` removes. otherwise: options it is run with again where the GPU's memory did
-    not suffice (`exit_codes.OUT_OF_MEMORY`).
+    not suffice (`exit_codes.OUT_OF_MEMORY`). goes_on: whether it goes on where its
+    limit ended it.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Stage:
     files: tuple[Path, ...]
     environment: dict[str, str] = field(default_factory=dict)
     otherwise: tuple[str, ...] = ()
+    goes_on: bool = True
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ def all_stages(places: Places, rehearse: bool) -> list[Stage]:
             seconds,
             (out,),
             otherwise=("--offload",),
+            goes_on=False,
         )
 
     return [

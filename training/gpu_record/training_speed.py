@@ -57,6 +57,8 @@ def measure(shape: Shape, work: Path, more: tuple[str, ...], out: Path) -> None:
     runs = [Run(settle_precision(config, ranks), ranks) for config in configs]
     began = time.perf_counter()
     engine = build_engine(runs[0].config, runs[0].tokenizer, ranks, pretrained=False)
+    projector: Any = engine.module.projector
+    projector.impl = runs[0].projector_impl
     engine.train()
     sizes = [engine.shape(parameter) for parameter in engine.module.parameters()]
     found: dict[str, Any] = {
@@ -66,6 +68,7 @@ def measure(shape: Shape, work: Path, more: tuple[str, ...], out: Path) -> None:
         "built_in_s": round(time.perf_counter() - began, 1),
         "settings": runs[0].config.model_dump(mode="json"),
         "projector": runs[0].projector_impl,
+        "projector_obstacle": runs[0].projector_obstacle,
         "runs": {},
     }
     for counts, run in zip(COUNTS, runs, strict=True):
