@@ -176,6 +176,13 @@ class CheckpointSettings(Settings):
     init_allow: list[str] = Field(default_factory=list)
     """What may differ from that stage or pretrained weights: model.pool, data.tokenizer, ..."""
 
+    @field_validator("resume", mode="before")
+    @classmethod
+    def _no_switch(cls, value: Any) -> Any:
+        if isinstance(value, bool):
+            raise ValueError("expected auto, never, or a checkpoint's folder")
+        return value
+
     @field_validator("init_allow")
     @classmethod
     def _known_places(cls, names: list[str]) -> list[str]:

@@ -110,6 +110,7 @@ def test_a_wrong_setting_is_named(override: str, expected: str) -> None:
         ("data.tokens.counts=[4, true, 64]", r"data\.tokens\.counts: expected a number"),
         ("train.steps=", r"train\.steps: .*found nothing"),
         ("train.steps=.nan", r"train\.steps: .*finite"),
+        ("checkpoint.resume=no", r"checkpoint\.resume: expected auto, never, .* \(found False\)"),
         ("train.modules.vision_model.train=new_tokens", r"vision_model\.train: .*boolean"),
         (
             "train.modules.language_model.train=rows",

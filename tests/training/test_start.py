@@ -151,6 +151,18 @@ def test_an_unfinished_stage_and_one_that_is_not_there(
     assert "is not a checkpoint, as" in str(error) and "step-00000006 is" in str(error)
 
 
+@pytest.mark.parametrize("place", ["checkpoints", "checkpoints/step-00000004", "checkpoints/new"])
+def test_no_run_lies_among_the_checkpoints_of_another(
+    start: Start, base: Path, tmp_path: Path, place: str
+) -> None:
+    """It would start anew instead of going on, and go with a checkpoint that is pruned."""
+    before = sorted(base.rglob("*"))
+    (tmp_path / "link").symlink_to(base)
+    error, *_ = start(tmp_path / "link" / place, "train.steps=1")
+    assert f"output_dir={base.resolve()}," in str(error) and "checkpoint.init_from=" in str(error)
+    assert sorted(base.rglob("*")) == before
+
+
 def test_a_stage_of_an_older_version_says_what_is_not_known(
     start: Start, base: Path, tmp_path: Path
 ) -> None:

@@ -134,6 +134,20 @@ def finished(folder: Path) -> list[Path]:
     return [path for path in candidates(folder) if (path / MANIFEST).is_file()]
 
 
+def refuse_inside(output_dir: Path) -> None:
+    """InputError if a run is to lie among the checkpoints of another, or inside of one."""
+    own = output_dir.resolve()
+    for path in (own, *own.parents):
+        in_one = re.fullmatch(r"step-\d+", path.name) and (path / MANIFEST).is_file()
+        if in_one or (path.name == "checkpoints" and finished(path)):
+            run = path.parent.parent if in_one else path.parent
+            raise InputError(
+                f"output_dir={output_dir} lies in {path}, which another run saved and may remove; "
+                f"to go on with that run set output_dir={run}, or to start from its weights "
+                f"checkpoint.init_from={path} and another output_dir"
+            )
+
+
 def remove(path: Path) -> None:
     """Delete a checkpoint; a kill half-way leaves a temporary folder, never half a checkpoint."""
     doomed = path.with_name(f"{TEMPORARY}old-{path.name}")

@@ -54,6 +54,7 @@ class Saver:
         return self
 
     def _open(self) -> None:
+        layout.refuse_inside(self.folder.parent)
         self._lock.acquire()
         for leftover in layout.leftovers(self.folder):
             shutil.rmtree(leftover, ignore_errors=True)
