@@ -44,7 +44,8 @@ class Scorer:
     def score(self, examples: Sequence[Example], side: int) -> list[Row]:
         """One row per example, in order."""
         rows: dict[int, Row] = {}
-        forced, asked = [], []
+        forced: list[Example] = []
+        asked: list[Example] = []
         for example in examples:
             if example.bad is not None:
                 rows[example.sample] = {"bad": example.bad}
