@@ -7,7 +7,7 @@ from data_pipeline.text_table import text_table
 from training.generate.answer import Answer, generate_answer, prepare_messages
 from training.generate.loaded_model import LoadedModel
 
-_HEAD = ("tokens/tile", "image tokens", "prompt", "first token", "answer", "tokens/s", "says")
+HEAD = ("tokens/tile", "image tokens", "prompt", "first token", "answer", "tokens/s", "says")
 
 
 def compare(
@@ -34,7 +34,7 @@ def compare(
 def comparison(answers: Mapping[int, Answer]) -> str:
     """Answers and latencies, a row per token count."""
     rows = [comparison_row(count, answer) for count, answer in answers.items()]
-    return text_table([list(_HEAD), *rows], left=(len(_HEAD) - 1,))
+    return text_table([list(HEAD), *rows], left=(len(HEAD) - 1,))
 
 
 def comparison_row(count: int, answer: Answer) -> list[str]:

@@ -25,6 +25,7 @@ from training.model.hub import (
     TokenFlexProcessor,
     chatml_template,
 )
+from training.model.known_counts import known_counts
 from training.precision import has_fast_bf16
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -75,8 +76,7 @@ class LoadedModel:
     @property
     def trained_counts(self) -> list[int] | None:
         """Token counts that were trained, where the export has noted them in the config."""
-        counts = getattr(self.config, "trained_num_image_tokens", None)
-        return sorted(map(int, counts)) if counts else None
+        return known_counts(self.config).trained
 
     @property
     def context(self) -> int | None:
