@@ -12,12 +12,12 @@ from training.generate.comparison import HEAD
 _MARK = "\u25cf"
 _COMPARED = 3  # counts that are chosen to begin with
 # The slider's track begins and ends so many pixels from the sides of its column.
-_TRACK = (37, 40)
+_TRACK = (37, 39)
 _STYLE = """<style>
-.marks {position: relative; height: 30px; margin-top: -14px}
-.marks span {position: absolute; transform: translateX(-50%); text-align: center; font-size: 11px;
+#marks .marks {position: relative; height: 26px; margin-top: -10px}
+#marks .marks span {position: absolute; transform: translateX(-50%); text-align: center; font-size: 11px;
   line-height: 1.2; color: #c2410c; font-weight: 700}
-.dark .marks span {color: #fb923c}
+.dark #marks .marks span {color: #fb923c}
 </style>"""
 
 
@@ -84,7 +84,7 @@ def _inputs(gradio: Any, loaded: LoadedModel, answers: Answers) -> SimpleNamespa
         label="n: each tile becomes n x n vision tokens",
         elem_id="side",
     )
-    gradio.HTML(_STYLE + _marks(loaded.patches_per_side, answers), elem_id="marks")
+    gradio.HTML(_STYLE + _marks(loaded.patches_per_side, answers), padding=False, elem_id="marks")
     given.known = gradio.Textbox(
         answers.of(int(side)), show_label=False, container=False, interactive=False, elem_id="known"
     )
