@@ -25,7 +25,7 @@ from tests.training.tiny import make_processor
 from training.demo import answers as module
 from training.demo.__main__ import main
 from training.demo.answers import Answers, checked_side, open_image
-from training.demo.examples import draw_examples, examples_in
+from training.demo.example_pictures import draw_examples, examples_in
 from training.demo.token_grid import draw_token_grid
 from training.generate import LoadedModel, generate_answer, load_model
 from training.model.known_counts import note_counts
@@ -217,11 +217,11 @@ def test_the_page_shows_tokens_answers_and_latency(page: Page, tmp_path: Path):
     Image.new("RGB", (20, 20), (0, 0, 255)).save(tmp_path / "blue.png")
     (tmp_path / "no.png").write_text("not an image")
     shown = "document.body.innerText"
+    page.wait_for(f"{shown}.includes('a slider over the vision tokens')")
     assert page.evaluate("document.title").startswith("model")
-    assert "a slider over the vision tokens" in page.evaluate(shown)
-    assert page.evaluate(value("known")).startswith("4 tokens per tile: trained; 90.0%")
+    page.wait_for(f"{value('known')}?.startsWith('4 tokens per tile: trained; 90.0%')")
     marked = "[...document.querySelectorAll('#marks span')].map(e => e.innerText.slice(2)).join()"
-    assert page.evaluate(marked) == "2 x 2,4 x 4"
+    page.wait_for(f"{marked} == '2 x 2,4 x 4'")
     page.set_file("#file input[type=file]", tmp_path / "blue.png")
     tokens, answer, latency = value("tokens"), value("answer"), value("latency")
     page.wait_for(f"{tokens} == '1 tile x 4 = 4 vision tokens'")

@@ -225,6 +225,17 @@ def test_the_released_settings_of_a_task(task, tiles, tokens):
     assert released_num_image_tokens(task) == tokens
 
 
+def test_the_released_settings_are_those_of_the_docs():
+    page = (ROOT / "docs" / "model.md").read_text()
+    tables = {"max_tiles": MAX_TILES, "num_image_tokens": NUM_IMAGE_TOKENS}
+    for name, table in tables.items():
+        for value in set(table.values()):
+            tasks = ", ".join(f"`{task}`" for task, own in table.items() if own == value)
+            assert f"| `{name}` | {value} | {tasks} |" in page
+        other = {"max_tiles": released_max_tiles, "num_image_tokens": released_num_image_tokens}
+        assert f"| `{name}` | {other[name]('another')} | all others |" in page
+
+
 def test_the_released_settings_name_tasks_that_there_are(lmms_python):
     code = (
         "import lmms_eval.tasks as t, pathlib; print(*[line for p in "

@@ -15,7 +15,7 @@ from typing import Any
 from data_pipeline.cli import at_least, command_parser, run_cli
 from data_pipeline.errors import InputError
 from data_pipeline.paths import path_argument
-from training.demo.examples import draw_examples, examples_in
+from training.demo.example_pictures import draw_examples, examples_in
 from training.demo.gradio_page import build_page
 from training.generate import add_model_arguments, load_asked
 

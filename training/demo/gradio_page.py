@@ -15,8 +15,8 @@ _COMPARED = 3  # counts that are chosen to begin with
 _TRACK = (37, 39)
 _STYLE = """<style>
 #marks .marks {position: relative; height: 26px; margin-top: -10px}
-#marks .marks span {position: absolute; transform: translateX(-50%); text-align: center; font-size: 11px;
-  line-height: 1.2; color: #c2410c; font-weight: 700}
+#marks .marks span {position: absolute; transform: translateX(-50%); text-align: center;
+  font-size: 11px; line-height: 1.2; color: #c2410c; font-weight: 700}
 .dark #marks .marks span {color: #fb923c}
 </style>"""
 

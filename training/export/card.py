@@ -106,7 +106,8 @@ def card(
     vision, text = config.vision_config, config.text_config
     architecture = (
         f"A vision-language model that reads an image tile as n x n tokens, n from 1 to {side} "
-        f"([TokenFLEX](https://arxiv.org/abs/2504.03154)): fewer are faster. {vision.model_type} ({vision.num_hidden_layers} layers of {vision.hidden_size}, "
+        f"([TokenFLEX](https://arxiv.org/abs/2504.03154)): fewer are faster. "
+        f"{vision.model_type} ({vision.num_hidden_layers} layers of {vision.hidden_size}, "
         f"tiles of {config.tile_size} pixels, {side} x {side} patches), a token-adaptive projector "
         f"({config.pool} pooling), {text.model_type} ({text.num_hidden_layers} layers of "
         f"{text.hidden_size}, context {getattr(text, 'max_position_embeddings', 'unknown')})."

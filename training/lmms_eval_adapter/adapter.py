@@ -11,15 +11,15 @@ from data_pipeline.errors import InputError
 from training.distributed import local_device
 from training.generate import greedy_settings, load_model, user_errors
 from training.generate.answer import answer_room, prepare_messages
-from training.lmms_eval_adapter.arguments import (
+from training.lmms_eval_adapter.chat_requests import as_messages, batches, cut_at, name_of
+from training.lmms_eval_adapter.failed_answers import FailedAnswers
+from training.lmms_eval_adapter.model_args import (
     RELEASED,
     share,
     text_or_file,
     whole,
     whole_or_released,
 )
-from training.lmms_eval_adapter.failed_answers import FailedAnswers
-from training.lmms_eval_adapter.questions import as_messages, batches, cut_at, name_of
 from training.lmms_eval_adapter.released_settings import (
     NUM_IMAGE_TOKENS,
     OTHER_NUM_IMAGE_TOKENS,
