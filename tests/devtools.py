@@ -104,6 +104,12 @@ class Page:
             "new Event('change', {bubbles: true}))"
         )
 
+    def allow_clipboard(self) -> None:
+        """Let the page read and write the clipboard, as a user is asked to."""
+        permissions = ["clipboardReadWrite", "clipboardSanitizedWrite"]
+        self.call("Browser.grantPermissions", permissions=permissions)
+        self.call("Page.bringToFront")
+
     def screenshot(self, out: Path) -> None:
         """Write a PNG of the whole page."""
         shot = self.call("Page.captureScreenshot", captureBeyondViewport=True)

@@ -15,6 +15,7 @@ from PIL import Image
 
 from docs import make_pictures
 from tests.pages import MAKE, PAGES, ROOT, commands, copy_repository, prose, run_command
+from training.export.card import UNKNOWN_COUNTS
 
 README = ROOT / "README.md"
 RECIPE = ROOT / "docs" / "recipe.md"  # tests/test_recipe.py runs its commands
@@ -251,6 +252,24 @@ def test_the_printed_table_is_the_record() -> None:
         assert f"{detail}, {rows[0]['answers']} answers  {cells}" in re.sub(
             r" {2,}", "  ", README.read_text()
         )
+
+
+@pytest.mark.parametrize(("demo", "detail"), [("digits", "k=2"), ("grid", "k=4")])
+def test_what_is_said_of_untrained_counts_is_the_record(demo: str, detail: str) -> None:
+    record = json.loads((ROOT / "training/results/untrained_counts.json").read_text())
+    found = record[demo]["counts"]
+    rows = {
+        detail: [f"{100 * count['by_detail'][detail]:.1f}" for count in found],
+        "all": [f"{100 * count['accuracy']:.1f}" for count in found],
+    }
+    for name, cells in rows.items():
+        assert f"| {demo}, {name} | {' | '.join(cells)} |" in prose()
+    said = " ".join(UNKNOWN_COUNTS.split())
+    for trained in (True, False):
+        own = [c for c in found if c["trained"] is trained and c["num_image_tokens"] > 1]
+        shares = [100 * c["by_detail"][detail] for c in own]
+        assert f"{min(shares):.0f} to {max(shares):.0f} %" in said
+    assert [c["num_image_tokens"] for c in found if c["trained"]] == [4, 16, 64]
 
 
 @pytest.mark.parametrize(

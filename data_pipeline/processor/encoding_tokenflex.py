@@ -78,7 +78,8 @@ def fitted(
     if len(prompt.ids) > context:
         raise ValueError(
             f"{name} makes a prompt of {length} tokens, {images} of them for images, and the "
-            f"context holds {context}; shorten it, give fewer images or lower num_image_tokens"
+            f"context holds {context}; shorten it, give fewer images, or lower num_image_tokens or "
+            "max_tiles"
         )
     return prompt
 

@@ -23,7 +23,8 @@ from .arguments_tokenflex import (
 )
 from .encoding_tokenflex import IMAGE_TOKEN, Encoded, encode_pieces, fitted
 from .image_processing_tokenflex import flatten
-from .prompt_tokenflex import SPECIAL_TOKENS, chatml_template, encode_fast, parse_prompt, protect
+from .prompt_tokenflex import SPECIAL_TOKENS, encode_fast, parse_prompt, protect
+from .template_tokenflex import chatml_template
 
 __all__ = ["TokenFlexProcessor", "chatml_template"]
 

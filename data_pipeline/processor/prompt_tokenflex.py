@@ -4,7 +4,6 @@ Text from messages travels through the chat template between two delimiters, whi
 write; what is between them is never taken for a marker, and what the template writes is.
 """
 
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass
@@ -38,27 +37,7 @@ _MAY_FOLLOW = {
     "user": ("assistant",),
     "assistant": ("user",),
 }
-_IN_STRINGS = (TURN_START, TURN_END, IMAGE)
-
-_TEMPLATE = """\
-{%- if messages[0]['role'] != 'system' and SYSTEM -%}
-{{ '<|im_start|>system\\n' + SYSTEM + '<|im_end|>\\n' }}
-{%- endif -%}
-{%- for message in messages -%}
-{{ '<|im_start|>' + message['role'] + '\\n' }}
-{%- if message['content'] is string -%}
-{{ message['content'] }}
-{%- else -%}
-{%- for part in message['content'] -%}
-{{ '<image>' if part['type'] == 'image' else part['text'] }}
-{%- endfor -%}
-{%- endif -%}
-{{ '<|im_end|>\\n' }}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-{{ '<|im_start|>assistant\\n' }}
-{%- endif -%}
-"""
+MARKERS = (TURN_START, TURN_END, IMAGE)
 
 
 @dataclass(frozen=True)
@@ -68,20 +47,6 @@ class Piece:
     text: str
     is_marker: bool = False
     is_image: bool = False
-
-
-def chatml_template(system: str = DEFAULT_SYSTEM) -> str:
-    """The Jinja chat template of training.
-
-    system: what is said where a conversation has no system turn of its own; empty: nothing.
-    ValueError if it holds a marker.
-    """
-    for marker in _IN_STRINGS:
-        if marker in system:
-            raise ValueError(
-                f"system holds {marker}, which is a marker of the prompt; leave it out"
-            )
-    return _TEMPLATE.replace("SYSTEM", json.dumps(system, ensure_ascii=False))
 
 
 def check_messages(messages: Any, stored: bool = True) -> None:
@@ -256,7 +221,7 @@ def _protected(content: Any, where: str, readable: bool) -> Iterator[dict[str, A
 
 
 def _readable(text: str, where: str) -> str:
-    for marker in _IN_STRINGS:
+    for marker in MARKERS:
         if marker in text:
             raise ValueError(
                 f"{where} holds the text {marker}, which a string cannot tell from a marker; "

@@ -14,10 +14,13 @@ import pytest
 import torch
 from PIL import Image
 
+from data_pipeline.chat import ChatSettings
 from data_pipeline.corpus import make_builder
+from data_pipeline.index import build_index
 from data_pipeline.mixture import Mixture
 from data_pipeline.plan import EvaluationPlan
 from data_pipeline.settings import DataSettings
+from data_pipeline.tokenizer import load_tokenizer
 from tests.ranks import RankPool
 from tests.training.exported import make_folder
 from training.distributed import Ranks
@@ -28,7 +31,7 @@ from training.evaluate.forced_decoding import ForcedAnswer, forced_answer
 from training.evaluate.in_training import evaluate
 from training.evaluate.scorers import levenshtein, score_text
 from training.evaluate.summary import resample_means
-from training.generate import load_model
+from training.generate import LoadedModel, load_model
 from training.model import PackedTokenFlex
 
 COUNTS = ["4", "9", "16"]
@@ -330,6 +333,60 @@ def test_the_bootstrap_is_seeded_and_as_wide_as_the_theory():
     # The same resamples for both rows: equal rows have equal means.
     same = resample_means(scores[[0, 0]], 50, seed=1)
     np.testing.assert_array_equal(same[0], same[1])
+
+
+def test_samples_longer_than_the_context_are_wrong_and_counted(
+    folder, complete, tmp_path, monkeypatch, capsys
+):
+    before = {key: row for key, row in rows(complete[0]).items() if "bad" not in row}
+    context = int(np.median([row["prompt_tokens"] for row in before.values()]))
+    monkeypatch.setattr(LoadedModel, "context", property(lambda loaded: context))
+    assert main(command(folder, tmp_path / "out", *QUICK)) == 0
+    after = rows(tmp_path / "out")
+    forced, longer = 0, 0
+    for key, row in before.items():
+        room = context - row["prompt_tokens"] + 1
+        exact = row["metric"] == "exact"
+        if room < (row["answer_tokens"] if exact else 1):
+            assert after[key]["too_long"] and after[key]["score"] == 0
+            forced += exact and row["score"] == 1
+            longer += 1
+        elif exact:
+            assert after[key] == row
+        else:  # generated, up to the end of the context
+            assert row["answer"].startswith(after[key]["answer"])
+    assert forced  # they were right as if there were no context
+    counted = {e["num_image_tokens"]: e["too_long"] for e in results(tmp_path / "out")["counts"]}
+    assert sum(counted.values()) == longer
+    assert "longer than the context, counted as wrong: {" in capsys.readouterr().out
+
+
+def test_the_number_of_tiles_can_be_set(folder, complete, tmp_path, capsys):
+    assert main(command(folder, tmp_path / "out", *QUICK, "--max-tiles", "1")) == 0
+    before, after = rows(complete[0]), rows(tmp_path / "out")
+    fewer = 0
+    for key, row in after.items():
+        if "bad" not in row:
+            images = 2 if row["sample"] % 6 == 5 else 1
+            assert row["tiles"] == images
+            lost = before[key]["tiles"] - images
+            assert before[key]["prompt_tokens"] - row["prompt_tokens"] == lost * key[0]
+            fewer += lost > 0
+    assert fewer
+    assert main(command(folder, tmp_path / "out", *QUICK)) == 2
+    assert "'max_tiles': 1" in capsys.readouterr().err
+
+
+def test_another_system_turn_needs_an_index_made_with_it(folder, tmp_path, capsys):
+    arguments = command(folder, tmp_path / "out", *QUICK, "--system", "Be brief.")
+    assert main(arguments) == 2
+    assert "index" in capsys.readouterr().err
+    chat = ChatSettings(system="Be brief.")
+    index = tmp_path / "index"
+    build_index(str(folder[1]), load_tokenizer(folder[0]), chat, index_dir=index)
+    assert main([*arguments, "--index-dir", str(index), "--limit", "3"]) == 0
+    more = len(load_tokenizer(folder[0]).encode("Be brief."))
+    assert results(tmp_path / "out")["counts"][0]["prompt_tokens"] > more
 
 
 def test_progress_is_noted_for_slurm(folder, complete, tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from data_pipeline.chat import ChatSettings
 from data_pipeline.errors import InputError
@@ -35,6 +35,7 @@ from training.export.weights import (
     checkpoint_weights,
     folder_weights,
 )
+from training.model.known_counts import known_counts
 
 FROZEN = ["train.modules.vision_model.train=false"]
 STEPS = 40
@@ -236,8 +237,18 @@ def test_the_card_says_how_it_was_made(trained: Any, exported: Path) -> None:
         "num_image_tokens=64",
         "# license: to be given",
         "## Limits",
+        "Nothing is known of a count that was neither trained nor evaluated",
     ):
         assert expected in text, expected
+    known = known_counts(AutoConfig.from_pretrained(exported))
+    for row in rows:
+        if row["detail"] == "all":
+            line = f"- {row['num_image_tokens']} tokens per tile: trained; {row['accuracy']:.1%} of"
+            assert line in text
+            count = known.evaluated[row["num_image_tokens"]]
+            assert (count.accuracy, count.answers) == (row["accuracy"], row["answers"])
+    assert known.trained == [4, 16, 64] and known.evaluated.keys() == {4, 16, 64}
+    assert "work, and" not in text
 
 
 @pytest.mark.multiprocess

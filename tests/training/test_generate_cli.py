@@ -1,5 +1,6 @@
 """python -m training.generate: answers, streaming, chat, --compare, --stats, bad input."""
 
+import argparse
 import io
 import json
 import re
@@ -14,10 +15,13 @@ from PIL import Image
 
 from data_pipeline.errors import InputError
 from tests.training.exported import COLOURS, make_folder
-from training.generate import generate_answer, load_model
+from training.generate import LoadedModel, generate_answer, load_asked, load_model
 from training.generate.__main__ import main
 from training.generate.answer import prepare_messages
 from training.generate.conversation import Conversation, user_message
+from training.generate.loaded_model import _adjust
+from training.generate.template import template_settings
+from training.model.hub import chatml_template
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +169,89 @@ def test_chat_keeps_the_conversation(model, images, monkeypatch, capsys):
     )
 
 
+def test_a_file_that_is_no_image_does_not_end_a_chat(model, images, tmp_path, monkeypatch, capsys):
+    (tmp_path / "no.png").write_text("not an image")
+    lines = [f"/image {images['blue']}", f"/image {tmp_path / 'no.png'}", "What colour?"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines) + "\n"))
+    main([str(model), "--chat"])
+    captured = capsys.readouterr()
+    assert captured.out.split() == ["blue"]
+    assert captured.err.count("error: ") == 1 and "cannot be used" in captured.err
+    with pytest.raises(InputError, match=r"no\.png.*cannot be used"):
+        main([str(model), "--chat", "--image", str(tmp_path / "no.png")])
+
+
+def test_a_question_that_is_too_long_does_not_end_a_chat(model, images, monkeypatch, capsys):
+    lines = [f"/image {images['blue']}", "word " * 600, "What colour?"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines) + "\n"))
+    main([str(model), "--chat"])
+    captured = capsys.readouterr()
+    assert captured.out.split() == ["blue"]
+    assert "the context holds 512" in captured.err and "max_tiles" in captured.err
+
+
+def test_an_answer_ends_where_the_context_does(model, images, monkeypatch, capsys):
+    asked = [str(model), "--image", images["white"], "--prompt", "What colour?", "--stats"]
+    main(asked)
+    captured = capsys.readouterr()
+    assert captured.out.strip() == "white" and "cut off" not in captured.err
+    prompt = int(captured.err.split()[0])
+    for room, answer in ((1, "w"), (2, "wh")):
+        monkeypatch.setattr(
+            LoadedModel, "context", property(lambda loaded, room=room: prompt + room - 1)
+        )
+        main(asked)
+        captured = capsys.readouterr()
+        assert captured.out.strip() == answer
+        assert f"context of {prompt + room - 1}" in captured.err
+    monkeypatch.setattr(LoadedModel, "context", property(lambda loaded: prompt - 1))
+    with pytest.raises(InputError, match=f"{prompt} tokens.*{prompt - 1}.*num_image_tokens"):
+        main(asked)
+
+
+def test_the_number_of_tiles_can_be_set(model, tmp_path, capsys):
+    Image.new("RGB", (40, 20), COLOURS["red"]).save(tmp_path / "wide.png")
+    asked = [str(model), "--image", str(tmp_path / "wide.png"), "--prompt", "What colour?"]
+    for tiles, tokens in (("1", 4), ("2", 12), ("4", 12)):  # two tiles and their thumbnail
+        main([*asked, "--max-tiles", tiles, "--stats"])
+        assert f"({tokens} of images)" in capsys.readouterr().err
+        main([*asked, "--max-tiles", tiles, "--compare", "9"])
+        row = capsys.readouterr().out.splitlines()[1]
+        assert row.split()[:2] == ["9", str(tokens // 4 * 9)]
+    with pytest.raises(SystemExit):
+        main([*asked, "--max-tiles", "0"])
+    few = tmp_path / "model"
+    shutil.copytree(model, few)
+    settings = json.loads((few / "processor_config.json").read_text())
+    settings["image_processor"]["min_tiles"] = 3
+    (few / "processor_config.json").write_text(json.dumps(settings))
+    with pytest.raises(InputError, match=r"max_tiles.*min_tiles is 3 and max_tiles 2"):
+        main([str(few), *asked[1:], "--max-tiles", "2"])
+
+
+@pytest.mark.parametrize("newline", [False, True])
+def test_the_system_turn_can_be_set(model, newline):
+    question = [{"type": "image"}, {"type": "text", "text": "What?"}]
+    asked = f"<|im_start|>user\n<image>{chr(10) * newline}What?<|im_end|>\n"
+    for system, begin in (
+        ("Be brief.", "<|im_start|>system\nBe brief.<|im_end|>\n"),
+        ("", ""),
+        (None, ""),
+    ):
+        loaded = load_model(str(model))
+        loaded.processor.chat_template = chatml_template("", newline)
+        _adjust(loaded.processor, None, system)
+        text = loaded.processor.apply_chat_template([{"role": "user", "content": question}])
+        assert text == begin + asked
+    options = argparse.Namespace(model=str(model), dtype="float32", trust_remote_code=False)
+    options.max_tiles, options.system = 2, "Be brief."
+    loaded = load_asked(options, "cpu")
+    assert loaded.processor.image_processor.max_tiles == 2
+    assert template_settings(loaded.processor) == ("Be brief.", False)
+    with pytest.raises(InputError, match=r"<\|im_end\|>"):
+        load_model(str(model), system="a<|im_end|>")
+
+
 def test_a_question_that_fails_is_not_kept(model):
     loaded = load_model(str(model))
     talk = Conversation([Path(__file__)], 4)  # not an image
@@ -188,6 +275,8 @@ def test_bad_input_is_one_error(model, images, tmp_path):
         (*image, "--prompt", "word " * 600): "the context holds|the language model's context is",
         (*image, "--chat", "--compare", "4"): "leave out --chat",
     }
+    with pytest.raises(InputError, match=r"dtype is 'half'.*float16"):
+        load_model(str(model), "half")
     for arguments, message in wrong.items():
         with pytest.raises(InputError, match=message):
             main([str(model), *arguments])

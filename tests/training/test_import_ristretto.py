@@ -19,12 +19,20 @@ from transformers import (
     SiglipVisionModel,
 )
 
+from data_pipeline.chat import ChatSettings
 from data_pipeline.errors import InputError
+from data_pipeline.index import build_index
+from data_pipeline.prepare.shard_writer import SampleWriter, ShardLimits
 from data_pipeline.processor.prompt_tokenflex import SPECIAL_TOKENS
+from data_pipeline.tokenizer import load_tokenizer
 from tests.data_pipeline.small_tokenizers import save_hugging_face
+from tests.training.exported import png
 from tests.training.tiny import picture
+from training.evaluate.examples import HeldOut
+from training.generate import load_model
 from training.import_ristretto.__main__ import main
 from training.import_ristretto.release import VISION_HEAD, from_release, to_release
+from training.model.hub import chatml_template
 
 WIDTH, TEXT, GRID = 16, 32, 5
 BIG = 10**9
@@ -217,6 +225,95 @@ def test_settings_are_taken_over_and_no_code_has_run(release: Path, converted: P
     assert output.shape[1] > inputs["input_ids"].shape[1]
     assert not (release / "ran").exists()
     assert not (converted / "modeling_ristretto.py").exists()
+
+
+def chat_prompt(turns: list[str], tiles: list[int], count: int) -> str:
+    """What the release's `chat` hands to its tokenizer.
+
+    turns: question, answer, question ... as its history has them; `<image>` where one is shown.
+    """
+    text = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    for number, turn in enumerate(turns):
+        text += f"<|im_start|>{['user', 'assistant'][number % 2]}\n{turn}<|im_end|>\n"
+    text += "<|im_start|>assistant\n"
+    for own in tiles:
+        text = text.replace("<image>", f"<img>{'<IMG_CONTEXT>' * count * own}</img>", 1)
+    return text
+
+
+IMAGE = {"type": "image", "image": picture(width=60)}  # two tiles and a thumbnail
+
+
+def part(words: str) -> dict[str, str]:
+    return {"type": "text", "text": words}
+
+
+@pytest.mark.parametrize(
+    ("questions", "asked"),
+    [
+        ([[IMAGE, part("What is it?")]], ["<image>\nWhat is it?"]),
+        ([[IMAGE, part("\nWhat is it?")]], ["<image>\nWhat is it?"]),
+        ([[part("What is "), IMAGE, part(" here?")]], ["What is <image> here?"]),
+        (
+            [[part("Image-1: "), IMAGE, part("\nImage-2: "), IMAGE, part("\nWhich?")]],
+            ["Image-1: <image>\nImage-2: <image>\nWhich?"],
+        ),
+        ([[IMAGE, IMAGE, part("Which?")]], ["<image>\n<image>\nWhich?"]),
+        (
+            [[IMAGE, part("What is it?")], [part("And where?")]],
+            ["<image>\nWhat is it?", "a picture", "And where?"],
+        ),
+        ([[IMAGE]], ["<image>\n"]),
+        ([[part("Who are you?")]], ["Who are you?"]),
+    ],
+)
+def test_it_prompts_as_its_own_chat(
+    release: Path, converted: Path, questions: list[Any], asked: list[str]
+) -> None:
+    processor = AutoProcessor.from_pretrained(converted, trust_remote_code=False)
+    messages: list[Any] = [{"role": "user", "content": questions[0]}]
+    for question in questions[1:]:
+        messages.append({"role": "assistant", "content": [part("a picture")]})
+        messages.append({"role": "user", "content": question})
+    tiles = [3] * sum("image" in entry for question in questions for entry in question)
+    theirs = AutoTokenizer.from_pretrained(release)  # the whole string at once, as `chat` does
+    expected = theirs(chat_prompt(asked, tiles, 4), add_special_tokens=False)["input_ids"]
+    called = processor(messages=messages, num_image_tokens=4)
+    templated = processor.apply_chat_template(
+        messages,
+        tokenize=True,
+        return_dict=True,
+        add_generation_prompt=True,
+        num_image_tokens=4,
+    )
+    assert called["input_ids"][0].tolist() == templated["input_ids"][0].tolist() == expected
+    # As other libraries do: rendered without pictures, then tokenized with them.
+    text = processor.apply_chat_template(messages, add_generation_prompt=True)
+    pictures = [IMAGE["image"]] * len(tiles) or None
+    again = processor(text=text, images=pictures, num_image_tokens=4)
+    assert again["input_ids"][0].tolist() == expected
+
+
+def test_evaluation_prompts_as_its_own_chat(release: Path, converted: Path, tmp_path: Path) -> None:
+    with SampleWriter(tmp_path / "shards", ShardLimits(samples=5)) as writer:
+        content = [{"type": "image", "image": "0.png"}, part("What is it?")]
+        answer = {"role": "assistant", "content": [part("a picture")]}
+        files = {"0.png": png(picture(width=60))}
+        writer.write("0", [{"role": "user", "content": content}, answer], files, {})
+    shards = str(tmp_path / "shards")
+    build_index(shards, load_tokenizer(converted), ChatSettings())
+    held_out = HeldOut(load_model(str(converted)), [shards])
+    found = held_out.prompt_ids(held_out.read(0), 2)
+    text = chat_prompt(["<image>\nWhat is it?"], [3], 4)
+    theirs = AutoTokenizer.from_pretrained(release)
+    assert found == theirs(text, add_special_tokens=False)["input_ids"]
+
+
+def test_other_prompts_are_noted_on_the_way_back(converted: Path, tmp_path: Path) -> None:
+    shutil.copytree(converted, tmp_path / "other")
+    (tmp_path / "other/chat_template.jinja").write_text(chatml_template("Be brief."))
+    system, newline = to_release(tmp_path / "other", tmp_path / "back", BIG)
+    assert "You are a helpful assistant." in system and "line end" in newline
 
 
 def test_there_and_back_is_the_same(

@@ -1,4 +1,4 @@
-"""A page to try an exported model: image, question, a slider over the token counts.
+"""A page to try an exported model: image, question, a slider over the token counts, a comparison.
 
     python -m training.demo MODEL                      # http://127.0.0.1:7860
 
@@ -8,12 +8,16 @@ the page listens on this machine only, unless --host says otherwise.
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from data_pipeline.cli import at_least, command_parser, run_cli
 from data_pipeline.errors import InputError
+from data_pipeline.paths import path_argument
+from training.demo.example_pictures import draw_examples, examples_in
 from training.demo.gradio_page import build_page
-from training.generate import add_model_arguments, load_model
+from training.generate import add_model_arguments, load_asked
 
 _MAX_FILE = "20mb"
 
@@ -22,8 +26,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point; InputError for everything the user can set right."""
     options = _parse(arguments)
     gradio = _import_gradio()
-    loaded = load_model(options.model, options.dtype, options.device, options.trust_remote_code)
-    page = build_page(gradio, loaded, options.max_new_tokens)
+    with TemporaryDirectory() as folder:
+        examples = (
+            examples_in(options.examples) if options.examples else draw_examples(Path(folder))
+        )
+        loaded = load_asked(options, options.device)
+        page = build_page(gradio, loaded, examples, options.max_new_tokens)  # copies the examples
     try:
         page.queue(max_size=16, default_concurrency_limit=1).launch(
             server_name=options.host,
@@ -61,6 +69,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--port", type=at_least(1), default=7860, metavar="N", help="(7860)")
     parser.add_argument(
         "--max-new-tokens", type=at_least(1), default=256, metavar="N", help="(256)"
+    )
+    parser.add_argument(
+        "--examples",
+        type=path_argument,
+        metavar="DIR",
+        help="pictures to begin with, the question of each in a .txt file beside it",
     )
     return parser.parse_args(arguments)
 

@@ -1,133 +1,199 @@
-"""The page: image, question, a slider over the token counts; the image with its token grid."""
+"""The page: image, question, a slider over the token counts; one answer, or several compared."""
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-from PIL import Image, ImageDraw
+from training.demo.answers import Answers
+from training.generate import LoadedModel
+from training.generate.comparison import HEAD
 
-from data_pipeline.errors import InputError
-from data_pipeline.processor.prompt_tokenflex import IMAGE as PLACEHOLDER
-from data_pipeline.processor.source_tokenflex import load_rgb
-from data_pipeline.processor.tiling_tokenflex import count_tiles, grid_for
-from training.generate import LoadedModel, generate_answer
-from training.generate.answer import prepare_messages, stats_line
-from training.generate.conversation import user_message
+_MARK = "\u25cf"
+_COMPARED = 3  # counts that are chosen to begin with
+# The slider's track begins and ends so many pixels from the sides of its column.
+_TRACK = (37, 39)
+_STYLE = """<style>
+#marks .marks {position: relative; height: 26px; margin-top: -10px}
+#marks .marks span {position: absolute; transform: translateX(-50%); text-align: center;
+  font-size: 11px; line-height: 1.2; color: #c2410c; font-weight: 700}
+.dark #marks .marks span {color: #fb923c}
+</style>"""
 
-_TILE_COLOUR, _TOKEN_COLOUR = (255, 90, 0), (0, 200, 255)
-_SHOWN_PIXELS = 720  # longer side of the picture with the grid
 
+def build_page(
+    gradio: Any,
+    loaded: LoadedModel,
+    examples: Sequence[tuple[str, str]],
+    max_new_tokens: int = 256,
+) -> Any:
+    """The page as Gradio's Blocks; examples are (picture, question).
 
-def build_page(gradio: Any, loaded: LoadedModel, max_new_tokens: int = 256) -> Any:
-    """The page as Gradio's Blocks.
-
-    A file stays a file until this module opens it, so that what is not an image is refused here, by
-    the rules of the processor.
+    A file stays a file until this package opens it, so that what is not an image is refused by the
+    rules of the processor.
     """
-    counts = [n * n for n in range(1, loaded.patches_per_side + 1)]
-    default = counts.index(int(loaded.processor.num_image_tokens)) + 1
-    answer, grid = _callbacks(gradio, loaded, max_new_tokens)
-    with gradio.Blocks(title="TokenFLEX", analytics_enabled=False) as page:
-        gradio.Markdown(f"## {Path(loaded.source).name}: any number of vision tokens")
+    answers = Answers(gradio, loaded, max_new_tokens)
+    name = Path(loaded.source).name
+    with gradio.Blocks(title=f"{name} - TokenFLEX", analytics_enabled=False) as page:
+        gradio.Markdown(_introduction(name, answers))
         with gradio.Row():
             with gradio.Column():
-                file = gradio.File(
-                    label="Image", file_count="single", type="filepath", elem_id="file"
-                )
-                question = gradio.Textbox(label="Question", elem_id="question")
-                side = gradio.Slider(
-                    1,
-                    loaded.patches_per_side,
-                    value=default,
-                    step=1,
-                    label="n: each tile becomes n x n vision tokens",
-                    elem_id="side",
-                )
-                ask = gradio.Button("Ask", variant="primary", elem_id="ask")
+                given = _inputs(gradio, loaded, answers)
             with gradio.Column():
-                shown = gradio.Image(
-                    label="Tiles and tokens", type="pil", interactive=False, elem_id="grid"
-                )
-                tokens = gradio.Textbox(label="Tokens", interactive=False, elem_id="tokens")
-                text = gradio.Textbox(label="Answer", interactive=False, elem_id="answer")
-                cost = gradio.Textbox(label="Latency", interactive=False, elem_id="latency")
-        for event in (file.change, side.release, side.change):
-            event(grid, [file, side], [shown, tokens], api_name=False, show_progress="hidden")
-        for event in (ask.click, question.submit):
-            event(answer, [file, question, side], [text, cost], api_name="ask")
+                found = _outputs(gradio)
+        compared = _comparison(gradio, loaded, answers)
+        gradio.Examples(
+            [list(example) for example in examples],
+            [given.file, given.question],
+            elem_id="examples",
+        )
+        _connect(gradio, answers, given, found, compared)
     return page
 
 
-def draw_token_grid(image: Image.Image, processor: Any, side: int) -> tuple[Image.Image, int]:
-    """A copy of an RGB image with its tiles and their token cells, and the number of tiles.
-
-    The lines are where the cuts fall in the image itself; the thumbnail, one more tile of the whole
-    image, has no lines.
-    """
-    settings = processor.image_processor
-    columns, rows = grid_for(
-        *image.size, settings.tile_size, settings.min_tiles, settings.max_tiles
+def _introduction(name: str, answers: Answers) -> str:
+    text = (
+        f"# {name}: a slider over the vision tokens\n\nAn image is cut into tiles, and each tile "
+        "becomes n x n vision tokens: fewer make a shorter prompt and a faster answer."
     )
-    scale = _SHOWN_PIXELS / max(image.size)
-    size = [max(1, round(length * scale)) for length in image.size]
-    shown = image.resize((size[0], size[1]), Image.Resampling.BICUBIC)
-    draw = ImageDraw.Draw(shown)
-    for step, colour, width in ((side, _TOKEN_COLOUR, 1), (1, _TILE_COLOUR, 3)):
-        for i in range(columns * step + 1):
-            x = min(size[0] - 1, round(i * size[0] / (columns * step)))
-            draw.line([(x, 0), (x, size[1])], fill=colour, width=width)
-        for i in range(rows * step + 1):
-            y = min(size[1] - 1, round(i * size[1] / (rows * step)))
-            draw.line([(0, y), (size[0], y)], fill=colour, width=width)
-    return shown, count_tiles(columns * rows, settings.thumbnail)
+    if answers.known.trained is None:
+        return f"{text} Which counts this model was trained with is not recorded in its config."
+    return f"{text} {_MARK} marks the counts that this model was trained with."
 
 
-def _callbacks(
-    gradio: Any, loaded: LoadedModel, max_new_tokens: int
-) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """What the page calls: (answer, grid). Errors of the user show as a message."""
-
-    def answer(file: str | None, question: str, side: float) -> tuple[str, str]:
-        try:
-            if not (question or "").strip():
-                raise InputError("ask a question")
-            if PLACEHOLDER in question:
-                raise InputError(f"leave {PLACEHOLDER} out of the question")
-            images = [open_image(file)] if file else []
-            message = user_message(question, images)
-            inputs = prepare_messages(loaded, [message], checked_side(loaded, side) ** 2)
-            found = generate_answer(loaded, inputs, max_new_tokens)
-        except InputError as error:
-            raise gradio.Error(str(error), print_exception=False) from error
-        return found.text, stats_line(found)
-
-    def grid(file: str | None, side: float) -> tuple[Image.Image | None, str]:
-        if not file:
-            return None, ""
-        try:
-            n = checked_side(loaded, side)
-            shown, tiles = draw_token_grid(open_image(file), loaded.processor, n)
-        except InputError as error:
-            raise gradio.Error(str(error), print_exception=False) from error
-        return shown, f"{tiles} tile{'s' * (tiles != 1)} x {n * n} = {tiles * n * n} vision tokens"
-
-    return answer, grid
-
-
-def open_image(file: str) -> Image.Image:
-    """An uploaded file as an upright RGB picture; InputError for anything that is not an image."""
-    try:
-        return load_rgb(Path(file), "the file")
-    except ValueError as error:  # its own text names a temporary path of this machine
-        raise InputError(
-            f"{Path(file).name} cannot be used as an image; give a JPEG, PNG, WebP, GIF, BMP or "
-            "TIFF file that opens elsewhere"
-        ) from error
+def _inputs(gradio: Any, loaded: LoadedModel, answers: Answers) -> SimpleNamespace:
+    side = int(loaded.processor.num_image_tokens) ** 0.5
+    images = loaded.processor.image_processor
+    given = SimpleNamespace()
+    given.file = gradio.Image(
+        label="Image (file or clipboard)",
+        sources=["upload", "clipboard"],
+        type="filepath",
+        image_mode=None,
+        height=280,
+        elem_id="file",
+    )
+    # The file as it is: Gradio would open it first.
+    given.file.preprocess = lambda payload: None if payload is None else payload.path
+    given.question = gradio.Textbox(label="Question", elem_id="question")
+    given.side = gradio.Slider(
+        1,
+        loaded.patches_per_side,
+        value=int(side),
+        step=1,
+        label="n: each tile becomes n x n vision tokens",
+        elem_id="side",
+    )
+    gradio.HTML(_STYLE + _marks(loaded.patches_per_side, answers), padding=False, elem_id="marks")
+    given.known = gradio.Textbox(
+        answers.of(int(side)), show_label=False, container=False, interactive=False, elem_id="known"
+    )
+    given.tiles = gradio.Slider(
+        images.min_tiles,
+        answers.most_tiles,
+        value=images.max_tiles,
+        step=1,
+        label="max_tiles: an image is cut into so many tiles at most",
+        elem_id="tiles",
+    )
+    given.ask = gradio.Button("Ask", variant="primary", elem_id="ask")
+    return given
 
 
-def checked_side(loaded: LoadedModel, side: float) -> int:
-    """The slider's value; requests need not come from the page."""
-    if not math.isfinite(side) or side != int(side) or not 1 <= side <= loaded.patches_per_side:
-        raise InputError(f"n is {side}; give a whole number from 1 to {loaded.patches_per_side}")
-    return int(side)
+def _marks(sides: int, answers: Answers) -> str:
+    """The slider's values that were trained, below it."""
+    left, right = _TRACK
+    marks = []
+    for n in filter(lambda n: answers.is_trained(n * n), range(1, sides + 1)):
+        share = (n - 1) / max(1, sides - 1)
+        place = f"calc({left}px + (100% - {left + right}px) * {share:.4f})"
+        marks.append(
+            f'<span style="left: {place}" title="{answers.of(n)}">{_MARK}<br>{n} x {n}</span>'
+        )
+    return f'<div class="marks">{"".join(marks)}</div>'
+
+
+def _outputs(gradio: Any) -> SimpleNamespace:
+    found = SimpleNamespace()
+    found.shown = gradio.Image(
+        label="Tiles and tokens", type="pil", interactive=False, elem_id="grid"
+    )
+    found.tokens = gradio.Textbox(label="Tokens", interactive=False, elem_id="tokens")
+    found.text = gradio.Textbox(label="Answer", interactive=False, elem_id="answer")
+    found.cost = gradio.Textbox(label="Latency", interactive=False, elem_id="latency")
+    return found
+
+
+def _comparison(gradio: Any, loaded: LoadedModel, answers: Answers) -> SimpleNamespace:
+    counts = [n * n for n in range(1, loaded.patches_per_side + 1)]
+    chosen = answers.known.trained or counts[:: max(1, len(counts) // _COMPARED)]
+    compared = SimpleNamespace()
+    gradio.Markdown("### The same picture and question at several counts")
+    compared.counts = gradio.CheckboxGroup(
+        [
+            (f"{count} {_MARK}" if answers.is_trained(count) else str(count), count)
+            for count in counts
+        ],
+        value=[count for count in chosen if count in counts],
+        label="Tokens per tile",
+        elem_id="counts",
+    )
+    compared.button = gradio.Button("Compare", elem_id="compare")
+    compared.table = gradio.Dataframe(
+        headers=list(HEAD), interactive=False, wrap=True, type="array", elem_id="comparison"
+    )
+    return compared
+
+
+def _connect(
+    gradio: Any,
+    answers: Answers,
+    given: SimpleNamespace,
+    found: SimpleNamespace,
+    compared: SimpleNamespace,
+) -> None:
+    """What happens when; the model answers one question at a time, or times would say nothing."""
+    asked = [given.file, given.question, given.side, given.tiles]
+    answering = [
+        event(
+            answers.answer, asked, [found.text, found.cost], api_name="ask", concurrency_id="model"
+        )
+        for event in (given.ask.click, given.question.submit)
+    ]
+    comparing = compared.button.click(
+        answers.compare,
+        [given.file, given.question, compared.counts, given.tiles],
+        compared.table,
+        api_name="compare",
+        concurrency_id="model",
+    )
+    moved = (given.file.change, given.side.change, given.tiles.change)
+    for event in moved:
+        event(
+            answers.grid,
+            [given.file, given.side, given.tiles],
+            [found.shown, found.tokens, given.known],
+            api_name=False,
+            show_progress="hidden",
+        )
+    # An answer to something else must not stay.
+    _clear((*moved, given.question.change), _no_answer(gradio), [found.text, found.cost], answering)
+    other = (given.file.change, given.tiles.change, given.question.change)
+    _clear(other, lambda: [], compared.table, [comparing])
+
+
+def _clear(events: Iterable[Any], nothing: Callable[[], Any], outputs: Any, running: Any) -> None:
+    for event in events:
+        event(
+            nothing,
+            None,
+            outputs,
+            api_name=False,
+            show_progress="hidden",
+            queue=False,
+            cancels=running,
+        )
+
+
+def _no_answer(gradio: Any) -> Callable[[], Any]:
+    return lambda: (gradio.update(value="", label="Answer"), "")

@@ -23,7 +23,7 @@ from training.evaluate.counts import EvaluationSettings, evaluate_counts
 from training.evaluate.examples import HeldOut
 from training.evaluate.group import evaluation_ranks
 from training.evaluate.summary import summarise, table
-from training.generate import LoadedModel, add_model_arguments, load_model
+from training.generate import LoadedModel, add_model_arguments, load_asked
 
 NO_COUNT_FITS = 1
 
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace, budgets: list[ServingBudget], ranks: Ranks) -> int:
-    loaded = load_model(options.model, options.dtype, ranks.device, options.trust_remote_code)
+    loaded = load_asked(options, ranks.device)
     counts = loaded.check_counts(options.num_image_tokens or _default_counts(loaded))
     held_out = HeldOut(
         loaded,

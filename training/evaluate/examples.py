@@ -28,9 +28,9 @@ from training.evaluate.in_training import ALL
 from training.evaluate.options import NO_OPTIONS, Options, options_in, options_of
 from training.evaluate.scorers import CHOICE, EXACT, METRICS, option_letter
 from training.generate import LoadedModel, user_errors
+from training.generate.template import template_settings, with_image_newlines
 
 MAX_ROWS = 32
-_PROBE = "question"
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,11 @@ class HeldOut:
         limit: int | None = None,
         reduced_jpeg: bool = False,
     ) -> None:
-        self.chat = ChatSettings(system=system_turn(loaded.processor))
+        template = template_settings(loaded.processor)
+        self.chat, self._image_newline = (
+            ChatSettings(system=template.system),
+            template.image_newline,
+        )
         self.tokenizer, index = _open_index(loaded, list(patterns), tokenizer, self.chat, index_dir)
         self.index, self.mixture = index, Mixture.of(index)
         images = loaded.processor.image_processor
@@ -138,7 +142,10 @@ class HeldOut:
         metric = str(metadata.get("metric", EXACT))
         if metric not in METRICS:
             raise InputError(f"metric is {metric!r}; use one of {', '.join(METRICS)}")
-        chat = tokenize_chat(content["messages"], self.tokenizer, self.chat)
+        messages = content["messages"]
+        if self._image_newline:
+            messages = with_image_newlines(messages)
+        chat = tokenize_chat(messages, self.tokenizer, self.chat)
         prompt, answer_ids = split_answer(chat)
         sizes = self.mixture.image_sizes(sample).tolist()
         tiles = [
@@ -217,13 +224,6 @@ def split_answer(chat: TokenizedChat) -> tuple[TokenizedChat, list[int]]:
         begin -= 1
     prompt = TokenizedChat(chat.input_ids[:begin], chat.supervised[:begin], chat.image_positions)
     return prompt, chat.input_ids[begin:end]
-
-
-def system_turn(processor: Any) -> str:
-    """What the model's chat template says before a conversation without a system turn."""
-    text = processor.apply_chat_template([{"role": "user", "content": _PROBE}])
-    head, found, rest = text.partition("<|im_start|>system\n")
-    return rest.partition("<|im_end|>")[0] if found and not head else ""
 
 
 def _open_index(

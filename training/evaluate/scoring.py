@@ -15,6 +15,7 @@ from training.evaluate.forced_decoding import forced_answer
 from training.evaluate.multiple_choice import read_choice
 from training.evaluate.scorers import CHOICE, EXACT, score_text
 from training.generate import LoadedModel, greedy_settings, user_errors
+from training.generate.answer import answer_room
 
 Row = dict[str, Any]
 
@@ -43,25 +44,36 @@ class Scorer:
     def score(self, examples: Sequence[Example], side: int) -> list[Row]:
         """One row per example, in order."""
         rows: dict[int, Row] = {}
-        good = [example for example in examples if example.bad is None]
+        forced: list[Example] = []
+        asked: list[Example] = []
         for example in examples:
             if example.bad is not None:
                 rows[example.sample] = {"bad": example.bad}
-        forced = [e for e in good if self._can_be_forced(e)]
-        if forced:
-            rows |= self._force(forced, side)
-        asked = []
-        for example in good:
-            if example.sample in rows:
-                continue
-            length = len(self._held_out.prompt_ids(example, side))
-            if self._loaded.context and length > self._loaded.context:
+            elif self._room(example, side) < self._least(example):
                 rows[example.sample] = {"score": 0.0, "answer": None, "too_long": True}
             else:
-                asked.append(example)
-        if asked:
-            rows |= self._generate(asked, side)
+                (forced if self._can_be_forced(example) else asked).append(example)
+        if forced:
+            rows |= self._force(forced, side)
+        # Alone where an answer may have to end with the context: others would end with it.
+        most = self._most([e for e in asked if e.metric == EXACT])
+        tight = [e for e in asked if self._room(e, side) < most]
+        free = [e for e in asked if self._room(e, side) >= most]
+        for batch in ([free] if free else []) + [[example] for example in tight]:
+            rows |= self._generate(batch, side, most)
         return [self._describe(example, side) | rows[example.sample] for example in examples]
+
+    def _room(self, example: Example, side: int) -> int:
+        """Tokens that an answer can have before the context is full."""
+        return answer_room(self._loaded, len(self._held_out.prompt_ids(example, side)))
+
+    def _least(self, example: Example) -> int:
+        """Tokens without which the answer cannot be right."""
+        return len(example.answer_ids) if self._can_be_forced(example) else 1
+
+    def _most(self, exact: Sequence[Example]) -> int:
+        """Tokens of the longest answer generated: none must be wrong for being cut off."""
+        return max([self._max_new_tokens, *(len(e.answer_ids) for e in exact)])
 
     def _can_be_forced(self, example: Example) -> bool:
         alone = example.metric == EXACT and not example.has_alternatives
@@ -104,12 +116,11 @@ class Scorer:
         return rows
 
     @torch.inference_mode()
-    def _generate(self, examples: Sequence[Example], side: int) -> dict[int, Row]:
+    def _generate(self, examples: Sequence[Example], side: int, most: int) -> dict[int, Row]:
         prompts = [self._held_out.prompt_ids(example, side) for example in examples]
         inputs = self._inputs(prompts, examples, side)
-        # An answer must not be wrong for being cut off.
-        exact = [len(e.answer_ids) for e in examples if e.metric == EXACT]
-        settings = greedy_settings(self._loaded, max([self._max_new_tokens, *exact]))
+        room = answer_room(self._loaded, inputs["input_ids"].shape[1])
+        settings = greedy_settings(self._loaded, min(most, room))
         with user_errors():
             output = self._loaded.model.generate(**inputs, generation_config=settings)
         rows = {}

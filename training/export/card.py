@@ -9,6 +9,7 @@ from data_pipeline.tiling import TilingSettings
 from data_pipeline.yaml_text import write_yaml
 from training.export.trained_run import TrainedRun
 from training.model.hub import TokenFlexConfig
+from training.model.known_counts import known_counts
 
 _USE = """\
 ```python
@@ -35,6 +36,12 @@ print(processor.decode(answer[0, inputs["input_ids"].shape[1]:], skip_special_to
 
 It needs torch, transformers (written with {version}) and pillow. `trust_remote_code=True` runs the
 `*_tokenflex.py` files of this folder: read them first."""
+
+UNKNOWN_COUNTS = """\
+Nothing is known of a count that was neither trained nor evaluated: evaluate it before you rely on
+it. Answers can be right far less often there. In this trainer's demos, trained with 4, 16 and 64
+tokens per tile, DIGITS of the answers on dense pictures are right at these counts and at 9,
+25, 36 and 49 tokens UNSEEN (digits, 2 x 2 grids); on colours (4 x 4 grids) GRID and GRIDUNSEEN."""
 
 LIMITS = """\
 - A vision-language model writes what is likely, not what is true: it makes up what an image does
@@ -98,9 +105,9 @@ def card(
     )
     vision, text = config.vision_config, config.text_config
     architecture = (
-        f"A vision-language model that reads an image tile as n x n tokens, for any n from 1 to "
-        f"{side} ([TokenFLEX](https://arxiv.org/abs/2504.03154)): fewer are faster, more show "
-        f"more. {vision.model_type} ({vision.num_hidden_layers} layers of {vision.hidden_size}, "
+        f"A vision-language model that reads an image tile as n x n tokens, n from 1 to {side} "
+        f"([TokenFLEX](https://arxiv.org/abs/2504.03154)): fewer are faster. "
+        f"{vision.model_type} ({vision.num_hidden_layers} layers of {vision.hidden_size}, "
         f"tiles of {config.tile_size} pixels, {side} x {side} patches), a token-adaptive projector "
         f"({config.pool} pooling), {text.model_type} ({text.num_hidden_layers} layers of "
         f"{text.hidden_size}, context {getattr(text, 'max_position_embeddings', 'unknown')})."
@@ -109,7 +116,7 @@ def card(
         "": architecture,
         "How to use": _USE.format(default=default, version=__version__),
         "Tokens per image": f"{counts} `num_image_tokens` may be any square n * n up to {side**2}; "
-        f"counts that were not trained work, and are less sure. Without it: {default}.",
+        f"without it: {default}.\n\n{_known(config)}{UNKNOWN_COUNTS}",
         "Accuracy": accuracy,
         "Training": training,
         "Data": data,
@@ -136,6 +143,14 @@ def _counts(counts: list[int], probabilities: list[float]) -> str:
         for count, probability in zip(counts, probabilities, strict=True)
     ]
     return f"Tokens per tile in training, drawn at random: {', '.join(drawn)}."
+
+
+def _known(config: TokenFlexConfig) -> str:
+    """A line for each count that something is recorded of."""
+    known = known_counts(config)
+    counts = sorted({*(known.trained or ()), *known.evaluated})
+    lines = [f"- {count} tokens per tile: {known.of(count)}\n" for count in counts]
+    return "".join(lines) + "\n" * bool(lines)
 
 
 def _accuracy(rows: list[dict[str, Any]], step: int) -> str:

@@ -10,6 +10,7 @@ from training.export.model_folder import ModelFolder, new_folder
 from training.export.trained_run import TrainedRun, open_run
 from training.export.weights import checkpoint_weights
 from training.model.build import DTYPES, model_config
+from training.model.known_counts import note_counts
 
 
 def export(
@@ -48,14 +49,15 @@ def _form(run: TrainedRun, dtype: torch.dtype) -> ModelFolder:
     settings, tokenizer = run.config, run.tokenizer
     image_token_id = tokenizer.special_id("<IMG_CONTEXT>")
     config = model_config(settings.model, tokenizer.vocab_size, image_token_id)
-    config.trained_num_image_tokens = [n * n for n in settings.data.tokens.trained_sides]
+    trained = [n * n for n in settings.data.tokens.trained_sides]
+    note_counts(config, trained, run.evaluation)
     context = getattr(config.text_config, "max_position_embeddings", 10**9)
     return ModelFolder(
         config,
         dtype,
         to_hub_tokenizer(tokenizer, context),
         settings.data.tiling,
-        max(n * n for n in settings.data.tokens.trained_sides),
+        max(trained),
         settings.data.chat.system,
         str(run.checkpoint),
     )

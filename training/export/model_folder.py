@@ -31,7 +31,8 @@ class ModelFolder:
 
     config: the model's. dtype: what it is loaded in. tokenizer: a fast one of transformers, with
     the markers. num_image_tokens: per tile, where a user gives none. system: the prompt's, empty
-    for none. source: where the weights came from, for messages.
+    for none. source: where the weights came from, for messages. image_newline: see
+    `chatml_template`.
     """
 
     config: TokenFlexConfig
@@ -41,6 +42,7 @@ class ModelFolder:
     num_image_tokens: int
     system: str
     source: str
+    image_newline: bool = False
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor that the model loads."""
@@ -83,7 +85,7 @@ class ModelFolder:
                 thumbnail=tiling.thumbnail,
             ),
             self.tokenizer,
-            chat_template=chatml_template(self.system),
+            chat_template=chatml_template(self.system, self.image_newline),
             num_image_tokens=self.num_image_tokens,
             patches_per_side=min(self.config.patch_grid),
         )

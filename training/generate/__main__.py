@@ -16,15 +16,15 @@ from transformers import TextStreamer
 from data_pipeline.cli import at_least, command_parser, run_cli
 from data_pipeline.errors import InputError
 from data_pipeline.paths import path_argument
-from data_pipeline.text_table import text_table
 from training.generate import (
     Answer,
     LoadedModel,
     add_model_arguments,
     generate_answer,
-    load_model,
+    load_asked,
 )
 from training.generate.answer import prepare_messages, stats_line
+from training.generate.comparison import compare, comparison
 from training.generate.conversation import Conversation, user_message
 
 CHAT_HELP = """\
@@ -42,12 +42,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise InputError("give --prompt, or --chat for a conversation")
     if options.chat and options.compare:
         raise InputError("--compare answers one --prompt; leave out --chat")
-    loaded = load_model(options.model, options.dtype, options.device, options.trust_remote_code)
+    loaded = load_asked(options, options.device)
     count = options.num_image_tokens or int(loaded.processor.num_image_tokens)
     if options.compare:
         counts = loaded.check_counts(options.compare, "--compare")
-        answers = compare(loaded, options.prompt, options.image, counts, options.max_new_tokens)
-        print(comparison(answers))
+        messages = [user_message(options.prompt, options.image)]
+        print(comparison(dict(compare(loaded, messages, counts, options.max_new_tokens))))
         return
     loaded.check_counts([count])
     if options.chat:
@@ -66,7 +66,9 @@ def chat(
     stats: bool = False,
 ) -> None:
     """Questions from standard input and answers to standard output, until /quit or its end."""
-    talk = Conversation(list(images), count)
+    talk = Conversation([], count)
+    for image in images:
+        talk.show(image)
     print(CHAT_HELP, file=sys.stderr)
     while (line := first if first is not None else _read_line()) is not None:
         first = None
@@ -82,40 +84,6 @@ def chat(
             print(f"error: {error}", file=sys.stderr)
 
 
-def compare(
-    loaded: LoadedModel,
-    prompt: str,
-    images: Sequence[Path],
-    counts: Sequence[int],
-    max_new_tokens: int,
-) -> dict[int, Answer]:
-    """The answer at each token count; one more is thrown away first, which warms everything up."""
-    messages = [user_message(prompt, images)]
-    generate_answer(loaded, prepare_messages(loaded, messages, counts[0]), 2)
-    return {
-        count: generate_answer(loaded, prepare_messages(loaded, messages, count), max_new_tokens)
-        for count in counts
-    }
-
-
-def comparison(answers: dict[int, Answer]) -> str:
-    """Answers and latencies side by side, a row per token count."""
-    head = ["tokens/tile", "image tokens", "prompt", "first token", "answer", "tokens/s", "says"]
-    rows = [
-        [
-            str(count),
-            str(answer.image_tokens),
-            str(answer.prompt_tokens),
-            f"{1000 * answer.first_token_s:.0f} ms",
-            f"{1000 * answer.total_s:.0f} ms",
-            f"{answer.tokens_per_s:.1f}" if answer.tokens_per_s else "-",
-            " ".join(answer.text.split()) + ("" if answer.ended else " ..."),
-        ]
-        for count, answer in answers.items()
-    ]
-    return text_table([head, *rows], left=(len(head) - 1,))
-
-
 def _say(
     loaded: LoadedModel, messages: Sequence[Any], count: int, max_new_tokens: int, stats: bool
 ) -> Answer:
@@ -124,7 +92,10 @@ def _say(
     streamer = TextStreamer(loaded.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     answer = generate_answer(loaded, inputs, max_new_tokens, streamer)
     if not answer.ended:
-        print(f"(cut off after --max-new-tokens {max_new_tokens})", file=sys.stderr)
+        limit = f"--max-new-tokens {max_new_tokens}"
+        if answer.generated < max_new_tokens:
+            limit = f"{answer.generated} tokens, where the context of {loaded.context} ends"
+        print(f"(cut off after {limit})", file=sys.stderr)
     if stats:
         print(stats_line(answer), file=sys.stderr)
     return answer

@@ -1,5 +1,6 @@
 """Greedy answers, and when each of their tokens came."""
 
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
+from data_pipeline.errors import InputError
 from training.generate.loaded_model import LoadedModel, user_errors
 
 END_OF_TURN = "<|im_end|>"
@@ -96,10 +98,13 @@ def generate_answer(
 ) -> Answer:
     """The greedy answer to one prompt (B = 1), as the processor prepared it.
 
+    It ends where the context does.
+
     Raises:
         InputError: the prompt is longer than the context.
     """
-    settings = greedy_settings(loaded, max_new_tokens)
+    room = answer_room(loaded, inputs["input_ids"].shape[1])
+    settings = greedy_settings(loaded, min(max_new_tokens, room))
     clock = TokenClock(loaded.device)
     with user_errors():
         output = loaded.model.generate(
@@ -124,18 +129,38 @@ def generate_answer(
     )
 
 
-def prepare_messages(loaded: LoadedModel, messages: Sequence[Any], num_image_tokens: Any) -> Any:
+def answer_room(loaded: LoadedModel, prompt_tokens: int) -> int:
+    """Tokens of the longest answer: the last one is never read, so that it needs no place."""
+    return sys.maxsize if loaded.context is None else loaded.context - prompt_tokens + 1
+
+
+def prepare_messages(
+    loaded: LoadedModel,
+    messages: Sequence[Any],
+    num_image_tokens: Any,
+    max_tiles: int | None = None,
+) -> Any:
     """The inputs of a conversation that ends with the user's turn, or of several.
 
+    max_tiles: instead of the processor's.
+
     Raises:
-        InputError: an image cannot be used, or the prompt is too long.
+        InputError: an image cannot be used, or a prompt is too long.
     """
     with user_errors():
-        return loaded.processor.apply_chat_template(
+        inputs = loaded.processor.apply_chat_template(
             list(messages),
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
             add_generation_prompt=True,
             num_image_tokens=num_image_tokens,
+            processor_kwargs={} if max_tiles is None else {"max_tiles": max_tiles},
         )
+    longest = int(inputs["attention_mask"].sum(1).max())
+    if answer_room(loaded, longest) < 1:
+        raise InputError(
+            f"the prompt has {longest} tokens, and the context holds {loaded.context}; shorten it, "
+            "give fewer images, or lower num_image_tokens or max_tiles"
+        )
+    return inputs

@@ -8,7 +8,8 @@ from typing import Any
 
 from data_pipeline.errors import InputError
 from data_pipeline.processor.prompt_tokenflex import IMAGE as PLACEHOLDER
-from training.generate.loaded_model import LoadedModel
+from data_pipeline.processor.source_tokenflex import load_rgb
+from training.generate.loaded_model import LoadedModel, user_errors
 
 
 def user_message(prompt: str, images: Sequence[Any]) -> dict[str, Any]:
@@ -50,6 +51,18 @@ class Conversation:
         turn = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
         self.messages, self.pending = [*messages, turn], []
 
+    def show(self, path: Path) -> None:
+        """Show an image with the next question.
+
+        Raises:
+            InputError: it cannot be used; with it every question to come would fail.
+        """
+        if not path.is_file():
+            raise InputError(f"{path} is not a file")
+        with user_errors():
+            load_rgb(path, "the image")
+        self.pending.append(path)
+
     def command(self, line: str, loaded: LoadedModel) -> bool:
         """Obey a line that begins with "/"; False ends the conversation.
 
@@ -62,10 +75,7 @@ class Conversation:
         if name == "/reset":
             self.messages, self.pending = [], []
         elif name == "/image" and rest:
-            path = Path(_unquoted(rest))
-            if not path.is_file():
-                raise InputError(f"{path} is not a file")
-            self.pending.append(path)
+            self.show(Path(_unquoted(rest)))
         elif name == "/tokens" and rest.strip().isdigit():
             (self.num_image_tokens,) = loaded.check_counts([int(rest)], "/tokens")
         else:

@@ -12,15 +12,20 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.utils.logging import disable_progress_bar
 
+from data_pipeline.cli import at_least
 from data_pipeline.errors import InputError
 from data_pipeline.machine import cpu_model
 from data_pipeline.paths import path_text
 from data_pipeline.processor.arguments_tokenflex import side_of
+from data_pipeline.processor.tiling_tokenflex import check_tiling
+from training.generate.template import template_settings
 from training.model.hub import (
     TokenFlexConfig,
     TokenFlexForConditionalGeneration,
     TokenFlexProcessor,
+    chatml_template,
 )
+from training.model.known_counts import known_counts
 from training.precision import has_fast_bf16
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -71,13 +76,14 @@ class LoadedModel:
     @property
     def trained_counts(self) -> list[int] | None:
         """Token counts that were trained, where the export has noted them in the config."""
-        counts = getattr(self.config, "trained_num_image_tokens", None)
-        return sorted(map(int, counts)) if counts else None
+        return known_counts(self.config).trained
 
     @property
     def context(self) -> int | None:
-        """Longest sequence the language model was made for."""
-        return getattr(self.config.text_config, "max_position_embeddings", None)
+        """Tokens of the longest prompt: what the language model was made for, or its tokenizer."""
+        model = getattr(self.config.text_config, "max_position_embeddings", None)
+        tokenizer = getattr(self.processor.tokenizer, "model_max_length", None)
+        return min((length for length in (model, tokenizer) if length), default=None)
 
     def check_counts(self, counts: Sequence[int], name: str = "--num-image-tokens") -> list[int]:
         """The counts, ascending; InputError for one that the patch grid cannot give."""
@@ -100,6 +106,8 @@ def load_model(
     dtype: str = "auto",
     device: torch.device | str | None = None,
     trust_remote_code: bool = False,
+    max_tiles: int | None = None,
+    system: str | None = None,
 ) -> LoadedModel:
     """Load an exported folder, or a name on the Hugging Face hub.
 
@@ -109,10 +117,14 @@ def load_model(
             slow.
         device: where to; None takes the GPU if there is one.
         trust_remote_code: load a model of another type with the code that comes with it.
+        max_tiles, system: instead of the processor's.
 
     Raises:
-        InputError: nothing can be loaded from there, or it is another kind of model.
+        InputError: nothing can be loaded from there, it is another kind of model, or a setting is
+            out of range.
     """
+    if dtype not in ("auto", *DTYPES):
+        raise InputError(f"dtype is {dtype!r}; use one of auto, {', '.join(DTYPES)}")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if "/" in source and source.count("/") != 1 and not Path(source).is_dir():
         raise InputError(f"there is no folder {source}; give one that training.export wrote")
@@ -136,11 +148,24 @@ def load_model(
     except Exception as error:  # the library raises many kinds
         text = (str(error).strip() or repr(error)).splitlines()[0]
         raise InputError(f"no model could be loaded from {source}: {text}") from error
+    _adjust(processor, max_tiles, system)
     return LoadedModel(model.to(device).eval(), processor, device, source)
 
 
+def load_asked(options: argparse.Namespace, device: torch.device | str | None) -> LoadedModel:
+    """The model that the arguments of `add_model_arguments` ask for."""
+    return load_model(
+        options.model,
+        options.dtype,
+        device,
+        options.trust_remote_code,
+        options.max_tiles,
+        options.system,
+    )
+
+
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """MODEL, --dtype and --trust-remote-code."""
+    """MODEL and how it is loaded; see `load_asked`."""
     parser.add_argument(
         "model",
         type=path_text,
@@ -152,6 +177,15 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("auto", *DTYPES),
         default="auto",
         help="number format of the weights (auto: as saved; float32 where bfloat16 is slow)",
+    )
+    parser.add_argument(
+        "--max-tiles",
+        type=at_least(1),
+        metavar="N",
+        help="of an image, its thumbnail not counted (default: MODEL's)",
+    )
+    parser.add_argument(
+        "--system", metavar="TEXT", help="what a conversation begins with (default: MODEL's)"
     )
     parser.add_argument(
         "--trust-remote-code",
@@ -176,6 +210,24 @@ def _check_kind(source: str) -> None:
             "export a checkpoint with training.export, or pass --trust-remote-code to run the "
             "model's own code"
         )
+
+
+def _adjust(processor: Any, max_tiles: int | None, system: str | None) -> None:
+    """Change a processor's settings; None leaves one as it is."""
+    images = processor.image_processor
+    if (max_tiles, system) != (None, None) and not hasattr(images, "max_tiles"):
+        raise InputError(
+            f"max_tiles and system are settings of this project's models, and {type(images)} has "
+            "none; leave them out"
+        )
+    if max_tiles is not None:
+        with user_errors("max_tiles: "):
+            check_tiling(images.tile_size, images.min_tiles, max_tiles)
+        images.max_tiles = max_tiles
+    if system is not None:
+        with user_errors():
+            newline = template_settings(processor).image_newline
+            processor.chat_template = chatml_template(system, newline)
 
 
 def _dtype(source: str, name: str, device: torch.device) -> torch.dtype | str:

@@ -24,18 +24,20 @@ from training.export.card import card
 from training.export.hub_tokenizer import to_hub_tokenizer
 from training.export.safetensors_files import write_file, write_weights
 from training.export.weights import check_weights
+from training.generate.template import template_settings
 from training.import_ristretto.release_config import (
     check_expressible,
     config_from_release,
     config_to_release,
 )
-from training.model.hub import TokenFlexConfig, TokenFlexProcessor, chatml_template
+from training.model.hub import TokenFlexConfig, TokenFlexProcessor
 from training.model.hub.language_model_tokenflex import EARLIER_NAMES, renamed, trainer_names
 from training.model.packed_projector import RELEASED_NAMES
 
 VISION_HEAD = "vision_head.safetensors"
 SYSTEM = "You are a helpful assistant."
-"""What the release's template `qwen` says first; the rest of that template is ChatML."""
+"""What the release's template `qwen` says first; the rest of that template is ChatML. Its `chat()`
+puts `<image>` and a line end before a question."""
 
 _PROJECTOR = "projector.mlp."
 _VISION = "vision_model.vision_model."
@@ -75,6 +77,7 @@ def from_release(source: Path, out: Path, max_bytes: int) -> list[str]:
         released.get("num_image_token", 256),
         SYSTEM,
         str(source),
+        image_newline=True,
     )
     to_released = _to_released(config)
     expected = {to_released(name): shape for name, shape in form.shapes().items()}
@@ -107,10 +110,16 @@ def to_release(source: Path, out: Path, max_bytes: int) -> list[str]:
     check_weights({weight.name: weight.shape for weight in weights}, form.shapes(), str(source))
     weights = _rename(weights, _to_released(config))
     notes = []
-    if processor.chat_template != chatml_template(SYSTEM):
+    template = template_settings(processor)
+    if template.system != SYSTEM:
         notes.append(
             f"the release's code begins every prompt with {SYSTEM!r}, and this model was trained "
             "with another beginning"
+        )
+    if not template.image_newline:
+        notes.append(
+            "the release's code puts a line end between an image and the question, and this "
+            "model's prompts have none"
         )
     has_head = (source / VISION_HEAD).is_file()
     if has_head:

@@ -1,15 +1,31 @@
 """An exported model as a chat model of lmms-eval."""
 
+import atexit
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from data_pipeline.errors import InputError
 from training.distributed import local_device
-from training.generate import greedy_settings, load_model
-from training.generate.answer import prepare_messages
+from training.generate import greedy_settings, load_model, user_errors
+from training.generate.answer import answer_room, prepare_messages
+from training.lmms_eval_adapter.chat_requests import as_messages, batches, cut_at, name_of
+from training.lmms_eval_adapter.failed_answers import FailedAnswers
+from training.lmms_eval_adapter.model_args import (
+    RELEASED,
+    share,
+    text_or_file,
+    whole,
+    whole_or_released,
+)
+from training.lmms_eval_adapter.released_settings import (
+    NUM_IMAGE_TOKENS,
+    OTHER_NUM_IMAGE_TOKENS,
+    released_max_tiles,
+    released_num_image_tokens,
+)
 
 try:
     from lmms_eval.api.model import lmms as _Base
@@ -18,17 +34,21 @@ except ImportError:  # only `main` needs it
 
 MODEL_ID = "tokenflex"
 _MAX_NEW_TOKENS = 1024
+_MAX_FAILED_FRACTION = 0.1
 _TRUE = (True, 1, "True", "true", "1")
 
 
 class TokenFlexLmmsEval(_Base):
     """A chat model of lmms-eval; the arguments are its `--model_args`.
 
-    pretrained: an exported folder, or a name on the hub. num_image_tokens: per tile; the folder's
-    default where it is not given. batch_size, device: lmms-eval's. dtype, trust_remote_code: as in
-    `load_model`. max_new_tokens: where a task says nothing.
+    pretrained: an exported folder, or a name on the hub. num_image_tokens, max_tiles: per tile and
+    per image, the folder's where they are not given; "released": by the task, as the released
+    Ristretto-3B is evaluated (`released_settings`). system: what a conversation begins with, or a
+    file that says it. batch_size, device: lmms-eval's. dtype, trust_remote_code: as in
+    `load_model`. max_new_tokens: where a task says nothing. max_failed_fraction: the share of
+    questions that may fail, their answers empty.
 
-    Raises InputError (a ValueError) for a model or count that cannot be used.
+    Raises InputError (a ValueError) for a model or setting that cannot be used.
     """
 
     is_simple = False
@@ -42,21 +62,41 @@ class TokenFlexLmmsEval(_Base):
         dtype: str = "auto",
         max_new_tokens: int | str = _MAX_NEW_TOKENS,
         trust_remote_code: bool | str = False,
+        max_tiles: int | str | None = None,
+        system: str | None = None,
+        max_failed_fraction: float | str = _MAX_FAILED_FRACTION,
+        **unknown: Any,
     ) -> None:
         super().__init__()
+        if unknown:
+            raise InputError(
+                f"there is no setting {', '.join(unknown)}; the settings are pretrained, "
+                "num_image_tokens, max_tiles, system, dtype, max_new_tokens, max_failed_fraction "
+                "and trust_remote_code"
+            )
+        self.batch_size = whole("batch_size", batch_size)
+        self._max_new_tokens = whole("max_new_tokens", max_new_tokens)
+        self._max_tiles = whole_or_released("max_tiles", max_tiles)
+        self.num_image_tokens = whole_or_released("num_image_tokens", num_image_tokens)
+        self._failed = FailedAnswers(share("max_failed_fraction", max_failed_fraction))
         # One GPU per process, as `accelerate launch` and torchrun number them.
         place = (
             torch.device(device) if device else local_device(int(os.environ.get("LOCAL_RANK", 0)))
         )
         if place.type == "cuda" and "LOCAL_RANK" in os.environ:
             place = local_device(int(os.environ["LOCAL_RANK"]))
-        self._loaded = load_model(pretrained, dtype, place, trust_remote_code in _TRUE)
-        count = num_image_tokens or self._loaded.processor.num_image_tokens
-        (self.num_image_tokens,) = self._loaded.check_counts([int(count)], "num_image_tokens")
-        self.batch_size = int(batch_size)
-        self._max_new_tokens = int(max_new_tokens)
+        tiles = None if self._max_tiles == RELEASED else self._max_tiles
+        system = text_or_file(system)
+        remote = trust_remote_code in _TRUE
+        self._loaded = load_model(pretrained, str(dtype), place, remote, tiles, system)
+        self.num_image_tokens = self.num_image_tokens or self._loaded.processor.num_image_tokens
+        counts = [self.num_image_tokens]
+        if self.num_image_tokens == RELEASED:
+            counts = [OTHER_NUM_IMAGE_TOKENS, *NUM_IMAGE_TOKENS.values()]
+        self._loaded.check_counts(counts, "num_image_tokens")
         self._rank = int(os.environ.get("RANK", 0))
         self._world_size = int(os.environ.get("WORLD_SIZE", 1))
+        atexit.register(self._failed.report)
 
     @property
     def device(self) -> torch.device:
@@ -82,9 +122,10 @@ class TokenFlexLmmsEval(_Base):
         from tqdm import tqdm
 
         answers: list[str] = []
+        self._failed.ask(len(requests))
         quiet = True if self._rank else None
         bar = tqdm(total=len(requests), unit="answer", disable=quiet)
-        for batch in _batches(requests, self.batch_size, self._wanted):
+        for batch in batches(requests, self.batch_size, self._settings_of):
             answers += self._answer(batch)
             bar.update(len(batch))
         bar.close()
@@ -100,16 +141,37 @@ class TokenFlexLmmsEval(_Base):
 
     @torch.inference_mode()
     def _answer(self, batch: Sequence[Any]) -> list[str]:
-        conversations = [as_messages(self._messages(request)) for request in batch]
-        loaded, wanted = self._loaded, self._wanted(batch[0])
-        inputs = prepare_messages(loaded, conversations, self.num_image_tokens)
-        output = loaded.model.generate(
-            **loaded.on_device(inputs), generation_config=self._settings(wanted)
-        )
-        texts = loaded.processor.tokenizer.batch_decode(
-            output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
-        )
+        loaded, (wanted, count, tiles) = self._loaded, self._settings_of(batch[0])
+        try:
+            with user_errors():  # a task's own files, too
+                conversations = [as_messages(self._messages(request)) for request in batch]
+            inputs = prepare_messages(loaded, conversations, count, tiles)
+        except InputError as error:
+            if len(batch) > 1:
+                return self._one_by_one(batch)
+            self._failed.note(name_of(batch[0]), str(error))
+            return [""]
+        width = inputs["input_ids"].shape[1]
+        new_tokens = int(wanted.get("max_new_tokens") or self._max_new_tokens)
+        if answer_room(loaded, width) < new_tokens and len(batch) > 1:
+            return self._one_by_one(batch)  # the longest prompt must not shorten another's answer
+        settings = self._settings(wanted, min(new_tokens, answer_room(loaded, width)))
+        output = loaded.model.generate(**loaded.on_device(inputs), generation_config=settings)
+        texts = loaded.processor.tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
         return [cut_at(text, wanted.get("until")) for text in texts]
+
+    def _one_by_one(self, batch: Sequence[Any]) -> list[str]:
+        return [answer for request in batch for answer in self._answer([request])]
+
+    def _settings_of(self, request: Any) -> tuple[dict[str, Any], int, int | None]:
+        """A request's generation settings, num_image_tokens and max_tiles."""
+        task = request.args[4]
+        count, tiles = self.num_image_tokens, self._max_tiles
+        if count == RELEASED:
+            count = released_num_image_tokens(task)
+        if tiles == RELEASED:
+            tiles = released_max_tiles(task)
+        return self._wanted(request), count, tiles
 
     def _messages(self, request: Any) -> list[dict[str, Any]]:
         """lmms-eval's messages of a request."""
@@ -120,9 +182,8 @@ class TokenFlexLmmsEval(_Base):
         """The generation settings of a request."""
         return request.args[2]
 
-    def _settings(self, wanted: Mapping[str, Any]) -> Any:
+    def _settings(self, wanted: Mapping[str, Any], new_tokens: int) -> Any:
         """Greedy unless the task asks for a temperature."""
-        new_tokens = int(wanted.get("max_new_tokens") or self._max_new_tokens)
         settings = greedy_settings(self._loaded, new_tokens)
         settings.num_beams = int(wanted.get("num_beams") or 1)
         if (wanted.get("temperature") or 0) > 0:
@@ -139,47 +200,3 @@ def manifest() -> Any:
         model_id=MODEL_ID,
         chat_class_path=f"training.lmms_eval_adapter.{TokenFlexLmmsEval.__name__}",
     )
-
-
-def as_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """lmms-eval's messages as the processor takes them; InputError for video and sound."""
-    result = []
-    for message in messages:
-        content = message["content"]
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        result.append({"role": message["role"], "content": [_part(part) for part in parts]})
-    return result
-
-
-def cut_at(text: str, until: str | Sequence[str] | None) -> str:
-    """The text before the first of the task's stop strings.
-
-    An empty line, lmms-eval's default, is none of them: it would cut an answer's reasoning off.
-    """
-    stops = [until] if isinstance(until, str) else list(until or [])
-    for stop in stops:
-        if stop and stop != "\n\n":
-            text = text.split(stop)[0]
-    return text
-
-
-def _part(part: Mapping[str, Any]) -> dict[str, Any]:
-    if part["type"] == "text":
-        return {"type": "text", "text": part["text"]}
-    if part["type"] == "image":
-        return {"type": "image", "image": part["url"]}
-    raise InputError(f"a task has a {part['type']}; tokenflex takes images and text only")
-
-
-def _batches(
-    requests: Sequence[Any], size: int, wanted: Callable[[Any], dict[str, Any]]
-) -> Iterator[list[Any]]:
-    """Neighbours with the same generation settings, at most `size` of them."""
-    batch: list[Any] = []
-    for request in requests:
-        if batch and (len(batch) == size or wanted(request) != wanted(batch[0])):
-            yield batch
-            batch = []
-        batch.append(request)
-    if batch:
-        yield batch
