@@ -16,6 +16,7 @@ from data_pipeline.cli import at_least
 from data_pipeline.errors import InputError
 from data_pipeline.machine import cpu_model
 from data_pipeline.paths import path_text
+from data_pipeline.pretrained_source import check_source
 from data_pipeline.processor.arguments_tokenflex import side_of
 from data_pipeline.processor.tiling_tokenflex import check_tiling
 from training.generate.template import template_settings
@@ -126,8 +127,9 @@ def load_model(
     if dtype not in ("auto", *DTYPES):
         raise InputError(f"dtype is {dtype!r}; use one of auto, {', '.join(DTYPES)}")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if "/" in source and source.count("/") != 1 and not Path(source).is_dir():
-        raise InputError(f"there is no folder {source}; give one that training.export wrote")
+    check_source(
+        source, f"the model folder {source}", "one that training.export wrote, or a name on the hub"
+    )
     if Path(source).exists() and not (Path(source) / "config.json").is_file():
         raise InputError(
             f"{source} has no config.json; give a folder that training.export wrote (a checkpoint "
