@@ -14,7 +14,7 @@ import matplotlib
 from PIL import Image, ImageDraw, ImageFont
 from sklearn.datasets import load_sample_image
 
-from training.demo.gradio_page import draw_token_grid
+from training.demo.token_grid import draw_token_grid
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
