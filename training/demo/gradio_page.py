@@ -11,8 +11,8 @@ from training.generate.comparison import HEAD
 
 _MARK = "\u25cf"
 _COMPARED = 3  # counts that are chosen to begin with
-# The slider's track begins and ends so many pixels from the sides of its column.
-_TRACK = (37, 39)
+# So many pixels from the sides the slider's knob stands at its ends; a digit more takes 7.
+_TRACK = (25, 27)
 _STYLE = """<style>
 #marks .marks {position: relative; height: 26px; margin-top: -10px}
 #marks .marks span {position: absolute; transform: translateX(-50%); text-align: center;
@@ -102,7 +102,7 @@ def _inputs(gradio: Any, loaded: LoadedModel, answers: Answers) -> SimpleNamespa
 
 def _marks(sides: int, answers: Answers) -> str:
     """The slider's values that were trained, below it."""
-    left, right = _TRACK
+    left, right = _TRACK[0], _TRACK[1] + 7 * (len(str(sides)) - 1)
     marks = []
     for n in filter(lambda n: answers.is_trained(n * n), range(1, sides + 1)):
         share = (n - 1) / max(1, sides - 1)
