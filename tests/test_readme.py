@@ -113,6 +113,7 @@ SMALLER: dict[str, str | None] = {
     "make setup": f"{MAKE} -n setup",
     "make lint": f"{MAKE} -n lint",
     "make remote": f"{MAKE} -n remote",
+    "make latest": f"{MAKE} -n latest",
     "make pictures": f"{MAKE} -n pictures",
     "make kernel-checks": f"{MAKE} -n kernel-checks",
     "make gpu-record": f"{MAKE} -n gpu-record",  # tests/training/test_gpu_record.py
