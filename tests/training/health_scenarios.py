@@ -50,7 +50,7 @@ def guarded_step(
     loss = 0.0
     for number, pack in enumerate(batch.packs):
         if harm == "nan loss" and harmed and number == 0:
-            pack.loss_weights = pack.loss_weights * torch.nan
+            pack.target_weights = pack.target_weights * torch.nan
         output = engine(**model_inputs(pack, device, run.loss_chunks))
         extreme = torch.inf if harm == "infinite gradient" and harmed and number == 0 else 1.0
         engine.backward(output.loss * scale * extreme, last=number + 1 == len(batch.packs))
