@@ -26,7 +26,7 @@ help:
 	@echo "make lint       ruff and mypy"
 	@echo "make setup      only the virtual environment (VENV=.venv-3.13 PYTHON=python3.13: one more)"
 	@echo "make remote     also the stores that s3:// and gs:// are tested with"
-	@echo "make extras     environments beside it for the demo page and for lmms-eval"
+	@echo "make extras     environments beside it for the demo page, lmms-eval and TRL"
 
 setup: $(VENV)/installed
 
@@ -48,8 +48,9 @@ $(VENV)/remote-installed: tests/requirements-remote.txt $(VENV)/installed
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt -r $<
 	touch $@
 
-# What only some tests need, on top of the packages of $(VENV): gradio; lmms-eval's evaluator.
-EXTRAS := $(VENV)-demo $(VENV)-lmms
+# What only some tests need, on top of the packages of $(VENV): gradio; lmms-eval's evaluator; TRL
+# and PEFT.
+EXTRAS := $(VENV)-demo $(VENV)-lmms $(VENV)-trl
 extras: $(EXTRAS:=/installed)
 
 # Other versions of Triton, and a tool that runs compiled kernels on a CPU: half a GB to download.

@@ -80,8 +80,8 @@ def test_two_steps_train(results: Any, trainer: str) -> None:
     found = results[trainer]
     assert len(found["losses"]) == 2 and all(map(math.isfinite, found["losses"]))
     assert found["moved"]
-    if trainer == "lora":  # of the tower and the decoder
-        for part in ("vision_model", "language_model"):
+    if trainer == "lora":
+        for part in ("vision_model", "projector", "language_model"):
             assert any(f".{part}." in name for name in found["moved"])
 
 
@@ -95,6 +95,10 @@ def test_the_first_loss_of_dpo_is_that_of_equal_models(results: Any) -> None:
 
 def test_an_adapter_is_saved_loaded_and_merged(results: Any) -> None:
     assert results["lora"]["reloaded"] and results["lora"]["merged"] < 1e-3
+
+
+def test_an_adapter_of_an_earlier_folder_loads(results: Any) -> None:
+    assert results["lora"]["earlier"]
 
 
 def test_prompt_tuning_trains_its_tokens_alone(results: Any) -> None:

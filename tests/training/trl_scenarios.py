@@ -12,6 +12,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
@@ -32,7 +33,13 @@ OPTIONS: dict[str, Any] = {
     "dataloader_pin_memory": False,
     "trust_remote_code": True,
 }
-Lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False)
+LORA = LoraConfig(
+    task_type="CAUSAL_LM",
+    r=4,
+    target_modules="all-linear",
+    modules_to_save=["projector"],
+    init_lora_weights=False,
+)
 
 
 def load() -> tuple[Any, Any]:
@@ -91,21 +98,37 @@ def sft(**options: Any) -> dict[str, Any]:
     if not options:
         with torch.no_grad():
             found["own loss"] = model(**batch).loss.item()
-    return found | trained(trainer, "lora_" if options else "vision_model")
+    return found | trained(trainer, ".default" if options else "vision_model")
 
 
 def lora() -> dict[str, Any]:
-    found = sft(peft_config=Lora)
+    found = sft(peft_config=LORA)
     model, processor = load()
     batch = processor(images=[Image.new("RGB", (20, 20))], text=["<image>x"], num_image_tokens=9)
-    adapted = get_peft_model(model, Lora).eval()
+    adapted = get_peft_model(model, LORA).eval()
     adapted.save_pretrained(OUT)
     again = PeftModel.from_pretrained(load()[0], OUT).eval()
     with torch.no_grad():
         expected = adapted(**batch).logits
         found["reloaded"] = torch.equal(again(**batch).logits, expected)
+        rename_as_before(Path(OUT, "adapter_model.safetensors"))
+        before = PeftModel.from_pretrained(load()[0], OUT).eval()
+        found["earlier"] = torch.equal(before(**batch).logits, expected)
         found["merged"] = (again.merge_and_unload()(**batch).logits - expected).abs().max().item()
     return found
+
+
+def rename_as_before(file: Path) -> None:
+    """An adapter's names as those of a model folder that had no base model."""
+    names = {
+        "model.model.language_model.": "model.language_model.model.",
+        "model.model.": "model.",
+    }
+    weights = {}
+    for name, value in load_file(file).items():
+        start = next(start for start in names if f"base_model.{start}" in name)
+        weights[name.replace(start, names[start], 1)] = value
+    save_file(weights, file)
 
 
 def dpo() -> dict[str, Any]:

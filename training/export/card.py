@@ -34,7 +34,8 @@ print(processor.decode(answer[0, inputs["input_ids"].shape[1]:], skip_special_to
 ```
 
 It needs torch, transformers (written with {version}) and pillow. `trust_remote_code=True` runs the
-`*_tokenflex.py` files of this folder: read them first."""
+`*_tokenflex.py` files of this folder: read them first. `AutoModel` gives the model without
+its head, of `vision_model`, `projector` and `language_model`."""
 
 LIMITS = """\
 - A vision-language model writes what is likely, not what is true: it makes up what an image does
