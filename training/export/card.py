@@ -37,8 +37,9 @@ print(processor.decode(answer[0, inputs["input_ids"].shape[1]:], skip_special_to
 ```
 
 It needs torch, pillow and transformers {oldest} to {newest}, which it was tested with (written
-with {version}). `trust_remote_code=True` runs the
-`*_tokenflex.py` files of this folder: read them first."""
+with {version}). `trust_remote_code=True` runs the `*_tokenflex.py` files of this folder: read
+them first. `AutoModel` gives the model without its head, of `vision_model`, `projector` and
+`language_model`."""
 
 UNKNOWN_COUNTS = """\
 Nothing is known of a count that was neither trained nor evaluated: evaluate it before you rely

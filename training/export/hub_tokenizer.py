@@ -43,6 +43,8 @@ def to_hub_tokenizer(tokenizer: Tokenizer, context: int) -> Any:
         fast.chat_template = None  # the processor has training's
         if fast.pad_token_id is None:
             fast.pad_token = "<|im_end|>"
+        if fast.eos_token_id is None:
+            fast.eos_token = "<|im_end|>"
     fast.model_max_length = context
     check_same_ids(tokenizer, fast)
     return fast

@@ -61,6 +61,7 @@ class TokenFlexPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    _checkpoint_conversion_mapping = EARLIER_NAMES  # by which PEFT loads earlier adapters
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
