@@ -1,5 +1,8 @@
 """Images -> the uint8 tiles that the vision tower takes, the same ones as in training."""
 
+# First: it names the release that is needed, where the rest could not be imported.
+from .releases_tokenflex import OLDEST  # noqa: F401  # isort: skip
+
 from functools import partial
 from typing import Any, TypedDict
 

@@ -4,9 +4,12 @@ The markers are placed by id and every stretch of text between them is tokenised
 a prompt has the ids it had in training, and text in a message cannot forge a marker.
 """
 
+# First: it names the release that is needed, where the rest could not be imported.
+from .releases_tokenflex import OLDEST  # noqa: F401  # isort: skip
+
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.feature_extraction_utils import BatchFeature
@@ -24,6 +27,11 @@ from .arguments_tokenflex import (
 from .encoding_tokenflex import IMAGE_TOKEN, Encoded, encode_pieces, fitted
 from .image_processing_tokenflex import flatten
 from .prompt_tokenflex import SPECIAL_TOKENS, chatml_template, encode_fast, parse_prompt, protect
+
+if TYPE_CHECKING:  # older releases copy from a folder only the files that are named here
+    from .picture_tokenflex import resize  # noqa: F401
+    from .source_tokenflex import load_rgb  # noqa: F401
+    from .tiling_tokenflex import cut_tiles  # noqa: F401
 
 __all__ = ["TokenFlexProcessor", "chatml_template"]
 

@@ -9,16 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
 from data_pipeline.errors import InputError
 from training.model.attention import ATTENTION_NAME
-from training.model.hub import TokenFlexConfig, TokenFlexGenerationMixin, TokenFlexModel
-from training.model.hub.language_model_tokenflex import decoder_and_head, trainer_names
 from training.model.language_models import check_isolation, check_logits
 from training.model.loss import Supervision, chunked_cross_entropy, find_supervision
 from training.model.packed_projector import TokenAdaptiveProjector
@@ -99,10 +94,8 @@ class PackedTokenFlex(TokenFlexModel, TokenFlexGenerationMixin):
         tile_sides: Sequence[int] | Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         cu_seqlens: Tensor | None = None,
@@ -136,7 +129,7 @@ class PackedTokenFlex(TokenFlexModel, TokenFlexGenerationMixin):
         # First what may wait for the device, before this forward has queued any work there.
         if supervision is None and labels is not None and input_ids is not None:
             supervision = find_supervision(labels, loss_weights, input_ids.device)
-        row = input_ids if attention_mask is None and past_key_values is None else None
+        row = input_ids if attention_mask is None and find_cache(kwargs) is None else None
         segments = find_segments(row, position_ids, cu_seqlens, max_seqlen)
         if input_ids is None or (supervision is None and segments is None):
             return super().forward(
@@ -145,9 +138,7 @@ class PackedTokenFlex(TokenFlexModel, TokenFlexGenerationMixin):
                 tile_sides,
                 attention_mask,
                 position_ids,
-                past_key_values,
                 inputs_embeds,
-                use_cache,
                 mm_encoder_outputs,
                 labels=labels,
                 logits_to_keep=logits_to_keep,

@@ -18,11 +18,8 @@ from data_pipeline.processor.image_processing_tokenflex import TokenFlexImagePro
 from data_pipeline.processor.processing_tokenflex import TokenFlexProcessor, chatml_template
 
 from .configuration_tokenflex import TokenFlexConfig
-from .modeling_tokenflex import (
-    TokenFlexForConditionalGeneration,
-    TokenFlexGenerationMixin,
-    TokenFlexModel,
-)
+from .generation_tokenflex import TokenFlexGenerationMixin
+from .modeling_tokenflex import TokenFlexForConditionalGeneration, TokenFlexModel
 from .projector_tokenflex import TokenFlexProjector
 
 __all__ = [

@@ -1,6 +1,9 @@
 """Configuration of the model: vision tower, token-adaptive projector, any causal LM."""
 
-from typing import Any, ClassVar
+# First: it names the release that is needed, where the rest could not be imported.
+from .releases_tokenflex import OLDEST  # noqa: F401  # isort: skip
+
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto import CONFIG_MAPPING
@@ -8,6 +11,10 @@ from transformers.models.auto import CONFIG_MAPPING
 from .pooling_tokenflex import POOL_MODES
 from .vision_family_tokenflex import VisionFamily
 from .vision_towers_tokenflex import DEFAULT_FAMILY, vision_family
+
+if TYPE_CHECKING:  # older releases copy from a folder only the files that are named here
+    from .vision_clip_tokenflex import CLIP  # noqa: F401
+    from .vision_siglip_tokenflex import SIGLIP  # noqa: F401
 
 
 class TokenFlexConfig(PreTrainedConfig):

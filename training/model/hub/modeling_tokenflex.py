@@ -5,14 +5,16 @@
 B rows, L tokens, T tiles, C vision width, F projector width, D language width, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+# First: it names the release that is needed, where the rest could not be imported.
+from .releases_tokenflex import OLDEST  # noqa: F401  # isort: skip
+
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
-from transformers.cache_utils import Cache
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     BaseModelOutputWithPooling,
@@ -21,8 +23,21 @@ from transformers.modeling_outputs import (
 from transformers.utils import can_return_tuple
 
 from .configuration_tokenflex import TokenFlexConfig
+from .generation_tokenflex import (
+    TokenFlexGenerationMixin,
+    cached_columns,
+    check_image_tokens,
+    encoded_features,
+)
 from .language_model_tokenflex import EARLIER_NAMES, decoder_and_head
 from .projector_tokenflex import TokenFlexProjector, as_list
+
+if TYPE_CHECKING:  # older releases copy from a folder only the files that are named here
+    from .pooling_tokenflex import pool_patches  # noqa: F401
+    from .vision_clip_tokenflex import CLIP  # noqa: F401
+    from .vision_family_tokenflex import VisionFamily  # noqa: F401
+    from .vision_siglip_tokenflex import SIGLIP  # noqa: F401
+    from .vision_towers_tokenflex import vision_family  # noqa: F401
 
 AUTO_MAP = {
     "AutoModel": "modeling_tokenflex.TokenFlexModel",
@@ -41,7 +56,7 @@ class TokenFlexPreTrainedModel(PreTrainedModel):
     input_modalities = ["image", "text"]  # noqa: RUF012 - transformers' own style
     supports_gradient_checkpointing = True
     _no_split_modules = ["TokenFlexProjector"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -129,9 +144,7 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
         tile_sides: Sequence[int] | Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
@@ -141,30 +154,28 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
         pixel_values: uint8 [T, 3, tile_size, tile_size], the tiles of all rows in reading order;
             None for text alone and behind the first step with a cache.
         tile_sides: n of each tile.
-        attention_mask: [B, L], 1 for real tokens. position_ids, past_key_values, use_cache,
-            kwargs: the language model's.
+        attention_mask: [B, L], 1 for real tokens. position_ids, kwargs (use_cache, the cache, by
+            its name in the installed transformers, and others): the language model's.
         mm_encoder_outputs: {"image": what `get_image_features` returned}, instead of tiles.
 
         Raises ValueError when image tokens, tiles and sides disagree.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give input_ids or inputs_embeds, one of the two")
-        features = _encoded_features(mm_encoder_outputs)
+        features = encoded_features(mm_encoder_outputs)
         if pixel_values is not None:
             if features is not None:
                 raise ValueError("give pixel_values or mm_encoder_outputs, not both")
             features = self.image_features(pixel_values, tile_sides)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        if features is not None or _may_need_tiles(past_key_values):
-            where = self._image_positions(input_ids, inputs_embeds)
+        if features is not None or _may_need_tiles(kwargs):
+            where = self.image_positions(input_ids, inputs_embeds)
             inputs_embeds = _insert(inputs_embeds, where, features)
         output: BaseModelOutputWithPast = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
             return_dict=True,
             **kwargs,
         )
@@ -209,47 +220,12 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
             tile_sides = tile_sides.cpu()
         return self.projector(patches, tile_sides)
 
-    def _image_positions(self, input_ids: Tensor | None, inputs_embeds: Tensor) -> Tensor:
+    def image_positions(self, input_ids: Tensor | None, inputs_embeds: Tensor) -> Tensor:
         """bool [B, L]: which positions are <IMG_CONTEXT>."""
         if input_ids is not None:
             return torch.eq(input_ids, self.config.image_token_id)
         token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
         return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
-
-
-class TokenFlexGenerationMixin(GenerationMixin):
-    """`generate` for what reads images and ends with logits."""
-
-    config: TokenFlexConfig
-
-    def _write_no_image_tokens(self) -> None:
-        """Of any answer: it could not be read again, since they would have no tiles."""
-        self.generation_config.suppress_tokens = [self.config.image_token_id]
-
-    def prepare_inputs_for_generation(  # type: ignore[override]
-        self,
-        input_ids: Tensor,
-        inputs_embeds: Tensor | None = None,
-        is_first_iteration: bool = False,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """As in `GenerationMixin`; ValueError for a prompt that is longer than the context."""
-        context = getattr(self.config.text_config, "max_position_embeddings", None)
-        if is_first_iteration and context is not None and input_ids.shape[1] > context:
-            raise ValueError(
-                f"input_ids have {input_ids.shape[1]} tokens, the language model's context is "
-                f"{context}; shorten the prompt, give fewer images or lower num_image_tokens"
-            )
-        model_inputs: dict[str, Any] = super().prepare_inputs_for_generation(  # type: ignore[misc]
-            input_ids,  # type: ignore[arg-type]
-            inputs_embeds=inputs_embeds,
-            is_first_iteration=is_first_iteration,
-            **kwargs,
-        )
-        # An assistant of assisted decoding reads the prompt, images included, in a later iteration.
-        if _may_need_tiles(kwargs.get("past_key_values")) and kwargs.get("mm_encoder_outputs"):
-            model_inputs["mm_encoder_outputs"] = kwargs["mm_encoder_outputs"]
-        return model_inputs
 
 
 class TokenFlexForConditionalGeneration(TokenFlexPreTrainedModel, TokenFlexGenerationMixin):
@@ -288,7 +264,7 @@ class TokenFlexForConditionalGeneration(TokenFlexPreTrainedModel, TokenFlexGener
         tile_sides: Sequence[int] | Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
-        """As in `TokenFlexModel`; `generate` calls this once, before the first step."""
+        """As in `TokenFlexModel`."""
         return self.model.get_image_features(pixel_values, tile_sides, **kwargs)
 
     @can_return_tuple
@@ -299,10 +275,8 @@ class TokenFlexForConditionalGeneration(TokenFlexPreTrainedModel, TokenFlexGener
         tile_sides: Sequence[int] | Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs: Any,
@@ -320,9 +294,7 @@ class TokenFlexForConditionalGeneration(TokenFlexPreTrainedModel, TokenFlexGener
             tile_sides=tile_sides,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
             mm_encoder_outputs=mm_encoder_outputs,
             return_dict=True,
             **kwargs,
@@ -333,37 +305,21 @@ class TokenFlexForConditionalGeneration(TokenFlexPreTrainedModel, TokenFlexGener
         if labels is not None:
             vocab_size = self.config.text_config.vocab_size
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=output.past_key_values,
-            hidden_states=output.hidden_states,
-            attentions=output.attentions,
-        )
+        # Releases give the cache other names.
+        others = {name: value for name, value in output.items() if name != "last_hidden_state"}
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **others)
 
 
-def _encoded_features(outputs: dict[str, BaseModelOutputWithPooling] | None) -> Tensor | None:
-    """The image features [rows, D] of `mm_encoder_outputs`."""
-    image = (outputs or {}).get("image")
-    if image is None or image.pooler_output is None or len(image.pooler_output) == 0:
-        return None
-    # Beams, and prompts read in chunks, come here as other lists than the one per tile.
-    return torch.cat(list(image.pooler_output))
-
-
-def _may_need_tiles(cache: Cache | None) -> bool:
+def _may_need_tiles(arguments: Mapping[str, Any]) -> bool:
     """Whether these are a prompt's first tokens; asking a compiled graph would break it."""
-    return not torch.compiler.is_compiling() and (cache is None or cache.get_seq_length() == 0)
+    return not torch.compiler.is_compiling() and cached_columns(arguments) == 0
 
 
 def _insert(inputs_embeds: Tensor, where: Tensor, features: Tensor | None) -> Tensor:
     """Put features [rows, D] at the True positions of `where` [B, L], row after row."""
     rows = 0 if features is None else len(features)
-    if not torch.compiler.is_compiling() and (found := int(where.sum())) != rows:
-        raise ValueError(
-            f"input_ids hold {found} image tokens, but the tiles in pixel_values give {rows} image "
-            "features; each tile of side n needs n * n <IMG_CONTEXT> tokens"
-        )
+    if not torch.compiler.is_compiling():
+        check_image_tokens(where, rows)
     if features is None or rows == 0:
         return inputs_embeds
     features = features.to(inputs_embeds.device, inputs_embeds.dtype)
