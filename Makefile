@@ -11,7 +11,7 @@ NPROC ?= $(if $(filter 1,$(GPUS)),1,2)
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup remote extras pretrain test test-fast chaos gpu-record kernel-checks \
+.PHONY: help setup remote extras latest pretrain test test-fast chaos gpu-record kernel-checks \
   pictures lint clean
 
 help:
@@ -26,7 +26,8 @@ help:
 	@echo "make lint       ruff and mypy"
 	@echo "make setup      only the virtual environment (VENV=.venv-3.13 PYTHON=python3.13: one more)"
 	@echo "make remote     also the stores that s3:// and gs:// are tested with"
-	@echo "make extras     environments beside it for the demo page and for lmms-eval"
+	@echo "make extras     environments beside it: demo page, lmms-eval, other releases of transformers"
+	@echo "make latest     an exported model with the newest transformers there is"
 
 setup: $(VENV)/installed
 
@@ -48,8 +49,9 @@ $(VENV)/remote-installed: tests/requirements-remote.txt $(VENV)/installed
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt -r $<
 	touch $@
 
-# What only some tests need, on top of the packages of $(VENV): gradio; lmms-eval's evaluator.
-EXTRAS := $(VENV)-demo $(VENV)-lmms
+# What only some tests need, on top of the packages of $(VENV): gradio; lmms-eval's evaluator; the
+# oldest and the newest transformers that an exported model is for.
+EXTRAS := $(VENV)-demo $(VENV)-lmms $(VENV)-transformers-oldest $(VENV)-transformers-newest
 extras: $(EXTRAS:=/installed)
 
 # Other versions of Triton, and a tool that runs compiled kernels on a CPU: half a GB to download.
@@ -66,6 +68,12 @@ $(VENV)-%/installed: tests/environments/%.txt $(VENV)/installed
 	$(VENV)-$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
 	  $(PIP_OPTIONS) -r $<
 	touch $@
+
+# Whether an exported model works with the newest transformers there is, whatever was tested.
+latest: setup
+	rm -f $(VENV)-transformers-latest/installed
+	@$(MAKE) --no-print-directory $(VENV)-transformers-latest/installed
+	TRANSFORMERS_LATEST=1 REQUIRE_EXTRAS=1 $(PY) -m pytest -q tests/training/test_releases.py -k latest
 
 pretrain: setup
 	$(PY) -m torch.distributed.run --standalone --nproc-per-node $(NPROC) -m training.train $(CONFIG) $(ARGS)
@@ -96,4 +104,4 @@ lint: setup
 	$(VENV)/bin/mypy
 
 clean:
-	rm -rf $(VENV) $(EXTRAS) $(CHECKS) data runs logs
+	rm -rf $(VENV) $(EXTRAS) $(CHECKS) $(VENV)-transformers-latest data runs logs

@@ -16,6 +16,7 @@ import sentencepiece
 
 from data_pipeline.errors import InputError, for_users
 from data_pipeline.files import write_atomically
+from data_pipeline.pretrained_source import check_source
 from data_pipeline.processor import prompt_tokenflex
 from data_pipeline.processor.prompt_tokenflex import SPECIAL_TOKENS
 
@@ -190,12 +191,12 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             f"the tokenizer {path} is a file that does not end in .model; give a sentencepiece "
             ".model file, or the folder with tokenizer.json in it"
         )
-    hub_name = isinstance(path, str) and path.count("/") <= 1 and path[:1] not in ("/", ".", "~")
-    if not hub_name or str(path).endswith((".model", ".json")):
-        raise InputError(
-            f"the tokenizer {path} does not exist; give a sentencepiece .model file, a folder with "
-            "tokenizer.json in it, or a name on the Hugging Face hub"
-        )
+    check_source(
+        path,
+        f"the tokenizer {path}",
+        "a sentencepiece .model file, a folder with tokenizer.json in it, or a name on the Hugging "
+        "Face hub",
+    )
     return HuggingFaceTokenizer(path)
 
 

@@ -1,4 +1,4 @@
-"""The Python in which an optional package is installed."""
+"""The Python in which an optional package, or another release of one, is installed."""
 
 import importlib.util
 import os

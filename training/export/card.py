@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
+from data_pipeline.pretrained_source import is_missing
+from data_pipeline.processor.releases_tokenflex import NEWEST, OLDEST
 from data_pipeline.tiling import TilingSettings
 from data_pipeline.yaml_text import write_yaml
 from training.export.trained_run import TrainedRun
@@ -33,7 +35,8 @@ with torch.no_grad():
 print(processor.decode(answer[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
 ```
 
-It needs torch, transformers (written with {version}) and pillow. `trust_remote_code=True` runs the
+It needs torch, pillow and transformers {oldest} to {newest}, which it was tested with (written
+with {version}). `trust_remote_code=True` runs the
 `*_tokenflex.py` files of this folder: read them first."""
 
 LIMITS = """\
@@ -107,7 +110,9 @@ def card(
     )
     sections = {
         "": architecture,
-        "How to use": _USE.format(default=default, version=__version__),
+        "How to use": _USE.format(
+            default=default, version=__version__, oldest=OLDEST, newest=NEWEST
+        ),
         "Tokens per image": f"{counts} `num_image_tokens` may be any square n * n up to {side**2}; "
         f"counts that were not trained work, and are less sure. Without it: {default}.",
         "Accuracy": accuracy,
@@ -215,4 +220,4 @@ def _or_dash(value: float | None) -> str:
 
 
 def _on_the_hub(source: str) -> bool:
-    return source.count("/") == 1 and source[0] not in "./~" and not Path(source).exists()
+    return "/" in source and not Path(source).exists() and not is_missing(source)

@@ -15,6 +15,7 @@ from transformers.utils.logging import disable_progress_bar
 from data_pipeline.errors import InputError
 from data_pipeline.machine import cpu_model
 from data_pipeline.paths import path_text
+from data_pipeline.pretrained_source import check_source
 from data_pipeline.processor.arguments_tokenflex import side_of
 from training.model.hub import (
     TokenFlexConfig,
@@ -114,8 +115,9 @@ def load_model(
         InputError: nothing can be loaded from there, or it is another kind of model.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if "/" in source and source.count("/") != 1 and not Path(source).is_dir():
-        raise InputError(f"there is no folder {source}; give one that training.export wrote")
+    check_source(
+        source, f"the model folder {source}", "one that training.export wrote, or a name on the hub"
+    )
     if Path(source).exists() and not (Path(source) / "config.json").is_file():
         raise InputError(
             f"{source} has no config.json; give a folder that training.export wrote (a checkpoint "

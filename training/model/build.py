@@ -8,6 +8,7 @@ import torch.distributed
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from data_pipeline.errors import InputError
+from data_pipeline.pretrained_source import check_source
 from data_pipeline.tokenizer import Tokenizer
 from training.config import BackboneSettings, ModelSettings, RunConfig
 from training.model import PackedTokenFlex, TokenFlexConfig
@@ -141,7 +142,8 @@ def _whole(path: str, config: TokenFlexConfig, dtype: torch.dtype) -> PackedToke
 
 
 def _check_folder(name: str, path: str) -> None:
-    """Of a folder without a configuration transformers would make up one."""
+    """Of a folder without a configuration transformers would make up one; a missing one is none."""
+    check_source(path, f"{name}={path}", "a folder with config.json, or a name on the hub")
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
         raise InputError(
             f"{name}={path} has no config.json, so it is no model; a run or checkpoint of this "

@@ -9,11 +9,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
 from data_pipeline.errors import InputError
 from training.model.attention import ATTENTION_NAME
+from training.model.hub import TokenFlexConfig, TokenFlexGenerationMixin, TokenFlexModel
+from training.model.hub.generation_tokenflex import find_cache
+from training.model.hub.language_model_tokenflex import decoder_and_head, trainer_names
 from training.model.language_models import check_isolation, check_logits
 from training.model.loss import Supervision, chunked_cross_entropy, find_supervision
 from training.model.packed_projector import TokenAdaptiveProjector

@@ -125,9 +125,8 @@ class TokenFlexGenerationMixin(GenerationMixin):
         images, read = _reading.get(), inputs.get("input_ids")
         read = inputs.get("inputs_embeds") if read is None else read
         if images is not None and read is not None:
-            features = images.of_step(
-                self.base_model, read.shape[0], read.shape[1], cached_columns(inputs)
-            )
+            shape, cached = read.shape[:2], cached_columns(inputs)
+            features = images.of_step(self.base_model, *shape, cached)
             if features is not None:
                 output: Any = BaseModelOutputWithPooling(pooler_output=[features])  # type: ignore[arg-type]
                 inputs["mm_encoder_outputs"] = {"image": output}

@@ -47,7 +47,9 @@ class VisionFamily:
 
     def build(self, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
         """A tower with random weights."""
-        return self.model_class._from_config(config, dtype=dtype)
+        tower = self.model_class._from_config(config, dtype=dtype)
+        # Older releases keep the tower one level deeper: weights have the names of the newer ones.
+        return getattr(tower, "vision_model", tower)
 
     def patch_grid(self, config: PreTrainedConfig) -> tuple[int, int]:
         """(rows, columns) of the patches of one tile."""
