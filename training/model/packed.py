@@ -170,11 +170,16 @@ class PackedTokenFlex(TokenFlexModel, TokenFlexGenerationMixin):
         )
 
     def image_features(
-        self, pixel_values: Tensor, tile_sides: Sequence[int] | Tensor | None
+        self,
+        pixel_values: Tensor,
+        tile_sides: Sequence[int] | Tensor | None,
+        rows: int | None = None,
     ) -> Tensor:
         """As in the class that users load."""
+        if isinstance(tile_sides, Tensor):
+            tile_sides = tile_sides.cpu()  # for the projector's op
         with phase("vision"):
-            return super().image_features(pixel_values, tile_sides)
+            return super().image_features(pixel_values, tile_sides, rows)
 
     def _insert_images(
         self,

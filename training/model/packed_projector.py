@@ -37,8 +37,13 @@ class TokenAdaptiveProjector(TokenFlexProjector):
         super().__init__(*args, **kwargs)
         self.backward_mode, self.impl = "save", "auto"
 
-    def forward(self, patches: Tensor, tile_sides: Sequence[int] | Tensor) -> Tensor:
-        """patches [T, H*W, C], one side n per tile -> [sum of n^2, D], tile after tile."""
+    def forward(
+        self, patches: Tensor, tile_sides: Sequence[int] | Tensor, rows: int | None = None
+    ) -> Tensor:
+        """patches [T, H*W, C], one side n per tile -> [sum of n^2, D], tile after tile.
+
+        rows: not needed, the op is in a compiled graph as it is.
+        """
         with phase("projector"):
             return token_adaptive_projector(
                 patches,

@@ -30,7 +30,7 @@ from .generation_tokenflex import (
     encoded_features,
 )
 from .language_model_tokenflex import EARLIER_NAMES, decoder_and_head
-from .projector_tokenflex import TokenFlexProjector, as_list
+from .projector_tokenflex import TokenFlexProjector, as_list, in_graph
 
 if TYPE_CHECKING:  # older releases copy from a folder only the files that are named here
     from .pooling_tokenflex import pool_patches  # noqa: F401
@@ -166,12 +166,18 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
         if pixel_values is not None:
             if features is not None:
                 raise ValueError("give pixel_values or mm_encoder_outputs, not both")
-            features = self.image_features(pixel_values, tile_sides)
+            positions = (inputs_embeds[..., 0] if input_ids is None else input_ids).numel()
+            features = self.image_features(pixel_values, tile_sides, positions)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if features is not None or _may_need_tiles(kwargs):
             where = self.image_positions(input_ids, inputs_embeds)
-            inputs_embeds = _insert(inputs_embeds, where, features)
+            count: int | Tensor = 0 if features is None else len(features)
+            if pixel_values is not None and in_graph(tile_sides):
+                count = tile_sides.square().sum()
+            _check_count(where, count)
+            if features is not None:
+                inputs_embeds = _insert(inputs_embeds, where, features)
         output: BaseModelOutputWithPast = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -194,9 +200,14 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
         return BaseModelOutputWithPooling(pooler_output=per_tile)
 
     def image_features(
-        self, pixel_values: Tensor, tile_sides: Sequence[int] | Tensor | None
+        self,
+        pixel_values: Tensor,
+        tile_sides: Sequence[int] | Tensor | None,
+        rows: int | None = None,
     ) -> Tensor:
         """Tiles, uint8 [T, 3, tile_size, tile_size], to their tokens, [sum of n^2, D], in order.
+
+        rows: see `TokenFlexProjector.forward`.
 
         Raises ValueError for tiles of another kind and unless there is one side per tile.
         """
@@ -216,9 +227,7 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
         std = _per_channel(tuple(self.config.image_std), pixel_values.device)
         pixels = ((pixel_values.float() / 255 - mean) / std).to(self.vision_model.dtype)
         patches = self.config.vision_family.patches(self.vision_model, pixels)
-        if isinstance(tile_sides, Tensor):
-            tile_sides = tile_sides.cpu()
-        return self.projector(patches, tile_sides)
+        return self.projector(patches, tile_sides, rows)
 
     def image_positions(self, input_ids: Tensor | None, inputs_embeds: Tensor) -> Tensor:
         """bool [B, L]: which positions are <IMG_CONTEXT>."""
@@ -311,16 +320,25 @@ class TokenFlexForConditionalGeneration(TokenFlexPreTrainedModel, TokenFlexGener
 
 
 def _may_need_tiles(arguments: Mapping[str, Any]) -> bool:
-    """Whether these are a prompt's first tokens; asking a compiled graph would break it."""
-    return not torch.compiler.is_compiling() and cached_columns(arguments) == 0
+    """Whether these are a prompt's first tokens; a compiled graph cannot ask, and looks always."""
+    return torch.compiler.is_compiling() or cached_columns(arguments) == 0
 
 
-def _insert(inputs_embeds: Tensor, where: Tensor, features: Tensor | None) -> Tensor:
+def _check_count(where: Tensor, count: int | Tensor) -> None:
+    """As `check_image_tokens`; in a compiled graph an assertion, which does not break it."""
+    if torch.compiler.is_compiling():
+        torch._assert_async(
+            where.sum() == count,
+            "input_ids do not hold the image tokens of the tiles: each tile of side n needs n * n",
+        )
+    else:
+        check_image_tokens(where, int(count))
+
+
+def _insert(inputs_embeds: Tensor, where: Tensor, features: Tensor) -> Tensor:
     """Put features [rows, D] at the True positions of `where` [B, L], row after row."""
-    rows = 0 if features is None else len(features)
-    if not torch.compiler.is_compiling():
-        check_image_tokens(where, rows)
-    if features is None or rows == 0:
+    rows = len(features)
+    if rows == 0:
         return inputs_embeds
     features = features.to(inputs_embeds.device, inputs_embeds.dtype)
     # Counted over positions, not elements, and no count goes to the host: it compiles whole.
