@@ -73,7 +73,7 @@ class TokenFlexGenerationMixin(GenerationMixin):
         self.generation_config.suppress_tokens = [self.config.image_token_id]
 
     @torch.no_grad()
-    def generate(  # type: ignore[override]
+    def generate(
         self,
         inputs: Tensor | None = None,
         *args: Any,
@@ -119,14 +119,16 @@ class TokenFlexGenerationMixin(GenerationMixin):
 
     # `generate` takes the arguments that the signature of the installed release names.
     @wraps(GenerationMixin.prepare_inputs_for_generation, assigned=())
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def prepare_inputs_for_generation(  # type: ignore[override]
+        self, *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
         """As in `GenerationMixin`, with the image features of the columns that this step reads."""
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
         images, read = _reading.get(), inputs.get("input_ids")
         read = inputs.get("inputs_embeds") if read is None else read
         if images is not None and read is not None:
-            shape, cached = read.shape[:2], cached_columns(inputs)
-            features = images.of_step(self.base_model, *shape, cached)
+            rows, columns = read.shape[:2]
+            features = images.of_step(self.base_model, rows, columns, cached_columns(inputs))
             if features is not None:
                 output: Any = BaseModelOutputWithPooling(pooler_output=[features])  # type: ignore[arg-type]
                 inputs["mm_encoder_outputs"] = {"image": output}

@@ -162,14 +162,14 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give input_ids or inputs_embeds, one of the two")
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        positions = inputs_embeds.shape[0] * inputs_embeds.shape[1]
         features = encoded_features(mm_encoder_outputs)
         if pixel_values is not None:
             if features is not None:
                 raise ValueError("give pixel_values or mm_encoder_outputs, not both")
-            positions = (inputs_embeds[..., 0] if input_ids is None else input_ids).numel()
             features = self.image_features(pixel_values, tile_sides, positions)
-        if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
         if features is not None or _may_need_tiles(kwargs):
             where = self.image_positions(input_ids, inputs_embeds)
             count: int | Tensor = 0 if features is None else len(features)
