@@ -224,8 +224,10 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
         if len(pixel_values) == 0:
             width = self.config.text_config.hidden_size
             return pixel_values.new_empty(0, width, dtype=self.vision_model.dtype)
-        mean = _per_channel(tuple(self.config.image_mean), pixel_values.device)
-        std = _per_channel(tuple(self.config.image_std), pixel_values.device)
+        # A graph holds its constants by itself, and torch.compile warns of the cache.
+        channels = _per_channel.__wrapped__ if torch.compiler.is_compiling() else _per_channel
+        mean = channels(tuple(self.config.image_mean), pixel_values.device)
+        std = channels(tuple(self.config.image_std), pixel_values.device)
         pixels = ((pixel_values.float() / 255 - mean) / std).to(self.vision_model.dtype)
         patches = self.config.vision_family.patches(self.vision_model, pixels)
         return self.projector(patches, tile_sides, rows)
