@@ -34,11 +34,6 @@ if TYPE_CHECKING:  # older releases copy from a folder only the files that are n
     from .source_tokenflex import load_rgb  # noqa: F401
     from .tiling_tokenflex import cut_tiles  # noqa: F401
 
-if TYPE_CHECKING:  # older releases copy from a folder only the files that are named here
-    from .picture_tokenflex import resize  # noqa: F401
-    from .source_tokenflex import load_rgb  # noqa: F401
-    from .tiling_tokenflex import cut_tiles  # noqa: F401
-
 __all__ = ["TokenFlexProcessor", "chatml_template"]
 
 
