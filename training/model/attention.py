@@ -8,7 +8,9 @@ scaled-dot-product attention.
 
 import inspect
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 from typing import Any, cast
 
@@ -27,6 +29,23 @@ logger = logging.getLogger(__name__)
 
 ATTENTION_NAME = "tokenflex_varlen"
 _HALF = (torch.bfloat16, torch.float16)
+
+
+_estimated: ContextVar[bool] = ContextVar("estimated", default=False)
+
+
+@contextmanager
+def as_on_gpu(on_gpu: bool = True) -> Iterator[None]:
+    """Take the ways of a GPU for tensors of any device inside, which must be fake."""
+    before = _estimated.set(on_gpu)
+    try:
+        yield
+    finally:
+        _estimated.reset(before)
+
+
+def _kind(tensor: Tensor) -> str:
+    return "cuda" if _estimated.get() else tensor.device.type
 
 
 class _Fill(torch.autograd.Function):
@@ -91,7 +110,7 @@ def packed_attention(
     _check_packed(query, causal, dropout, sliding_window, segments, kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))  # [L, heads, D]
-    if q.device.type == "cuda" and _can_use_varlen(q.dtype, q.shape[-1], q.device):
+    if _kind(q) == "cuda" and _can_use_varlen(q.dtype, q.shape[-1], q.device):
         output = _varlen_attention(q, k, v, scale, segments)
     else:
         output = _bucketed_attention(q, k, v, scale, segments.buckets)
@@ -147,7 +166,7 @@ def _plain_attention(
 ) -> tuple[Tensor, None]:
     """transformers' sdpa; on CPU in float32, which is several times faster there than bfloat16."""
     dtype = query.dtype
-    if query.device.type == "cpu" and dtype in _HALF:
+    if _kind(query) == "cpu" and dtype in _HALF:
         query, key, value = query.float(), key.float(), value.float()
         if attention_mask is not None and attention_mask.is_floating_point():
             attention_mask = attention_mask.float()
@@ -170,7 +189,7 @@ def _bucketed_attention(
 ) -> Tensor:
     """q [L, H, D], k and v [L, H_kv, D] -> [L, H, D]: one batched causal call per bucket."""
     dtype = q.dtype
-    if q.device.type == "cpu" and dtype in _HALF:  # several times faster there, as above
+    if _kind(q) == "cpu" and dtype in _HALF:  # several times faster there, as above
         q, k, v = q.float(), k.float(), v.float()
     grouped = q.shape[1] != k.shape[1]
     sizes = [samples * capacity for samples, capacity in buckets.blocks]
@@ -224,7 +243,9 @@ def varlen_options(function: Callable[..., Any]) -> dict[str, Any] | None:
 @lru_cache(maxsize=32)
 def _can_use_varlen(dtype: torch.dtype, head_width: int, device: torch.device) -> bool:
     """Whether FlashAttention runs for such queries on this GPU; warns, once each, where not."""
-    obstacle = varlen_obstacle(dtype, head_width, torch.cuda.get_device_capability(device))
+    on_gpu = device.type == "cuda"  # else estimated
+    capability = torch.cuda.get_device_capability(device) if on_gpu else (8, 0)
+    obstacle = varlen_obstacle(dtype, head_width, capability)
     if obstacle is not None:
         logger.warning("Packed attention runs by length buckets, which is slower: %s", obstacle)
     return obstacle is None
