@@ -21,8 +21,9 @@ from data_pipeline.errors import InputError
 from data_pipeline.storage import StoreOutage
 from training import checkpoint, exit_codes
 from training.config import RunConfig, load_config
-from training.distributed import Ranks, StoppedError, from_main
+from training.distributed import Ranks, StoppedError, from_main, rank_from_environment
 from training.engine_interface import Engine
+from training.estimate.dry_run import dry_run
 from training.evaluate.in_training import Evaluation
 from training.flops import peak_flops
 from training.health import Monitor, StopRequest
@@ -135,6 +136,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("config", help="YAML file, for example training/configs/digits.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check everything and estimate, without training"
+    )
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     args, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -150,6 +154,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         config = load_config(args.config, args.overrides)
         check_extra(config)
+        if args.dry_run:
+            if rank_from_environment()[0] == 0:
+                dry_run(config)
+            return exit_codes.OK
         with StopRequest() as stop:
             on_cpu = config.train.device == "cpu"
             ranks = init_distributed(config.faults.startup_timeout_s, on_cpu, stop)

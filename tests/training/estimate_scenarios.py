@@ -1,6 +1,5 @@
 """What the estimate is held against: the same steps of the same engine, on real tensors."""
 
-from pathlib import Path
 from typing import Any
 
 from tests.ranks import forkserver

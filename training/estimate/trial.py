@@ -23,8 +23,9 @@ from training.zero3.fake import around_gathers, resident_tensors
 class StepMemory:
     """Bytes of a rank in one step.
 
-    resident: by kind, between steps. peak: the most at one time. at_peak: by kind, at that time.
-    peaks: the most by phase. gathered, reduced: whole tensors that the step's collectives moved.
+    resident: by kind, between steps. peak: the most at one time. at_peak: by kind, at the peak of
+    the forward and backward passes. peaks: the most by phase. gathered, reduced: whole tensors
+    that the step's collectives moved.
     """
 
     resident: Counter[str]
@@ -46,13 +47,16 @@ class Trial:
         ledger.follow(model.projector, "projector", "decoder")
         ledger.follow(model.language_model.get_decoder(), "decoder", "loss")
 
+    def resident(self) -> Counter[str]:
+        """Bytes by kind that are there between steps."""
+        gc.collect()
+        for kind, tensor in resident_tensors(self.engine.deepspeed):
+            self.ledger.label(tensor, kind)
+        return Counter({kind: size for kind, size in self.ledger.totals.items() if size > 0})
+
     def step(self, packs: Sequence[dict[str, Any]]) -> StepMemory:
         """An optimizer step over packs: arguments of the model's forward."""
-        gc.collect()
-        ledger = self.ledger
-        for kind, tensor in resident_tensors(self.engine.deepspeed):
-            ledger.label(tensor, kind)
-        resident = Counter({kind: size for kind, size in ledger.totals.items() if size})
+        resident, ledger = self.resident(), self.ledger
         ledger.forget()
         for number, inputs in enumerate(packs, start=1):
             with ledger.during("decoder"):
@@ -60,10 +64,11 @@ class Trial:
                 ledger.phase = "backward"
                 self.engine.backward(output.loss, last=number == len(packs))
             del output
+        at_peak = Counter(ledger.at_peak)
         with ledger.during("optimizer step"):
             self.engine.step()
         return StepMemory(
-            resident, ledger.peak, ledger.at_peak, ledger.peaks, ledger.gathered, ledger.reduced
+            resident, ledger.peak, at_peak, ledger.peaks, ledger.gathered, ledger.reduced
         )
 
 

@@ -1,5 +1,6 @@
 """From settings to a model: architectures from the config, weights from a folder or a hub."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -65,12 +66,14 @@ def model_config(settings: ModelSettings, vocab_size: int, image_token_id: int) 
 
 
 def build_model(
-    config: RunConfig, tokenizer: Tokenizer, pretrained: bool = True
+    config: RunConfig, tokenizer: Tokenizer, pretrained: bool = True, on_meta: bool = False
 ) -> PackedTokenFlex:
     """Build the model, from random weights or pretrained ones per part.
 
     Where the engine has announced itself to transformers, parameters are partitioned as they are
     made, and pretrained weights are read by rank 0 only.
+
+    on_meta: without values, on the meta device; pretrained weights are compared by name and shape.
 
     Raises:
         InputError: if pretrained weights do not fit the architecture; it names the part.
@@ -80,16 +83,17 @@ def build_model(
     full = model_config(settings, tokenizer.vocab_size, image_token_id)
     model: Any
     if settings.pretrained and pretrained:
-        model = _whole(settings.pretrained, full, dtype)
+        model = _whole(settings.pretrained, full, dtype, on_meta)
     else:
-        model = _random(full, dtype)
+        with torch.device("meta") if on_meta else nullcontext():
+            model = _random(full, dtype)
     model.projector.backward_mode = config.train.projector_backward
     model.projector.impl = config.train.projector_impl
     parts = pretrained and not settings.pretrained
     if settings.vision.pretrained and parts:
-        model.vision_model = _pretrained("vision", settings.vision, model)
+        model.vision_model = _pretrained("vision", settings.vision, model, on_meta)
     if settings.llm.pretrained and parts:
-        llm = _pretrained("llm", settings.llm, model)
+        llm = _pretrained("llm", settings.llm, model, on_meta)
         if llm.config.vocab_size != full.text_config.vocab_size:
             llm.resize_token_embeddings(full.text_config.vocab_size, mean_resizing=False)
         model.language_model = llm
@@ -110,7 +114,9 @@ def _random(config: TokenFlexConfig, dtype: torch.dtype) -> PackedTokenFlex:
         ) from error
 
 
-def _whole(path: str, config: TokenFlexConfig, dtype: torch.dtype) -> PackedTokenFlex:
+def _whole(
+    path: str, config: TokenFlexConfig, dtype: torch.dtype, on_meta: bool
+) -> PackedTokenFlex:
     """The model of an exported folder, after checking that it is the one of the settings."""
     _check_folder("model.pretrained", path)
     try:
@@ -138,7 +144,8 @@ def _whole(path: str, config: TokenFlexConfig, dtype: torch.dtype) -> PackedToke
             f"model.pretrained={path} is another model: {'; '.join(different)}. Correct the model "
             "section and data.tokenizer"
         )
-    return _loaded("model.pretrained", path, PackedTokenFlex, config, dtype, ATTENTION_NAME)
+    name, loader = "model.pretrained", PackedTokenFlex
+    return _loaded(name, path, loader, config, dtype, ATTENTION_NAME, on_meta)
 
 
 def _check_folder(name: str, path: str) -> None:
@@ -160,7 +167,9 @@ def pretrained_config(name: str, path: str) -> Any:
         raise InputError(f"{name}: cannot load {path}: {error}") from error
 
 
-def _pretrained(part: str, settings: BackboneSettings, model: PreTrainedModel) -> PreTrainedModel:
+def _pretrained(
+    part: str, settings: BackboneSettings, model: PreTrainedModel, on_meta: bool
+) -> PreTrainedModel:
     """The pretrained backbone, after checking that it has the architecture of the settings."""
     path = str(settings.pretrained)
     name = f"model.{part}.pretrained"
@@ -181,7 +190,8 @@ def _pretrained(part: str, settings: BackboneSettings, model: PreTrainedModel) -
             f"{name}={path} is another architecture: {'; '.join(different)}. Correct "
             f"model.{part}.config"
         )
-    return _loaded(name, path, loader, found, model.dtype, model.config._attn_implementation)
+    attention = model.config._attn_implementation
+    return _loaded(name, path, loader, found, model.dtype, attention, on_meta)
 
 
 def section_differences(found: ModelSettings, wanted: ModelSettings) -> dict[str, str]:
@@ -217,7 +227,13 @@ def _differences(found: PreTrainedConfig, wanted: PreTrainedConfig) -> dict[str,
 
 
 def _loaded(
-    name: str, path: str, loader: Any, config: PreTrainedConfig, dtype: torch.dtype, attention: Any
+    name: str,
+    path: str,
+    loader: Any,
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    attention: Any,
+    on_meta: bool,
 ) -> Any:
     """A model with its weights; InputError, naming them, where tensors lack or do not fit."""
     try:
@@ -228,6 +244,7 @@ def _loaded(
             attn_implementation=attention,
             ignore_mismatched_sizes=True,  # they are named below
             output_loading_info=True,
+            **({"device_map": "meta"} if on_meta else {}),
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(f"{name}: cannot load {path}: {error}") from error

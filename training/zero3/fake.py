@@ -24,9 +24,7 @@ def join_fake_group(world_size: int) -> None:
         raise RuntimeError("an estimate needs a process of its own: this one is in a group")
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(world_size)}
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # see process_group.py
-    torch.distributed.init_process_group(
-        "fake", rank=0, world_size=world_size, store=FakeStore()
-    )
+    torch.distributed.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
     # Nobody answers what the others' order of modules is.
     partitioned_param_coordinator.assert_ints_same_as_other_ranks = lambda ints: None
