@@ -27,9 +27,13 @@ class Estimate:
     work: Workload
     weights: float
 
+    def packs(self, ranks: int) -> int:
+        """Of a step on so many GPUs: as many as set, or the next multiple of the GPUs."""
+        return -(-self.config.data.pack.packs_per_step // ranks) * ranks
+
     def time(self, ranks: int) -> StepTime:
         """Of a step on so many GPUs."""
-        cluster, packs = self.cluster.of(ranks), self.config.data.pack.packs_per_step
+        cluster, packs = self.cluster.of(ranks), self.packs(ranks)
         return step_time(cluster, self.memory, self.work, packs, self.weights)
 
     def check_fits(self) -> None:
@@ -58,13 +62,16 @@ def memory_table(estimate: Estimate) -> str:
 
 
 def ranks_table(estimate: Estimate) -> str:
-    """From one GPU to 1024, of those numbers that divide the packs of a step."""
+    """From one GPU to 1024."""
     rows = [("GPUs", "GPU GiB", "fits", "step s", "tokens/s", "MFU %", "binds")]
-    for ranks in _possible(estimate):
+    more = False
+    for ranks in _numbers(estimate):
+        raised = estimate.packs(ranks) != estimate.config.data.pack.packs_per_step
+        more |= raised
         peak, time = estimate.memory.on(ranks).peak, estimate.time(ranks)
         rows.append(
             (
-                str(ranks),
+                f"{ranks}{'*' if raised else ' '}",
                 f"{peak / GIB:.1f}",
                 "yes" if peak <= room(estimate.cluster) else "no",
                 f"{time.step_s:.3g}",
@@ -73,12 +80,12 @@ def ranks_table(estimate: Estimate) -> str:
                 time.binds,
             )
         )
-    return text_table(rows, left=(6,))
+    note = "\n* with data.pack.packs_per_step raised to a multiple of the GPUs" if more else ""
+    return text_table(rows, left=(6,)) + note
 
 
-def _possible(estimate: Estimate) -> list[int]:
-    packs = estimate.config.data.pack.packs_per_step
-    return sorted(n for n in {*RANKS, estimate.cluster.ranks} if packs % n == 0)
+def _numbers(estimate: Estimate) -> list[int]:
+    return sorted({*RANKS, estimate.cluster.ranks})
 
 
 def text(estimate: Estimate) -> str:
@@ -121,7 +128,7 @@ def text(estimate: Estimate) -> str:
 
 def plot(estimate: Estimate, out: Path) -> None:
     """Memory and speed against the number of GPUs, as a picture."""
-    ranks = _possible(estimate)
+    ranks = _numbers(estimate)
     with picture(out, (12, 4.5), columns=2) as (_, axes):
         peaks = [estimate.memory.on(n).peak / GIB for n in ranks]
         axes[0].plot(ranks, peaks, "o-", color=BLUE, label="peak of a GPU")
@@ -148,6 +155,6 @@ def to_json(estimate: Estimate) -> dict[str, Any]:
                 "step_s": time.step_s,
                 "binds": time.binds,
             }
-            for n in _possible(estimate)
+            for n in _numbers(estimate)
         },
     }

@@ -16,7 +16,7 @@ from training.distributed import Ranks
 from training.estimate.ledger import Ledger
 from training.model import attention
 from training.zero3.engine import Zero3Engine, build_engine
-from training.zero3.fake import around_gathers, resident_tensors
+from training.zero3.fake import around_gathers, resident_tensors, without_values
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,9 @@ def fake_trial(
     device = torch.device("cuda", 0) if on_gpu and not offload else torch.device("cpu")
     ranks = Ranks(0, world_size, 0, device)
     with FakeTensorMode(allow_non_fake_inputs=True), ledger, attention.as_on_gpu(on_gpu):
-        yield Trial(build_engine(config, tokenizer, ranks, pretrained=False), ledger)
+        with without_values():
+            engine = build_engine(config, tokenizer, ranks, pretrained=False)
+        yield Trial(engine, ledger)
 
 
 @contextmanager

@@ -2,12 +2,13 @@
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 import torch.distributed
 from torch import Tensor
+from transformers import PreTrainedModel
 
 
 def join_fake_group(world_size: int) -> None:
@@ -28,6 +29,17 @@ def join_fake_group(world_size: int) -> None:
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
     # Nobody answers what the others' order of modules is.
     partitioned_param_coordinator.assert_ints_same_as_other_ranks = lambda ints: None
+
+
+@contextmanager
+def without_values() -> Iterator[None]:
+    """Models that are built inside get no initial values, whose drawing takes longest."""
+    before = PreTrainedModel.initialize_weights
+    PreTrainedModel.initialize_weights = lambda *args, **options: None  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        PreTrainedModel.initialize_weights = before  # type: ignore[method-assign]
 
 
 def resident_tensors(engine: Any) -> Iterator[tuple[str, Tensor]]:
