@@ -1,5 +1,6 @@
 """What a run is estimated to need, against real steps, and what is said where it does not fit."""
 
+import json
 import os
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from training.estimate.__main__ import main
 from training.estimate.advice import RESERVED, largest_that_fits
 from training.estimate.ledger import Ledger
 from training.estimate.memory import MemoryModel
-from training.estimate.packs import PackShape, extremes, fake_inputs, largest_pack
+from training.estimate.packs import PackShape, covering, extremes, fake_inputs, largest_pack
 from training.estimate.report import Estimate, plot, text, to_json
 from training.estimate.speed import Cluster, gpu_named, step_time
 from training.estimate.workload import Workload
@@ -33,7 +34,13 @@ from training.model.loss import find_supervision
 
 GIB = 2**30
 PACK = PackShape((200, 100), (4, 2, 2), 90)
-FROZEN = ["train.modules.vision_model.train=false", "train.gradient_checkpointing=true"]
+SMALL = [SMALL_BUCKET, "model.vision.config.num_hidden_layers=1"]
+SMALL += ["model.llm.config.num_hidden_layers=2"]
+FROZEN = [
+    "data.pack.packs_per_step=1",
+    "train.modules.vision_model.train=false",
+    "train.gradient_checkpointing=true",
+]
 OFFLOAD = ["deepspeed.offload_optimizer=cpu", "train.loss_chunk_tokens=256"]
 
 
@@ -41,8 +48,8 @@ OFFLOAD = ["deepspeed.offload_optimizer=cpu", "train.loss_chunk_tokens=256"]
 def test_the_peak_is_that_of_a_measured_step(one_rank: RankPool, two_ranks: RankPool) -> None:
     cases = ((one_rank, 1, FROZEN), (two_ranks, 2, OFFLOAD))
     for pool, ranks, settings in cases:
-        found = pool.run(measured, [SMALL_BUCKET, *settings], PACK)[0]
-        expected = estimated(ranks, [SMALL_BUCKET, *settings], PACK)
+        found = pool.run(measured, [*SMALL, *settings], PACK)[0]
+        expected = estimated(ranks, [*SMALL, *settings], PACK)
         assert expected.peak == pytest.approx(found.peak, rel=0.1)
         for kind in ("masters", "optimizer", "gradients", "bucket", "vision", "decoder"):
             assert expected.at_peak[kind] == pytest.approx(found.at_peak[kind], rel=0.1), kind
@@ -50,8 +57,6 @@ def test_the_peak_is_that_of_a_measured_step(one_rank: RankPool, two_ranks: Rank
 
 
 def test_the_record_is_within_a_tenth() -> None:
-    import json
-
     record = json.loads(Path("training/results/estimate.json").read_text())
     assert record["cases"].keys() == CASES.keys()
     for row in record["cases"].values():
@@ -165,6 +170,7 @@ def test_the_packs_are_the_largest_of_the_plan_or_of_the_settings() -> None:
     packs = [PackShape((10, 5), (2,), 3), PackShape((12,), (), 3), PackShape((8,), (2, 2), 1)]
     assert extremes(packs) == [packs[0], packs[2]]
     assert extremes(packs[:2]) == [packs[0]]
+    assert covering(packs) == PackShape((10, 5), (2, 2), 3)
     config = scenarios.load_config("training/configs/ristretto_3b.yaml", [])
     fullest = largest_pack(config, 8192, None)
     assert (fullest.tokens, fullest.tiles, set(fullest.sides)) == (8192, 64, {8})
@@ -199,10 +205,10 @@ def test_a_dry_run_checks_and_estimates(digits_corpus: Path, tmp_path: Path) -> 
 
 
 def test_a_dry_run_names_all_that_is_wrong(digits_corpus: Path, tmp_path: Path) -> None:
-    wrong = [f"data.shards=[{tmp_path}/no]", f"model.llm.pretrained={tmp_path}"]
+    wrong = [f"data.tokenizer={tmp_path}/no.model", f"checkpoint.init_from={tmp_path}/stage"]
     found = dry_run(*scenarios.tiny_overrides(digits_corpus), f"output_dir={tmp_path}", *wrong)
     assert found.returncode == 2
-    assert f"{tmp_path}/no" in found.stderr and "model.llm.pretrained" in found.stderr
+    assert f"{tmp_path}/no.model" in found.stderr and f"{tmp_path}/stage" in found.stderr
     assert "Traceback" not in found.stderr
 
 

@@ -20,6 +20,7 @@ from data_pipeline.loader import StepLoader
 from data_pipeline.mixture import DatasetSettings
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer
 from kernels.gpu_datasheets import find_gpu
+from training import checkpoint
 from training.config import RunConfig
 from training.estimate import report
 from training.estimate.estimation import estimate_run
@@ -52,7 +53,10 @@ def dry_run(config: RunConfig, say: Callable[[str], None] = print) -> None:
             corpus = checks.run("data", lambda: _open(config, say))
             checks.run("held-out data", lambda: _held_out(config, tokenizer))
         checks.run("weights", lambda: _weights(config, tokenizer, say))
-    found = checks.run("estimate", lambda: _estimate(config, corpus, say))
+    checks.run("earlier stage", lambda: _earlier(config))
+    found = None
+    if tokenizer or "vocab_size" in config.model.llm.config:
+        found = checks.run("estimate", lambda: _estimate(config, corpus, say))
     if found:
         checks.run("free space", lambda: _space(config, found))
         if torch.cuda.is_available():
@@ -137,6 +141,16 @@ def _weights(config: RunConfig, tokenizer: Tokenizer, say: Callable[[str], None]
     freeze(model, config.train.modules)
     check_pretrained_tokenizer(config, tokenizer)
     say(module_table(model, config.train.modules))
+
+
+def _earlier(config: RunConfig) -> None:
+    """InputError where the weights should come from a stage that has left none."""
+    named = config.checkpoint.init_from
+    if named is None or checkpoint.checkpoints_at(config.output_dir / "checkpoints"):
+        return
+    folder = Path(named)
+    path = next(iter(checkpoint.checkpoints_at(folder)), folder)
+    checkpoint.read_manifest(path)
 
 
 def _estimate(

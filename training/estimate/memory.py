@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from training.config import RunConfig
-from training.estimate.packs import PackShape, fake_inputs
+from training.estimate.packs import PackShape, covering, fake_inputs
 from training.estimate.trial import StepMemory, Trial, fake_trial
 from training.parameters import recompute_activations
 from training.zero3.fake import join_fake_group
@@ -85,7 +85,7 @@ def measure(
 
     ranks: of the fake group. Two stand for any larger number: what is sharded goes with 1 / ranks,
         all else is the same.
-    thorough: also find what ZeRO-3's prefetching takes, how memory goes with tokens and tiles, and
+    thorough: each pack by itself, instead of one that covers all; also find what ZeRO-3's prefetching takes, how memory goes with tokens and tiles, and
     what the other way of activation checkpointing would take.
     """
     join_fake_group(ranks)
@@ -110,6 +110,7 @@ def _measure(
         inputs = fake_inputs(pack, config.data.tiling.tile_size, image_token, chunks)
         return trial.step([inputs])
 
+    packs = packs if thorough else [covering(packs)]
     seen = [step(pack) for pack in packs]
     if thorough:  # now the order of modules is known
         seen = [step(pack) for pack in packs]

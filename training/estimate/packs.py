@@ -1,6 +1,6 @@
 """The packs that an estimate is made for: of the plan, or the largest that the settings allow."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,6 +72,13 @@ def extremes(packs: Iterable[PackShape]) -> list[PackShape]:
     longest = max(known, key=lambda pack: (pack.tokens, pack.tiles))
     widest = max(known, key=lambda pack: (pack.tiles, pack.tokens))
     return [longest] if widest.tiles == longest.tiles else [longest, widest]
+
+
+def covering(packs: Sequence[PackShape]) -> PackShape:
+    """A pack as long as the longest and with the tiles of the widest: no less memory than any."""
+    widest = max(packs, key=lambda pack: pack.tiles)
+    longest = max(packs, key=lambda pack: pack.tokens)
+    return PackShape(longest.lengths, widest.sides, max(pack.supervised for pack in packs))
 
 
 @unset_fake_temporarily()
