@@ -102,6 +102,10 @@ SMALLER: dict[str, str | None] = {
     ),
     "python -m kernels.tune --out tiles.json": "python -m kernels.tune --help",
     "slurm/pretrain.sh --dry-run training/configs/digits.yaml": "",
+    # tests/training/test_estimate.py
+    "python -m training.estimate training/configs/stage2_pretrain.yaml --gpus 8 --nodes 4 "
+    "--gpu h100": None,
+    "python -m training.train training/configs/stage2_pretrain.yaml --dry-run": None,
     "sbatch slurm/preflight.sh training/configs/digits.yaml": None,  # tests/slurm/test_preflight.py
     "slurm/chain.sh --dry-run --nodes=2 --gpus-per-node=8": "",
     "python -m training.checkpoint list runs/digits/checkpoints": "",
@@ -350,6 +354,18 @@ def test_the_reliability_table_is_the_record() -> None:
     assert not any(row["lost"] for row in rows if row["exit_codes"] == [75, 75])
     hung = next(row for row in rows if 76 in row["exit_codes"])
     assert f"after {hung['seconds']:.1f} s" in pages
+
+
+def test_the_table_of_estimates_is_the_record() -> None:
+    pages = prose()
+    record = json.loads((ROOT / "training/results/estimate.json").read_text())
+    for name, case in record["cases"].items():
+        measured = case["measured_peak"]
+        part = case["estimated_peak"] / measured
+        assert f"| {name} | {measured / 1e6:.1f} | {part:.3f} |" in pages
+    large = record["large"]
+    assert f"takes {large['cpu_s']:.0f} s of one core" in pages
+    assert f"{large['memory_gb']:.1f} GB of memory" in pages
 
 
 def test_the_data_tables_are_the_record() -> None:

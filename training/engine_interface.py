@@ -1,13 +1,20 @@
 """What the trainer asks of an engine: everything between a model and its trained, saved shards.
 
 `training/zero3/` is the one there is. Another one is a folder beside it that offers these,
-which `train.py`, `preflight/`, `checkpoint/`, `export/`, `health/` and `record/` import by name:
+which `train.py`, `preflight/`, `checkpoint/`, `estimate/`, `export/`, `health/` and `record/`
+import by name:
 
     extra.check_extra               InputError for settings of the engine that cannot be used
     engine.build_engine             the model of a run, partitioned, and its optimizer: an `Engine`;
                                     rows of new tokens are put into it (`model/new_rows.py`)
     process_group.init_distributed  join the process group; returns this process's `Ranks`
     process_group.quiet_libraries   hide the start-up chatter of its libraries
+    fake.join_fake_group            for estimates: be in a group whose other ranks do not exist
+    fake.without_values             build models whose weights are not drawn
+    fake.resident_tensors           what the engine holds between steps, by kind
+    fake.around_gathers             a context around every fetch of whole parameters
+    fake.offloaded                  whether optimizer and weights are on the host
+    fake.OFFLOAD_OPTIMIZER          the setting that moves the optimizer there
     pickles.scan_pickle             InputError for a shard that would run code when it is opened
     saved_tensors.saved_tensors     the weights in the shards, for export: needs no engine; rows of
                                     new tokens in their places

@@ -21,10 +21,10 @@ from tests.training import scenarios
 from tests.training.estimate_scenarios import estimated, measured
 from tests.training.record_estimate import CASES, SMALL_BUCKET
 from training.estimate.__main__ import main
-from training.estimate.advice import RESERVED, largest_that_fits
+from training.estimate.fitting import RESERVED, largest_that_fits
 from training.estimate.ledger import Ledger
-from training.estimate.memory import MemoryModel
 from training.estimate.packs import PackShape, covering, extremes, fake_inputs, largest_pack
+from training.estimate.rank_memory import MemoryModel
 from training.estimate.report import Estimate, plot, text, to_json
 from training.estimate.speed import Cluster, gpu_named, step_time
 from training.estimate.workload import Workload

@@ -6,7 +6,7 @@ from typing import Any
 from data_pipeline.corpus import Corpus
 from data_pipeline.errors import InputError
 from training.config import RunConfig
-from training.estimate.memory import measure
+from training.estimate.rank_memory import measure
 from training.estimate.report import Estimate
 from training.estimate.speed import Cluster
 from training.estimate.workload import find_corpus, vocabulary_of, workload_of
@@ -24,7 +24,7 @@ def estimate_run(
     """Estimate a run on GPUs, in this process, which must not be in a process group.
 
     Args:
-        thorough: see `training.estimate.memory.measure`.
+        thorough: see `training.estimate.rank_memory.measure`.
         corpus: the run's data, where they are open already.
 
     Raises:

@@ -8,8 +8,8 @@ from data_pipeline.errors import InputError
 from data_pipeline.plotting import BLUE, picture
 from data_pipeline.text_table import text_table
 from training.config import RunConfig
-from training.estimate.advice import RESERVED, largest_that_fits, remedies, room
-from training.estimate.memory import MemoryModel
+from training.estimate.fitting import RESERVED, largest_that_fits, remedies, room
+from training.estimate.rank_memory import MemoryModel
 from training.estimate.speed import Cluster, StepTime, step_time
 from training.estimate.workload import Workload
 

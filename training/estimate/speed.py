@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from data_pipeline.errors import InputError
 from kernels.gpu_datasheets import GPUS, GpuDatasheet
-from training.estimate.memory import MemoryModel
+from training.estimate.rank_memory import MemoryModel
 from training.estimate.workload import Workload
 
 _ADAM_BYTES = 32

@@ -13,10 +13,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from data_pipeline.tokenizer import Tokenizer
 from training.config import RunConfig
 from training.distributed import Ranks
+from training.engine_interface import Engine
 from training.estimate.ledger import Ledger
 from training.model import attention
-from training.zero3.engine import Zero3Engine, build_engine
-from training.zero3.fake import around_gathers, resident_tensors, without_values
+from training.zero3.engine import build_engine
+from training.zero3.fake import around_gathers, offloaded, resident_tensors, without_values
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,9 @@ class StepMemory:
 class Trial:
     """An engine whose steps are measured; see `fake_trial` and `real_trial`."""
 
-    def __init__(self, engine: Zero3Engine, ledger: Ledger) -> None:
+    def __init__(self, engine: Engine, ledger: Ledger) -> None:
         self.engine, self.ledger = engine, ledger
-        around_gathers(engine.deepspeed, lambda: ledger.during("gathered"))
+        around_gathers(engine, lambda: ledger.during("gathered"))
         model: Any = engine.module
         ledger.follow(model.vision_model, "vision", "projector")
         ledger.follow(model.projector, "projector", "decoder")
@@ -50,7 +51,7 @@ class Trial:
     def resident(self) -> Counter[str]:
         """Bytes by kind that are there between steps."""
         gc.collect()
-        for kind, tensor in resident_tensors(self.engine.deepspeed):
+        for kind, tensor in resident_tensors(self.engine):
             self.ledger.label(tensor, kind)
         return Counter({kind: size for kind, size in self.ledger.totals.items() if size > 0})
 
@@ -81,8 +82,8 @@ def fake_trial(
     on_gpu: take the ways of a GPU (attention, fused AdamW) instead of a CPU's.
     """
     ledger = Ledger()
-    offload = config.deepspeed.offload_optimizer != "none"
-    device = torch.device("cuda", 0) if on_gpu and not offload else torch.device("cpu")
+    on_host = not on_gpu or offloaded(config)[0]
+    device = torch.device("cpu") if on_host else torch.device("cuda", 0)
     ranks = Ranks(0, world_size, 0, device)
     with FakeTensorMode(allow_non_fake_inputs=True), ledger, attention.as_on_gpu(on_gpu):
         with without_values():

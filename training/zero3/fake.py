@@ -10,6 +10,11 @@ import torch.distributed
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from training.config import RunConfig
+
+OFFLOAD_OPTIMIZER = "deepspeed.offload_optimizer=cpu"
+"""The setting that moves masters, gradients and the optimizer's state to the host."""
+
 
 def join_fake_group(world_size: int) -> None:
     """Be rank 0 of a group in which every collective returns at once, having done nothing.
@@ -42,12 +47,18 @@ def without_values() -> Iterator[None]:
         PreTrainedModel.initialize_weights = before  # type: ignore[method-assign]
 
 
+def offloaded(config: RunConfig) -> tuple[bool, bool]:
+    """Whether the optimizer, and whether the weights, are kept on the host."""
+    settings = config.deepspeed
+    return settings.offload_optimizer != "none", settings.offload_params != "none"
+
+
 def resident_tensors(engine: Any) -> Iterator[tuple[str, Tensor]]:
-    """(kind, tensor) of all that an engine of DeepSpeed's holds between steps.
+    """(kind, tensor) of all that a `Zero3Engine` holds between steps.
 
     Kinds: parameters, masters, gradients, optimizer, bucket (in which gradients are sent).
     """
-    optimizer = engine.optimizer
+    optimizer = engine.deepspeed.optimizer
     for parameter in engine.module.parameters():
         yield "parameters", parameter.ds_tensor
     for flat in optimizer.fp16_partitioned_groups_flat:
@@ -66,8 +77,8 @@ def resident_tensors(engine: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def around_gathers(engine: Any, around: Callable[[], AbstractContextManager[None]]) -> None:
-    """Let a context of its own be around every fetch of whole parameters of DeepSpeed's engine."""
-    coordinator = engine.optimizer.parameter_offload.get_param_coordinator()
+    """Let a context of its own be around every fetch of whole parameters of a `Zero3Engine`."""
+    coordinator = engine.deepspeed.optimizer.parameter_offload.get_param_coordinator()
     fetch = coordinator.fetch_sub_module
 
     def fetch_within(*args: Any, **options: Any) -> None:

@@ -9,7 +9,7 @@ from training.config import RunConfig
 from training.estimate.packs import PackShape, covering, fake_inputs
 from training.estimate.trial import StepMemory, Trial, fake_trial
 from training.parameters import recompute_activations
-from training.zero3.fake import join_fake_group
+from training.zero3.fake import join_fake_group, offloaded
 
 SHARDED = ("parameters", "masters", "gradients", "optimizer")
 _OF_OPTIMIZER = ("masters", "gradients", "optimizer")
@@ -85,8 +85,9 @@ def measure(
 
     ranks: of the fake group. Two stand for any larger number: what is sharded goes with 1 / ranks,
         all else is the same.
-    thorough: each pack by itself, instead of one that covers all; also find what ZeRO-3's prefetching takes, how memory goes with tokens and tiles, and
-    what the other way of activation checkpointing would take.
+    thorough: each pack by itself, instead of one that covers all; also find what ZeRO-3's
+        prefetching takes, how memory goes with tokens and tiles, and what the other way of
+        activation checkpointing would take.
     """
     join_fake_group(ranks)
     pack_settings = config.data.pack.model_copy(update={"packs_per_step": ranks})
@@ -122,7 +123,6 @@ def _measure(
         _switch_checkpointing(trial, config.train.gradient_checkpointing)
         fields["other"] = _above(step(widest)).total()
     resident = trial.resident()
-    offloads = config.deepspeed
     return MemoryModel(
         ranks,
         resident,
@@ -131,8 +131,7 @@ def _measure(
         max(0, seen[-1].peaks[_STEP] - max(resident.total(), seen[-1].resident.total())),
         largest.gathered,
         largest.reduced,
-        offloads.offload_optimizer != "none",
-        offloads.offload_params != "none",
+        *offloaded(config),
         **fields,
     )
 

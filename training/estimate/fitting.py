@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 
 from training.config import RunConfig
-from training.estimate.memory import MemoryModel
+from training.estimate.rank_memory import MemoryModel
 from training.estimate.speed import Cluster
+from training.zero3.fake import OFFLOAD_OPTIMIZER
 
 RESERVED = 2.5e9
 """Bytes of a GPU that no tensor gets: context, NCCL's buffers, fragments. Assumed."""
@@ -40,7 +41,7 @@ def remedies(memory: MemoryModel, config: RunConfig, cluster: Cluster) -> list[s
     ranks, fits = cluster.ranks, room(cluster)
     within = memory.within.total()
     less = None if config.train.gradient_checkpointing else memory.other
-    recompute, offload = "train.gradient_checkpointing=true", "deepspeed.offload_optimizer=cpu"
+    recompute, offload = "train.gradient_checkpointing=true", OFFLOAD_OPTIMIZER
     found = []
     if less is not None and memory.on(ranks, less).peak <= fits:
         found.append(recompute)
