@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import torch.distributed
+
 from tests.ranks import forkserver
 from training.config import RunConfig, load_config
 from training.distributed import Ranks
@@ -30,7 +32,7 @@ def config_of(overrides: list[str]) -> RunConfig:
 def last_step(trial: Trial, config: RunConfig, pack: PackShape) -> StepMemory:
     chunks = -(-config.data.pack.max_tokens // config.train.loss_chunk_tokens)
     inputs = fake_inputs(pack, config.data.tiling.tile_size, IMAGE, chunks)
-    packs = config.data.pack.packs_per_step // trial.engine.deepspeed.world_size
+    packs = config.data.pack.packs_per_step // torch.distributed.get_world_size()
     return [trial.step([inputs] * packs) for _ in range(STEPS)][-1]
 
 
