@@ -145,14 +145,16 @@ def test_the_largest_pack_fills_the_room() -> None:
 def test_the_time_of_a_step_is_what_is_calculated() -> None:
     memory = model_of_memory(gathered=30 * 10**9, reduced=15 * 10**9)
     work = Workload([], 8000.0, PartFlops(3e14, 1e14), "test")
-    found = step_time(Cluster(gpu_named("h100"), 8, 4), memory, work, 128, 8e9)
+    found = step_time(Cluster(gpu_named("h100"), 8, 4), 32, memory, work, 128, 8e9)
     sent = np.float64(128 / 32) * 45e9 * 31 / 32
     assert found.link_bytes == pytest.approx(sent) and found.network_bytes == sent / 8
     assert found.compute_s == pytest.approx(4 * 4e14 / (0.5 * 989e12))
     assert found.binds == "compute" and found.step_s == found.compute_s + found.optimizer_s
     assert found.mfu == pytest.approx(4 * 3e14 / (989e12 * found.step_s))
     assert found.tokens_per_s == pytest.approx(128 * 8000 / found.step_s)
-    slow = step_time(Cluster(gpu_named("h100"), 8, 4, 0.5, 1.0), memory, work, 128, 8e9)
+    slow = step_time(Cluster(gpu_named("h100"), 8, 4, 0.5, 1.0), 32, memory, work, 128, 8e9)
+    alone = step_time(Cluster(gpu_named("h100"), 6, 1), 1, memory, work, 1, 8e9)
+    assert alone.link_bytes == alone.network_bytes == 0
     assert slow.binds == "network" and slow.mfu < found.mfu
 
 

@@ -33,8 +33,8 @@ class Estimate:
 
     def time(self, ranks: int) -> StepTime:
         """Of a step on so many GPUs."""
-        cluster, packs = self.cluster.of(ranks), self.packs(ranks)
-        return step_time(cluster, self.memory, self.work, packs, self.weights)
+        packs = self.packs(ranks)
+        return step_time(self.cluster, ranks, self.memory, self.work, packs, self.weights)
 
     def check_fits(self) -> None:
         """InputError, saying what would help, where a GPU's memory does not hold it."""

@@ -34,12 +34,6 @@ class Cluster:
         """GPUs of all nodes."""
         return self.gpus * self.nodes
 
-    def of(self, ranks: int) -> "Cluster":
-        """As many GPUs of the same kind, on full nodes."""
-        gpus = min(ranks, self.gpus)
-        fields = (self.efficiency, self.network_gb_per_s, self.pcie_gb_per_s)
-        return Cluster(self.gpu, gpus, -(-ranks // gpus), *fields)
-
 
 @dataclass(frozen=True)
 class StepTime:
@@ -76,20 +70,28 @@ class StepTime:
 
 
 def step_time(
-    cluster: Cluster, memory: MemoryModel, work: Workload, packs_per_step: int, weights: float
+    cluster: Cluster,
+    ranks: int,
+    memory: MemoryModel,
+    work: Workload,
+    packs_per_step: int,
+    weights: float,
 ) -> StepTime:
-    """A step of `packs_per_step` mean packs; `weights`: trained ones."""
-    ranks, gpu = cluster.ranks, cluster.gpu
+    """A step of `packs_per_step` mean packs on so many GPUs like the cluster's, on full nodes.
+
+    weights: those that train.
+    """
+    gpu, on_node = cluster.gpu, min(ranks, cluster.gpus)
     packs = packs_per_step / ranks
     peak = gpu.bf16_tflops * 1e12
     compute = packs * work.flops.hardware / (peak * cluster.efficiency)
     sent = packs * (memory.gathered + memory.reduced) * (ranks - 1) / ranks
-    outside = sent / cluster.gpus if cluster.nodes > 1 else 0.0
+    outside = sent / on_node if ranks > on_node else 0.0
     optimizer = _ADAM_BYTES * weights / ranks / (gpu.tb_per_s * 1e12)
     if memory.offload_optimizer:
         optimizer = weights / ranks * _OFFLOAD_BYTES / (cluster.pcie_gb_per_s * 1e9)
         # All GPUs of a node share its memory.
-        optimizer += _ADAM_BYTES * weights / ranks * cluster.gpus / _HOST_BYTES_PER_S
+        optimizer += _ADAM_BYTES * weights / ranks * on_node / _HOST_BYTES_PER_S
     link = sent / (gpu.link_gb_per_s * 1e9)
     network = outside / (cluster.network_gb_per_s * 1e9)
     seconds = max(compute, link, network) + optimizer
