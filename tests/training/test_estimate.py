@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.profiler import ProfilerActivity, profile
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from data_pipeline.errors import InputError
 from data_pipeline.tokenizer import load_tokenizer
 from tests.ranks import RankPool
-from tests.training import scenarios
+from tests.training import scenarios, test_flops
 from tests.training.estimate_scenarios import estimated, measured
 from tests.training.record_estimate import CASES, SMALL_BUCKET
 from training.estimate.__main__ import main
@@ -29,6 +30,7 @@ from training.estimate.report import Estimate, plot, text, to_json
 from training.estimate.speed import Cluster, gpu_named, step_time
 from training.estimate.workload import Workload
 from training.flops import PartFlops
+from training.model import PackedTokenFlex
 from training.model.build import build_model
 from training.model.loss import find_supervision
 
@@ -77,6 +79,27 @@ def test_the_ledger_knows_what_lives_and_what_the_most_was() -> None:
         assert +ledger.totals == Counter(c=4000)
         del kept
         assert ledger.total == 0
+
+
+def test_the_ledger_counts_what_the_allocator_gives() -> None:
+    """Both peaks of an engine are the ledger's: here it is held against another counter."""
+    with Ledger() as ledger:
+        model = PackedTokenFlex._from_config(test_flops.config_of(), dtype=torch.float32).train()
+
+        def step() -> None:
+            model(**test_flops.pack(test_flops.MANY)).loss.backward()
+            model.zero_grad()
+
+        step()
+        ledger.forget()
+        before = ledger.total
+        step()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    events = profiler.profiler.kineto_results.events()
+    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
+    allocated = np.cumsum([size for _, size in sorted(changes)])
+    assert ledger.peak - before == pytest.approx(allocated.max(), rel=0.02)
 
 
 def model_of_memory(**changes: Any) -> MemoryModel:
