@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -161,7 +162,8 @@ def test_several_samples_of_each_row_keep_its_images(model, batch, expected):
 def test_assisted_decoding_gives_the_same_answers(processor, model, single, expected):
     other = make_model(TokenFlexForConditionalGeneration, processor, seed=1)
     language_model = make_model(PackedTokenFlex, processor).language_model  # of the same weights
-    assistants = [other, copy.deepcopy(model), language_model]
+    wider = make_model(TokenFlexForConditionalGeneration, processor, {"hidden_size": 48})
+    assistants = [other, wider, copy.deepcopy(model), language_model]
     for inputs, answer in zip(single, expected, strict=True):
         assert answers(model, inputs, prompt_lookup_num_tokens=3) == [answer]
     for assistant in assistants:
@@ -211,6 +213,51 @@ def test_a_chat_goes_on_from_its_cache(processor, model, kind):
     )
     both = {name: torch.cat([first[name], image[name]]) for name in new}
     assert torch.equal(found, model.generate(input_ids=ids, **both, **GREEDY))
+
+
+def test_a_cached_chat_takes_the_tiles_of_all_of_it_and_only_new_ids(processor, model, single):
+    first, image = single[0], processor(text="<|im_start|>user\n<image>", images=picture(4))
+    both = {name: torch.cat([first[name], image[name]]) for name in ("pixel_values", "tile_sides")}
+    ids = torch.cat([first["input_ids"], image["input_ids"]], 1)
+    expected = model.generate(input_ids=ids, **both, **GREEDY)[:, ids.shape[1] :]
+    new = {name: image[name] for name in ("input_ids", "pixel_values", "tile_sides")}
+    for given in ({"input_ids": ids, **both}, new):
+        cache = DynamicCache(config=model.config.text_config)
+        model(**first, past_key_values=cache, use_cache=True)
+        found = model.generate(
+            **given, attention_mask=torch.ones_like(ids), past_key_values=cache, **GREEDY
+        )
+        assert torch.equal(found[:, given["input_ids"].shape[1] :], expected)
+
+
+def test_embeddings_encoded_images_and_a_positional_prompt_give_the_same(model, batch, expected):
+    rest = {name: value for name, value in batch.items() if name != "input_ids"}
+    ids = batch["input_ids"]
+    embeds = model.get_input_embeddings()(ids)
+    assert model.generate(inputs_embeds=embeds, **rest, **GREEDY).tolist() == expected
+    assert model.generate(ids, **rest, **GREEDY)[:, ids.shape[1] :].tolist() == expected
+    tiles = {name: rest.pop(name) for name in ("pixel_values", "tile_sides")}
+    encoded = {"image": model.get_image_features(**tiles)}
+    assert answers(model, {"input_ids": ids, **rest}, mm_encoder_outputs=encoded) == expected
+    with pytest.raises(ValueError, match=r"pixel_values.*mm_encoder_outputs"):
+        model.generate(**batch, mm_encoder_outputs=encoded)
+    with pytest.raises(ValueError, match=r"134 image tokens.*pixel_values.*\b115\b"):
+        short = {"image": type(encoded["image"])(pooler_output=[torch.zeros(115, 32)])}
+        answers(model, {"input_ids": ids, **rest}, mm_encoder_outputs=short)
+
+
+def test_generations_side_by_side_and_inside_each_other_keep_their_images(model, single, expected):
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda inputs: answers(model, inputs)[0], single))
+    assert found == expected
+    inner: list[list[int]] = []
+
+    def ask_something_else(_: Any, scores: torch.Tensor) -> torch.Tensor:
+        inner.extend(answers(model, single[1]))
+        return scores
+
+    assert answers(model, single[2], logits_processor=[ask_something_else]) == [expected[2]]
+    assert inner == [expected[1]] * 6
 
 
 def test_a_prompt_longer_than_the_context_is_an_error(processor, single):
