@@ -73,7 +73,7 @@ def _run(args: argparse.Namespace) -> int:
         raise ValueError(f"--compare: {len(runs)} runs found; expected one or two")
     if any(run["kind"].endswith(" step") for run in runs):
         raise ValueError(
-            f"--compare: a run of a step's parts; compare it with python -m {STEP_PARTS}"
+            f"--compare: a run of a step's parts; use python -m {STEP_PARTS} --compare"
         )
     if len(runs) == 2:
         check_comparable(runs[0], runs[1]["kind"], [r["case"] for r in runs[1]["cases"]])

@@ -64,6 +64,7 @@ class PartMaker:
             out=(rows, self.width),
             x_grad=modules.vision_model.train,
             trains=modules.projector.train,
+            norm_first=True,
             products=float(rows) * inner * (2 * vision + self.width),
         )
 
@@ -77,7 +78,8 @@ class PartMaker:
         def ours(module: nn.Module, device: torch.device) -> Call:
             positions = torch.cat([torch.arange(n, device=device) for n in pack.lengths])[None]
             like = torch.empty(0, device=device, dtype=DTYPES[self.dtype])
-            embeddings = type(rotary)(self.decoder.config, device)(like, positions)
+            with torch.device(device):  # that of the model has no values
+                embeddings = type(rotary)(self.decoder.config)(like, positions)
             ends = torch.tensor([0, *pack.lengths]).cumsum(0)
             segments = PackedSegments(ends, max(pack.lengths), device)
             given = {"position_embeddings": embeddings, "segments": segments}
@@ -133,8 +135,9 @@ class PartMaker:
 
         head = self.model.get_output_embeddings()
         return self._part(
-            *("loss", f"{pack.supervised} supervised, vocabulary {vocab}, {chunks} chunks", 1),
-            *(head, (1, pack.tokens, self.width), ours),
+            "loss",
+            f"{pack.supervised} supervised, vocabulary {vocab}, {chunks} chunks",
+            *(1, head, (1, pack.tokens, self.width), ours),
             liger=lambda m, device: liger_loss(m, supervision(device)),
             out=(),
             trains=self.train.modules.language_model.trains_whole,
@@ -179,8 +182,10 @@ class PartMaker:
         """times: 0 for once a layer."""
         shape = (1, self.pack.tokens, self.width)
         return self._part(
-            *(name, f"{self.pack.tokens} tokens, {about}"),
-            *(times or len(self._layers(self.decoder)), module, shape, ours),
+            name,
+            f"{self.pack.tokens} tokens, {about}",
+            times or len(self._layers(self.decoder)),
+            *(module, shape, ours),
             trains=self.train.modules.language_model.trains_whole,
             again=self.train.gradient_checkpointing,
             **more,

@@ -24,7 +24,8 @@ class StepPart:
     times: how often it runs in a forward. module: its weights, on the meta device. x, out: shapes.
     x_grad, trains: whether its input and its weights need gradients. products: weights of matrix
     products times positions. attention: FLOPs of attention forward, the pairs that are masked
-    left out. again: whether activation checkpointing runs it forward once more. ours, liger: how
+    left out. norm_first: whether a norm of its own, which trains with it, stands before its
+    products. again: whether activation checkpointing runs it forward once more. ours, liger: how
     it is called.
     """
 
@@ -42,6 +43,7 @@ class StepPart:
     products: float = 0.0
     attention: float = 0.0
     again: bool = False
+    norm_first: bool = False
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -56,7 +58,8 @@ class StepPart:
     def flops(self, mode: str) -> float:
         """Of the matrix products and attention that the result needs."""
         forward = 2.0 * self.products + self.attention
-        backward = 2.0 * self.products * (self.x_grad + self.trains) + 2 * self.attention
+        below = self.x_grad or (self.norm_first and self.trains)
+        backward = 2.0 * self.products * (below + self.trains) + 2 * self.attention
         return forward if mode == "forward" else forward + backward
 
     def bytes(self, mode: str) -> float:
@@ -86,8 +89,8 @@ class StepPart:
     def inputs(self, module: nn.Module, device: torch.device) -> list[Inputs]:
         """Random inputs, more than the L2 cache holds; the weights are the module's, in all."""
         named = dict(module.named_parameters())
-        leaves: Any = namedtuple("leaves", [name.replace(".", "_") for name in named])
-        weights = leaves(*named.values())
+        names: Any = [name.replace(".", "_") for name in named]
+        weights = namedtuple("weights", names)(*named.values())
         options: dict[str, Any] = {"device": device, "dtype": self.torch_dtype}
         moved = (math.prod(self.x) + math.prod(self.out)) * self.torch_dtype.itemsize
         return [
