@@ -58,7 +58,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--quick", action="store_true", help="a third of the time per part, no traces")
     add("--resume", action="store_true", help="go on with the run in --out")
     add("--min-ms", type=float, help="timed per part and mode (100; --quick 30)")
-    add("--supervised", type=float, default=0.3, help="share of the tokens with a label (0.3)")
+    add("--supervised", type=float, default=0.3, help="of a drawn pack: tokens with a label (0.3)")
     add("--compare", type=path_argument, metavar="OLD", help="a run before: print what changed")
     args = parser.parse_intermixed_args(argv)
     if not 0 < args.supervised <= 1:

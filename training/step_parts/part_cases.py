@@ -99,10 +99,11 @@ class PartMaker:
         module, stack = self._child("mlp", "mlp"), self._stack
         if any(p.ndim > 2 for p in module.parameters()):
             raise self._lacking("mlp", "dense MLPs, not a mixture of experts")
+        silu = getattr(self.full.text_config, "hidden_act", None) in ("silu", "swish")
         return self._decoder_part(
             *("mlp", f"inner width {self.full.text_config.intermediate_size}", module),
             lambda m, device: lambda x, w: m(x),
-            liger=liger_mlp if hasattr(module, "gate_proj") else None,
+            liger=liger_mlp if hasattr(module, "gate_proj") and silu else None,
             products=float(stack.weights - stack.attention) * self.pack.tokens,
         )
 

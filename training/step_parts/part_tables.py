@@ -25,16 +25,15 @@ def floor_ms(shape: dict[str, Any], mode: str, peaks: Peaks) -> float:
 def rows_of_parts(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row per part and provider that was timed; share is None but of the trainer's own."""
     rows = [
-        _row(record, name) for record in records for name in record["providers"] if _timed(record)
+        _row(record, name)
+        for record in records
+        for name, found in record["providers"].items()
+        if found["timings"]
     ]
     total = sum(row["pack_ms"] for row in rows if row["provider"] == OURS)
     for row in rows:
         row["share"] = row["pack_ms"] / total if row["provider"] == OURS else None
     return rows
-
-
-def _timed(record: dict[str, Any]) -> bool:
-    return all(found["timings"] for found in record["providers"].values())
 
 
 def _row(record: dict[str, Any], name: str) -> dict[str, Any]:
@@ -69,14 +68,14 @@ def parts_table(records: Sequence[dict[str, Any]], measured: bool) -> Table:
         *("part", "", "times", "forward ms", "fwd+bwd ms", "ms a pack", "share"),
         *(("TFLOP/s", "GB/s", "roof", "differs by") if measured else ()),
     ]
-    said = [f"{r['case']}: {n} left out: {why}" for r in records for n, why in _missing(r)]
+    said = [
+        f"{record['case']}: {name} left out: {why}"
+        for record in records
+        for name, why in record["skipped"].items()
+    ]
     calculated = "Calculated, not measured: each time is the least that the ceilings allow.\n"
     note = ("" if measured else calculated) + "\n".join([NOTE, *said])
     return Table("the parts of a step", header, rows, note)
-
-
-def _missing(record: dict[str, Any]) -> list[tuple[str, str]]:
-    return list(record.get("skipped", {}).items())
 
 
 def _rates(row: dict[str, Any], measured: bool) -> list[str]:

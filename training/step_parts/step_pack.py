@@ -2,38 +2,29 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from data_pipeline.corpus import cost_of, open_corpus
 from data_pipeline.errors import InputError
 from training.config import RunConfig
+from training.estimate.packs import PackShape
+from training.estimate.workload import find_corpus, vocabulary_of
 
 MEDIAN, SIGMA = 128, 0.8  # of the text tokens of a drawn sample, lognormal
 MISSES = 20  # samples that did not fit, after which a drawn pack is filled with text
 
 
 @dataclass(frozen=True)
-class StepPack:
-    """lengths: tokens of each sample. sides: n of each tile. supervised: tokens with a label.
+class StepPack(PackShape):
+    """vocab_size: of the tokenizer, or of the config. source: where the pack is from, in words."""
 
-    vocab_size: of the tokenizer, or of the config. source: where the pack comes from, in words.
-    """
-
-    lengths: tuple[int, ...]
-    sides: tuple[int, ...]
-    supervised: int
     vocab_size: int
     source: str
 
-    @property
-    def tokens(self) -> int:
-        """Length of the pack."""
-        return sum(self.lengths)
-
     def __str__(self) -> str:
         return (
-            f"{self.tokens} tokens in {len(self.lengths)} samples, {len(self.sides)} tiles, "
+            f"{self.tokens} tokens in {len(self.lengths)} samples, {self.tiles} tiles, "
             f"{self.supervised} supervised, {self.source}"
         )
 
@@ -41,35 +32,34 @@ class StepPack:
 def find_pack(config: RunConfig, share: float) -> StepPack:
     """The fullest pack of the plan's first step, or a drawn one where the data cannot be opened.
 
-    share: of the tokens that are supervised, which no index knows.
+    share: of the tokens of a drawn pack that are supervised.
 
     Raises:
         InputError: no tokenizer and no `model.llm.config.vocab_size` tells the vocabulary.
     """
-    data, known = config.data, config.model.llm.config.get("vocab_size")
-    cost = cost_of(config.model.vision.config, config.model.llm.config)
-    try:
-        corpus = open_corpus(data, config.seed, cost, config.train.loss_weighting)
-        step, _ = next(corpus.planner.steps())
-    except InputError as error:
-        if not isinstance(known, int):
-            raise InputError(
-                f"the size of the vocabulary is not known: {error}; or set "
-                "model.llm.config.vocab_size"
-            ) from error
+    corpus, missing = find_corpus(config)
+    if corpus is None:
+        size = _vocab_size(config)
         lengths, sides = _drawn(config)
-        source = f"drawn (text lognormal, median {MEDIAN}, sigma {SIGMA}), since {error}"
-        return StepPack(lengths, sides, _supervised(lengths, share), known, source)
-    pack = max(step.packs, key=lambda pack: pack.tokens)
-    of_images = zip(np.concatenate(pack.sides), np.concatenate(pack.tiles), strict=True)
-    sides = tuple(int(n) for n, tiles in of_images for _ in range(tiles))
-    lengths = tuple(pack.lengths.tolist())
-    vocab_size = corpus.tokenizer.vocab_size
-    return StepPack(lengths, sides, _supervised(lengths, share), vocab_size, "of the plan")
+        supervised = max(1, round(share * sum(lengths)))
+        source = f"drawn (text lognormal, median {MEDIAN}, sigma {SIGMA}), since {missing}"
+        return StepPack(lengths, sides, supervised, size, source)
+    step, _ = next(corpus.planner.steps())
+    plan = max(step.packs, key=lambda pack: pack.tokens)
+    supervised = sum(map(corpus.mixture.supervised_tokens, plan.sample_ids.tolist()))
+    shape = PackShape.of(plan, supervised)
+    size = corpus.tokenizer.vocab_size
+    return StepPack(shape.lengths, shape.sides, supervised, size, "of the plan")
 
 
-def _supervised(lengths: tuple[int, ...], share: float) -> int:
-    return max(1, round(share * sum(lengths)))
+def _vocab_size(config: RunConfig) -> int:
+    try:
+        tokenizer: Any = vocabulary_of(config)[0]
+    except InputError as error:
+        raise InputError(
+            f"the size of the vocabulary is not known: {error}; or set model.llm.config.vocab_size"
+        ) from error
+    return int(tokenizer.vocab_size)
 
 
 def _drawn(config: RunConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
