@@ -223,7 +223,7 @@ def _write(content: dict[str, Any], out: Path) -> None:
     print(f"\n{table}")
     write_json(out / RESULTS, content)
     write_csv(out / "results.csv", rows_of_parts(records))
-    report = Report(content["kind"], content, (), tables=[table, *_kernels(records)])
+    report = Report(content["machine"]["device"], content, (), tables=[table, *_kernels(records)])
     write_page(out / "report.html", [report], title="The parts of a training step")
     print("\nwritten:")
     for name in (RESULTS, "results.csv", "report.html"):

@@ -9,12 +9,13 @@ from kernels.profile.run_tables import Table, number
 
 OURS = "ours"
 NOTE = """\
-One pack on one GPU. times: how often the part runs in a forward pass. ms a pack: so often its
+One pack on one device. times: how often the part runs in a forward pass. ms a pack: so often its
 forward and backward, or its forward where nothing in or below it trains, and its forward once more
 where activation checkpointing runs it again. share: of the sum over these parts; embeddings,
 residual sums, the optimizer and the communication of ZeRO-3 are none of them. Rates: of the last
 time, a FLOP that is computed again not counted. roof: the least time its FLOPs and bytes can take
-at the ceilings measured in this run, over the time it took."""
+at the ceilings measured in this run, over the time it took. differs by: from the trainer's own, the
+worst of result and gradients (Frobenius norms)."""
 
 
 def floor_ms(shape: dict[str, Any], mode: str, peaks: Peaks) -> float:
