@@ -96,6 +96,15 @@ SMALLER: dict[str, str | None] = {
     "python -m kernels.profile --sweep n=4..27 --sweep T=1,2,4..256 --out runs/sweeps": "",
     "python -m kernels.profile --compare runs/quick --fail-above 5%": "",
     "python -m kernels.profile --shape T=64,n=12 --print-ncu --print-nsys": "",
+    "python -m kernels.profile --what attention,loss --config training/configs/digits.yaml "
+    "--out runs/loss": (
+        "python -m kernels.profile --what attention,loss --config training/configs/digits.yaml "
+        "--out runs/loss data.pack.max_tokens=256 model.llm.config.vocab_size=384"
+    ),
+    "python -m training.step_parts training/configs/digits.yaml --out runs/parts": (
+        "python -m training.step_parts training/configs/digits.yaml --out runs/parts "
+        "data.pack.max_tokens=256 model.llm.config.vocab_size=384"
+    ),
     "sbatch slurm/profile_projector.sh --shape T=64,n=12": None,  # tests/slurm/test_profile.py
     "python -m kernels.compile_report --arch 90": (
         "python -m kernels.compile_report --arch 90 --kernel swiglu"

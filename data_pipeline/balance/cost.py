@@ -111,12 +111,13 @@ DEFAULT_COST = CostModel(
 class LayerStack:
     """The layers of a transformer, and what a position passes in each.
 
-    layers: how many. weights: in one layer's matrix products; of them `last` in the one that ends
-    the layer. width: attention heads * their size.
+    layers: how many. weights: in one layer's matrix products; of them `attention` in those around
+    attention, `last` in the one that ends the layer. width: attention heads * their size.
     """
 
     layers: int
     weights: int
+    attention: int
     last: int
     width: int
 
@@ -127,8 +128,9 @@ def tower_stack(vision: Mapping[str, Any]) -> LayerStack:
     inner = int(width * vision.get("mlp_ratio", 0))  # what some families give instead
     if not inner or "intermediate_size" in vision:
         inner = _whole(vision, "vision", "intermediate_size")
-    weights = 4 * width**2 + 2 * width * inner
-    return LayerStack(_layers(vision, "vision"), weights, width * inner, width)
+    attention = 4 * width**2
+    weights = attention + 2 * width * inner
+    return LayerStack(_layers(vision, "vision"), weights, attention, width * inner, width)
 
 
 def patch_weights(vision: Mapping[str, Any]) -> int:
@@ -147,7 +149,7 @@ def decoder_stack(llm: Mapping[str, Any]) -> LayerStack:
     inner = experts and llm.get("moe_intermediate_size")
     last = width * int(inner or _whole(llm, "llm", "intermediate_size")) * int(experts or 1)
     weights = attention + matrices * last
-    return LayerStack(_layers(llm, "llm"), weights, last, heads * _head_size(llm))
+    return LayerStack(_layers(llm, "llm"), weights, attention, last, heads * _head_size(llm))
 
 
 def head_weights(llm: Mapping[str, Any]) -> int:

@@ -10,9 +10,11 @@ cpu times this CPU, at small shapes.
     python -m kernels.profile --shape T=64,n=12 --sweep n=4..27 --sweep T=1,2,4..256
     python -m kernels.profile --compare runs/before --fail-above 5%
     python -m kernels.profile --shape T=64,n=12 --print-ncu
+    python -m kernels.profile --what all --config training/configs/digits.yaml --out runs/parts
 """
 
 import argparse
+import runpy
 import signal
 import sys
 import tempfile
@@ -27,7 +29,13 @@ from kernels.dispatch import interpreting
 from kernels.profile.bench import BenchSettings, run_once
 from kernels.profile.calculated import calculate
 from kernels.profile.cases import Case
-from kernels.profile.command_line import cases_of, parser, settings_of
+from kernels.profile.command_line import (
+    STEP_PARTS,
+    cases_of,
+    for_step_parts,
+    parser,
+    settings_of,
+)
 from kernels.profile.commands import ncu_commands, nsys_commands
 from kernels.profile.compare import changes, check_comparable, compare_table
 from kernels.profile.measured_run import begin, failures, measure
@@ -41,6 +49,13 @@ Content = dict[str, Any]  # of results.json
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code: 1 where something failed or got slower."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        if given := for_step_parts(argv):
+            return _step_parts(given)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     args = parser(__doc__).parse_args(argv)
     try:
         return _run(args)
@@ -56,6 +71,10 @@ def _run(args: argparse.Namespace) -> int:
     runs = [read_results(path) for path in args.compare or ()]
     if len(runs) > 2:
         raise ValueError(f"--compare: {len(runs)} runs found; expected one or two")
+    if any(run["kind"].endswith(" step") for run in runs):
+        raise ValueError(
+            f"--compare: a run of a step's parts; use python -m {STEP_PARTS} --compare"
+        )
     if len(runs) == 2:
         check_comparable(runs[0], runs[1]["kind"], [r["case"] for r in runs[1]["cases"]])
         return _compare(args, runs[0], runs[1], args.out)
@@ -72,7 +91,7 @@ def _run(args: argparse.Namespace) -> int:
     settings = settings_of(args, out)
     machine = describe_machine(device, ["python", "-m", "kernels.profile", *sys.argv[1:]])
     if out and measuring:
-        content = begin(out, settings, machine, args.resume)
+        content = begin(out, settings.record(), machine, args.resume)
         content["sweeps"] = sweeps
         _measure(cases, settings, device, content, out)
     else:
@@ -85,6 +104,16 @@ def _run(args: argparse.Namespace) -> int:
         _write(content, out, ncu_commands(cases, settings) + nsys_commands(cases, settings))
     slower = _compare(args, old, content, out) if old else 0
     return 1 if failed else slower
+
+
+def _step_parts(argv: list[str]) -> int:
+    """Run the command of a step's parts, which are the trainer's: by name, none is imported."""
+    sys.argv = [STEP_PARTS, *argv]
+    try:
+        runpy.run_module(STEP_PARTS, run_name="__main__", alter_sys=True)
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else 1
+    return 0
 
 
 def _device(args: argparse.Namespace) -> torch.device:

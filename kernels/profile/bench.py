@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from kernels.profile.accuracy import float64_results, relative_errors
 from kernels.profile.baselines import Call
@@ -72,17 +73,43 @@ def measure_case(
     of `repeated`, timed first and last, over its first. Raises DeviceLostError where the GPU does
     not survive a failure.
     """
-    record: dict[str, Any] = {
-        **{"case": case.name, "shape": asdict(case), "peaks": asdict(peaks)},
-        **{"frozen": settings.frozen, "providers": {}, "noise": {}, "skipped": {}, "failed": {}},
-    }
+    record = new_record(case.name, asdict(case), peaks, settings.frozen)
     sets = rotating_inputs(case, device, settings.frozen)
     calls = _build(case, settings.providers, device, record)
     progress("float64")
     expected = float64_results(case, sets[0])
+    return measure_calls(record, calls, sets, expected, settings, device, case, progress)
+
+
+def new_record(
+    name: str, shape: dict[str, Any], peaks: Peaks, frozen: bool = False
+) -> dict[str, Any]:
+    """The record of a case of which nothing is measured yet."""
+    return {
+        **{"case": name, "shape": shape, "peaks": asdict(peaks), "frozen": frozen},
+        **{"providers": {}, "noise": {}, "skipped": {}, "failed": {}},
+    }
+
+
+def measure_calls(
+    record: dict[str, Any],
+    calls: dict[str, Call],
+    sets: Sequence[Inputs],
+    expected: dict[str, Tensor],
+    settings: BenchSettings,
+    device: torch.device,
+    case: Case | None = None,
+    progress: Callable[[str], None] = lambda what: None,
+) -> dict[str, Any]:
+    """`measure_case` for any calls on the same inputs: fills and returns `record`.
+
+    calls: by name of the provider. expected: as `outputs_and_gradients`, which errors are taken of.
+    case: the projector's, whose kernels are then known by name; None for anything else.
+    """
+    peaks = Peaks(**record["peaks"])
     for name, call in calls.items():
         progress(name)
-        with _noting_failure(record, name, device):
+        with noting_failure(record, name, device):
             errors = relative_errors(outputs_and_gradients(call, sets[0]), expected)
             for inputs in sets[1:]:  # a CUDA graph is captured for each
                 call(inputs.x, inputs.weights)
@@ -94,7 +121,7 @@ def measure_case(
     with watched(device) as gpu:
         for name in names:
             progress(name)
-            with _noting_failure(record, name, device):
+            with noting_failure(record, name, device):
                 timings = _time_modes(name, calls[name], sets, settings, device)
                 record["providers"][name]["timings"] = timings
         _repeat_one(record, calls, sets, settings, device)
@@ -102,9 +129,9 @@ def measure_case(
     if settings.traces:
         for name in names:
             progress(f"trace of {name}")
-            with _noting_failure(record, name, device):
+            with noting_failure(record, name, device):
                 run = _both(calls[name], sets[0])
-                path = settings.traces / f"{case.name.replace('/', '_')}-{name}.json.gz"
+                path = settings.traces / f"{record['case'].replace('/', '_')}-{name}.json.gz"
                 kept = path if name == names[0] else None
                 table = traced(run, case, device, peaks, settings.frozen, kept)
                 record["providers"][name]["kernels"] = table
@@ -123,7 +150,7 @@ def _build(
         if reason := PROVIDERS[name].unfit(case, device):
             record["skipped"][name] = reason
             continue
-        with _noting_failure(record, name, device):
+        with noting_failure(record, name, device):
             calls[name] = PROVIDERS[name].build(case, device)
     return calls
 
@@ -184,14 +211,14 @@ def _repeat_one(
     if not timed:
         return
     name = record["repeated"] = REPEATED if REPEATED in timed else timed[0]
-    with _noting_failure(record, name, device):
+    with noting_failure(record, name, device):
         again = _time_modes(name, calls[name], sets, settings, device)
         first = record["providers"][name]["timings"]
         record["noise"] = {m: again[m]["median_ms"] / first[m]["median_ms"] for m in again}
 
 
 @contextmanager
-def _noting_failure(record: dict[str, Any], name: str, device: torch.device) -> Iterator[None]:
+def noting_failure(record: dict[str, Any], name: str, device: torch.device) -> Iterator[None]:
     """Turns an exception of one provider into a note, and checks that the GPU still answers."""
     try:
         yield

@@ -28,6 +28,25 @@ QUICK = (
 )  # and sweeps
 
 
+STEP_PARTS = "training.step_parts"  # the command that profiles what is not the projector
+
+
+def for_step_parts(argv: list[str]) -> list[str] | None:
+    """The arguments of STEP_PARTS where --what or --config asks for it; None otherwise.
+
+    Raises ValueError where only one of them does.
+    """
+    pre = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    pre.add_argument("--what", default="projector")
+    pre.add_argument("--config")
+    args, rest = pre.parse_known_args(argv)
+    if args.config is None:
+        if args.what != "projector":
+            raise ValueError(f"--what {args.what}: of which model? give its --config CONFIG.yaml")
+        return None
+    return [args.config, "--what", args.what, *rest]
+
+
 def parser(description: str | None) -> argparse.ArgumentParser:
     """All options."""
     providers = "\n".join(f"  {p.name:<14} {p.says}" for p in PROVIDERS.values())
@@ -38,6 +57,8 @@ def parser(description: str | None) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = found.add_argument
+    add("--what", metavar="PART,..", help="parts of a step, or all: with --config (projector)")
+    add("--config", metavar="CONFIG.yaml", help=f"hand over to python -m {STEP_PARTS}: its --help")
     add("--shape", type=_reading(parse_shape), action="append", help="a case, see below; repeat")
     add("--sweep", action="append", default=[], help="cases in a row, see below; repeat")
     add("--quick", action="store_true", help="a minute: two cases, few providers, shorter")

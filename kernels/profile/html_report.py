@@ -33,35 +33,43 @@ td:first-child, th:first-child { text-align: left } details { margin-bottom: 1re
 
 @dataclass(frozen=True)
 class Report:
-    """A run as the page shows it; commands: what looks closer at the same cases."""
+    """A run as the page shows it; commands: what looks closer at the same cases.
+
+    tables: in place of the projector's, which are made of the content.
+    """
 
     title: str
     content: dict[str, Any]
     pictures: Sequence[Path]
     commands: Sequence[str] = ()
+    tables: Sequence[Table] | None = None
 
 
-def write_page(path: Path, reports: Sequence[Report], comparison: Table | None = None) -> None:
+def write_page(
+    path: Path, reports: Sequence[Report], comparison: Table | None = None, title: str = TITLE
+) -> None:
     """One column per run; a comparison stands above them."""
     above = _table(comparison) if comparison else ""
     columns = "".join(f"<section>{''.join(_column(report))}</section>" for report in reports)
     path.write_text(
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>{TITLE}</title><style>{STYLE}"
-        f"</style><h1>{TITLE}</h1>{above}<main>{columns}</main></html>\n"
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title><style>{STYLE}"
+        f"</style><h1>{title}</h1>{above}<main>{columns}</main></html>\n"
     )
 
 
 def _column(report: Report) -> Iterator[str]:
     content = report.content
     yield f"<h2>{escape(report.title)}</h2>"
-    if content["kind"] == "calculated":
+    if content["kind"].startswith("calculated"):
         yield "<p><b>Calculated: nothing was timed.</b></p>"
     for line in failures(content):
         yield f"<p class=bad>{escape(line)}</p>"
     for picture in report.pictures:
         data = base64.b64encode(picture.read_bytes()).decode()
         yield f'<p><img alt="{escape(picture.stem)}" src="data:image/png;base64,{data}"></p>'
-    if content["kind"] == "calculated":
+    if report.tables is not None:
+        yield from map(_table, report.tables)
+    elif content["kind"] == "calculated":
         yield _table(floors_table(content["cases"]))
     else:
         yield _table(targets_table([Target(**target) for target in content.get("targets", ())]))

@@ -42,13 +42,16 @@ class Launch:
 
 def traced(
     run: Callable[[], object],
-    case: Case,
+    case: Case | None,
     device: torch.device,
     peaks: Peaks,
     frozen: bool = False,
     path: Path | None = None,
 ) -> dict[str, Any]:
-    """The table of one forward and backward, as `summary` gives it; the trace stays at `path`."""
+    """The table of one forward and backward, as `summary` gives it; the trace stays at `path`.
+
+    case: whose kernels of this op are known by name; None where it has no part in the call.
+    """
     activities = [ProfilerActivity.CPU]
     activities += [ProfilerActivity.CUDA] if device.type == "cuda" else []
     run()
@@ -69,7 +72,11 @@ def traced(
 
 
 def summary(
-    events: Iterable[dict[str, Any]], case: Case, peaks: Peaks, calls: int, frozen: bool = False
+    events: Iterable[dict[str, Any]],
+    case: Case | None,
+    peaks: Peaks,
+    calls: int,
+    frozen: bool = False,
 ) -> dict[str, Any]:
     """Of a trace of `calls` calls, per call: kernels, longest first, and the time between them.
 
@@ -82,7 +89,7 @@ def summary(
     if not launches:
         launches, gap_us, gaps = _on_cpu(whole)
     busy = sum(launch.us for launch in launches)
-    own = _own_kernels(case, frozen)
+    own = _own_kernels(case, frozen) if case else {}
     groups: dict[str, list[Launch]] = {}
     for launch in launches:
         groups.setdefault(launch.name, []).append(launch)

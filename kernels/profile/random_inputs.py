@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,15 +12,17 @@ from kernels.profile.baselines import Call
 from kernels.profile.cases import Case
 
 MAX_SETS = 256
-GRADIENTS = ("x", *Weights._fields)
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """One set of leaves: x [T, H*W, C], the weights, and the gradient of the result [M, D]."""
+    """One set of leaves: x [T, H*W, C], the weights, and the gradient of the result [M, D].
+
+    Of another call than the projector x has its own shape, and weights is a namedtuple of its own.
+    """
 
     x: Tensor
-    weights: Weights
+    weights: Any
     grad: Tensor
 
     @property
@@ -54,9 +57,13 @@ def make_inputs(case: Case, device: torch.device, seed: int = 0, frozen: bool = 
 def rotating_inputs(case: Case, device: torch.device, frozen: bool = False) -> list[Inputs]:
     """Sets enough that together they are more than 3x the L2 cache, so that none is left in it."""
     first = make_inputs(case, device, 0, frozen)
-    size = sum(t.nbytes for t in (first.x, *first.weights, first.grad))
-    count = min(MAX_SETS, max(2, math.floor(3 * l2_bytes(device) / size) + 1))
+    count = sets_past_l2(sum(t.nbytes for t in (first.x, *first.weights, first.grad)), device)
     return [first, *(make_inputs(case, device, seed, frozen) for seed in range(1, count))]
+
+
+def sets_past_l2(size: int, device: torch.device) -> int:
+    """How many sets of `size` bytes, two at least, are together more than 3x the L2 cache."""
+    return min(MAX_SETS, max(2, math.floor(3 * l2_bytes(device) / size) + 1))
 
 
 def l2_bytes(device: torch.device) -> int:
@@ -67,7 +74,9 @@ def l2_bytes(device: torch.device) -> int:
 
 
 def backward(inputs: Inputs, out: Tensor) -> tuple[Tensor, ...]:
-    """Gradients of the leaves, without adding to any `.grad`."""
+    """Gradients of the leaves, without adding to any `.grad`; none where nothing needs one."""
+    if not inputs.leaves:
+        return ()
     return torch.autograd.grad(out, inputs.leaves, inputs.grad)
 
 
@@ -75,6 +84,7 @@ def outputs_and_gradients(call: Call, inputs: Inputs) -> dict[str, Tensor]:
     """The result as "out", and the gradients by the names of what they are of."""
     out = call(inputs.x, inputs.weights)
     leaves = (inputs.x, *inputs.weights)
-    names = [name for name, leaf in zip(GRADIENTS, leaves, strict=True) if leaf.requires_grad]
+    of = ("x", *inputs.weights._fields)
+    names = [name for name, leaf in zip(of, leaves, strict=True) if leaf.requires_grad]
     gradients = backward(inputs, out)
     return {"out": out.detach(), **dict(zip(names, gradients, strict=True))}
