@@ -118,7 +118,7 @@ def _position(step: int, noted: int) -> int:
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, str]:
     """Nested settings as "train.steps": "200"."""
-    found = {}
+    found: dict[str, str] = {}
     for key, value in settings.items():
         if isinstance(value, dict) and value:
             found |= _flat(value, f"{prefix}{key}.")
