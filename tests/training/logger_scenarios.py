@@ -1,7 +1,8 @@
 """A run's starts as a logger sees them, and what its package has then: for test_loggers.py.
 
-python -m tests.training.logger_scenarios log FOLDER LOGGER FIRST LAST [killed]
-python -m tests.training.logger_scenarios read FOLDER LOGGER       # JSON, as `found` has it
+    python -m tests.training.logger_scenarios FOLDER LOGGER FIRST:LAST:closed FIRST:LAST:killed ...
+
+FOLDER/found.json then has what is there, if the last start was closed.
 """
 
 import json
@@ -116,18 +117,18 @@ def found(folder: Path, logger: str) -> dict[str, Any]:
     }
 
 
-def main(verb: str, folder: str, logger: str, *more: str) -> None:
-    if verb == "read":
-        print(json.dumps(found(Path(folder), logger)))
-        return
-    first, last, killed = int(more[0]), int(more[1]), "killed" in more
-    log = open_log(config_of(Path(folder), logger), first)
-    steps(log, first, last)
-    if killed:
-        wait_for_position(Path(folder), logger, 2 * last)
-    else:
+def main(folder: str, logger: str, *starts: str) -> None:
+    config = config_of(Path(folder), logger)
+    for start in starts:
+        first, last, end = start.split(":")
+        log = open_log(config, int(first))
+        steps(log, int(first), int(last))
+        if end == "killed":
+            wait_for_position(Path(folder), logger, 2 * int(last))
+            os._exit(9)
         log.close()
-    os._exit(9 if killed else 0)
+    Path(folder, "found.json").write_text(json.dumps(found(Path(folder), logger)))
+    os._exit(0)
 
 
 if __name__ == "__main__":

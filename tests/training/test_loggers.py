@@ -25,9 +25,8 @@ from tests.training.logger_scenarios import (
 )
 from training import train
 from training.metrics import check_loggers, logger_thread, loggers
-from training.metrics.logger_packages import _position
-from training.metrics.logger_thread import Row
-from training.metrics.loggers import LoggedRun
+from training.metrics.logger_packages import LoggedRun, _position
+from training.metrics.logger_thread import LoggedRow
 from training.metrics.wandb_offline import records
 
 ROOT = Path(__file__).parents[2]
@@ -37,7 +36,7 @@ class Service:
     """Runs by id, and what a logger does to them; `trouble` is done at the start of each call."""
 
     def __init__(self, knows: bool = True) -> None:
-        self.runs: dict[str, list[Row]] = {}
+        self.runs: dict[str, list[LoggedRow]] = {}
         self.started: list[LoggedRun] = []
         self.finished = 0
         self.knows = knows
@@ -60,7 +59,7 @@ class Fake:
             return self.id, run.noted
         return self.id, there[-1].position if there else 0
 
-    def log(self, row: Row) -> None:
+    def log(self, row: LoggedRow) -> None:
         self.service.trouble("log")
         self.service.runs[self.id].append(row)
 
@@ -69,7 +68,7 @@ class Fake:
         self.service.finished += 1
 
 
-def places(rows: list[Row]) -> list[tuple[int, bool]]:
+def places(rows: list[LoggedRow]) -> list[tuple[int, bool]]:
     return [(row.step, row.evaluation) for row in rows]
 
 
@@ -325,10 +324,10 @@ def package(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Any]:
         "HF_HUB_OFFLINE": "1",
     }
 
-    def call(verb: str, *more: object) -> subprocess.CompletedProcess[str]:
-        command = [python, "-m", "tests.training.logger_scenarios", verb, tmp_path / "run", name]
+    def call(*starts: str) -> subprocess.CompletedProcess[str]:
+        command = [python, "-m", "tests.training.logger_scenarios", str(tmp_path / "run"), name]
         return subprocess.run(
-            [str(part) for part in (*command, *more)],
+            [*command, *starts],
             env=os.environ | offline,
             cwd=ROOT,
             capture_output=True,
@@ -339,12 +338,12 @@ def package(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Any]:
     yield call
 
 
-def test_a_package_has_each_step_once_over_kill_and_resume(package: Any) -> None:
-    for first, last, *killed in ((0, 6), (4, 8, "killed"), (7, 9)):
-        start = package("log", first, last, *killed)
-        assert start.returncode == (9 if killed else 0), start.stderr
+def test_a_package_has_each_step_once_over_kill_and_resume(package: Any, tmp_path: Path) -> None:
+    for code, starts in ((9, ("0:6:closed", "4:8:killed")), (0, ("7:9:closed",))):
+        start = package(*starts)
+        assert start.returncode == code, start.stderr
         assert "lacks" not in start.stderr and "fails" not in start.stderr
-    found = json.loads(package("read").stdout)
+    found = json.loads((tmp_path / "run" / "found.json").read_text())
     assert found["loss"] == [[step, 1 / step] for step in range(1, 10)]
     assert found["accuracy"] == [[EVALUATED, 0.5]]
     steps_set = config_of(Path("runs/x")).train.steps

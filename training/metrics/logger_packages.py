@@ -4,19 +4,46 @@ import json
 import re
 import secrets
 import time
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
 
-from training.metrics.logger_thread import Row
+from training.metrics.logger_thread import LoggedRow
 from training.metrics.wandb_offline import last_logged
 
-if TYPE_CHECKING:
-    from training.metrics.loggers import LoggedRun, Logger
+
+@dataclass(frozen=True)
+class LoggedRun:
+    """What a logger shows a run as."""
+
+    project: str
+    name: str
+    folder: Path
+    """Where a package may leave files."""
+    config: dict[str, Any]
+    id: str | None
+    """That of the run there which goes on; None: a new one."""
+    noted: int
+    """The position of the last row that it was given; what a kill left unsent is not there."""
+
+
+class Logger(Protocol):
+    """One package; all calls come from one thread, and any of them may raise or hang."""
+
+    def start(self, run: LoggedRun) -> tuple[str, int]:
+        """The run's id there, and the position of the last row that is there; 0: none."""
+
+    def log(self, row: LoggedRow) -> None:
+        """Take one row; they come in order."""
+
+    def finish(self) -> None:
+        """Send what is left, and end the run."""
 
 
 class WandbLogger:
     """Weights & Biases; offline (WANDB_MODE=offline) a folder for each start, which are one run."""
 
-    def start(self, run: "LoggedRun") -> tuple[str, int]:
+    def start(self, run: LoggedRun) -> tuple[str, int]:
         import wandb
 
         # Without the time limit, a missing key is asked for on a terminal.
@@ -35,7 +62,7 @@ class WandbLogger:
             return self.run.id, last_logged(run.folder, self.run.id)
         return self.run.id, self.run.step - 1 if self.run.resumed else 0
 
-    def log(self, row: Row) -> None:
+    def log(self, row: LoggedRow) -> None:
         # W&B's own counter takes each number once: a step and its evaluation have one each.
         self.run.log(row.values | {"step": row.step}, step=row.position)
 
@@ -49,7 +76,7 @@ class MlflowLogger:
     def __init__(self) -> None:
         self.id = ""
 
-    def start(self, run: "LoggedRun") -> tuple[str, int]:
+    def start(self, run: LoggedRun) -> tuple[str, int]:
         from mlflow import MlflowClient
 
         self.client = MlflowClient()
@@ -72,7 +99,7 @@ class MlflowLogger:
         for begin in range(0, len(params), 100):  # the most that a request takes
             self.client.log_batch(self.id, params=params[begin : begin + 100], synchronous=True)
 
-    def log(self, row: Row) -> None:
+    def log(self, row: LoggedRow) -> None:
         from mlflow.entities import Metric
 
         now = int(1000 * time.time())
@@ -88,7 +115,7 @@ class MlflowLogger:
 class TrackioLogger:
     """trackio, in TRACKIO_DIR, or in the Space or at the server that its variables name."""
 
-    def start(self, run: "LoggedRun") -> tuple[str, int]:
+    def start(self, run: LoggedRun) -> tuple[str, int]:
         import trackio
 
         # It knows runs by their names.
@@ -97,14 +124,14 @@ class TrackioLogger:
         last = self.run._next_step - 1  # it has no other way to ask that serves remote runs
         return name, _position(max(last, 0), run.noted)
 
-    def log(self, row: Row) -> None:
+    def log(self, row: LoggedRow) -> None:
         self.run.log(row.values, step=row.step)
 
     def finish(self) -> None:
         self.run.finish()
 
 
-PACKAGES: "dict[str, type[Logger]]" = {
+PACKAGES: dict[str, type[Logger]] = {
     "wandb": WandbLogger,
     "mlflow": MlflowLogger,
     "trackio": TrackioLogger,

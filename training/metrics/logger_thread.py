@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Row:
+class LoggedRow:
     """Values by their tags: those of a 1-based step, or of the evaluation after it."""
 
     step: int
@@ -32,10 +32,10 @@ class Row:
 class Sink(Protocol):
     """What a thread asks of a logger; any call may raise, and is tried again."""
 
-    def begin(self) -> tuple[int, Iterator[Row]]:
+    def begin(self) -> tuple[int, Iterator[LoggedRow]]:
         """Connect: the position of the last row there, and rows that came before this start."""
 
-    def log(self, row: Row) -> None:
+    def log(self, row: LoggedRow) -> None:
         """Take one row."""
 
     def finish(self) -> None:
@@ -56,14 +56,14 @@ class LoggerThread:
     def __init__(self, name: str, sink: Sink) -> None:
         self.name, self.failures, self.lost = name, 0, 0
         self._sink = sink
-        self._rows: deque[Row] = deque()
+        self._rows: deque[LoggedRow] = deque()
         self._changed = threading.Condition()
         self._closing = self._busy = False
         self._error = ""
         self._thread = threading.Thread(target=self._run, name=f"logger {name}", daemon=True)
         self._thread.start()
 
-    def add(self, row: Row) -> None:
+    def add(self, row: LoggedRow) -> None:
         """Have a row logged."""
         with self._changed:
             self._rows.append(row)
@@ -98,7 +98,7 @@ class LoggerThread:
         except _GivenUp:
             pass  # `join` says so
 
-    def _log(self, row: Row) -> bool:
+    def _log(self, row: LoggedRow) -> bool:
         try:
             self._attempt(partial(self._sink.log, row))
         except _GivenUp:
@@ -106,7 +106,7 @@ class LoggerThread:
             return False
         return True
 
-    def _take(self) -> Row | None:
+    def _take(self) -> LoggedRow | None:
         """The next row, waited for; None at the end."""
         with self._changed:
             self._busy = False

@@ -1,6 +1,6 @@
 """TensorBoard's scalars for Weights & Biases, MLflow and trackio, over all starts of a run.
 
-`output_dir`/loggers.json notes by logger which run there is this one, and the position (`Row`) up
+`output_dir`/loggers.json notes by logger which run there is this one, and the position (`LoggedRow`) up
 to which it has been given rows. A resumed run goes on there: rows that come again are not logged
 again, and rows on record in `output_dir` that are not there, as after an outage, are logged first.
 A start at step 0 is a new run there.
@@ -11,48 +11,19 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from data_pipeline.errors import InputError
 from training.config import RunConfig
-from training.metrics.logger_packages import PACKAGES
-from training.metrics.logger_thread import LoggerThread, Row
+from training.metrics.logger_packages import PACKAGES, LoggedRun, Logger
+from training.metrics.logger_thread import LoggedRow, LoggerThread
 from training.side_outputs import SideFiles, warn
 
 NOTE = "loggers.json"
 CLOSE_S = 10.0
 """Longest wait at the end for all loggers: what they lack then, the next start logs."""
 _NOTE_BYTES = 2048
-
-
-@dataclass(frozen=True)
-class LoggedRun:
-    """What a logger shows a run as."""
-
-    project: str
-    name: str
-    folder: Path
-    """Where a package may leave files."""
-    config: dict[str, Any]
-    id: str | None
-    """That of the run there which goes on; None: a new one."""
-    noted: int
-    """The position of the last row that it was given; what a kill left unsent is not there."""
-
-
-class Logger(Protocol):
-    """One package; all calls come from one thread, and any of them may raise or hang."""
-
-    def start(self, run: LoggedRun) -> tuple[str, int]:
-        """The run's id there, and the position of the last row that is there; 0: none."""
-
-    def log(self, row: Row) -> None:
-        """Take one row; they come in order."""
-
-    def finish(self) -> None:
-        """Send what is left, and end the run."""
 
 
 def check_loggers(config: RunConfig) -> None:
@@ -88,7 +59,7 @@ class Loggers:
         config: RunConfig,
         first_step: int,
         files: SideFiles,
-        past: Callable[[], Iterable[Row]],
+        past: Callable[[], Iterable[LoggedRow]],
         make: Callable[[str], Logger] = lambda name: PACKAGES[name](),
     ) -> None:
         self.config, self.first_step, self.past = config, first_step, past
@@ -96,7 +67,7 @@ class Loggers:
         names = config.metrics.loggers
         self.threads = [LoggerThread(name, _Resumed(self, name, make(name))) for name in names]
 
-    def add(self, row: Row) -> None:
+    def add(self, row: LoggedRow) -> None:
         """Have every logger log a row."""
         for thread in self.threads:
             thread.add(row)
@@ -116,7 +87,7 @@ class _Resumed:
     def __init__(self, loggers: Loggers, name: str, logger: Logger) -> None:
         self.loggers, self.name, self.logger = loggers, name, logger
 
-    def begin(self) -> tuple[int, Iterator[Row]]:
+    def begin(self) -> tuple[int, Iterator[LoggedRow]]:
         config, first = self.loggers.config, self.loggers.first_step
         project = config.metrics.project
         noted = self.loggers.note.of(self.name)
@@ -136,7 +107,7 @@ class _Resumed:
         missing = (row for row in self.loggers.past() if row.position > position)
         return position, iter(list(missing))
 
-    def log(self, row: Row) -> None:
+    def log(self, row: LoggedRow) -> None:
         self.logger.log(row)
         noted = self.loggers.note.of(self.name)
         self.loggers.note.put(self.name, noted | {"position": row.position})

@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from training.distributed import Ranks
 from training.metrics.event_file import EventFile
-from training.metrics.logger_thread import Row
+from training.metrics.logger_thread import LoggedRow
 from training.metrics.loggers import Loggers
 from training.side_outputs import SideFiles, encode_row, keep_rows, read_rows
 
@@ -31,7 +31,7 @@ class MetricsLog:
         steps: int,
         first_step: int,
         files: SideFiles | None = None,
-        loggers: Callable[[Callable[[], Iterable[Row]]], Loggers] | None = None,
+        loggers: Callable[[Callable[[], Iterable[LoggedRow]]], Loggers] | None = None,
     ) -> None:
         self.is_main = ranks.is_main
         self.evaluations: dict[int, dict[str, Any]] = {}
@@ -53,7 +53,7 @@ class MetricsLog:
         if not self.is_main:
             return
         self.files.append(self.folder / METRICS, encode_row({"step": step, **metrics}))
-        self._log(Row(step, _step_values(metrics)))
+        self._log(LoggedRow(step, _step_values(metrics)))
         self.bar.update()
         if show:
             self.bar.write(step_line(step, int(self.bar.total), metrics))
@@ -64,9 +64,9 @@ class MetricsLog:
             return
         self.evaluations[row["step"]] = row
         self.files.append(self.folder / EVALUATIONS, encode_row(row))
-        self._log(Row(row["step"], _evaluation_values(row), evaluation=True))
+        self._log(LoggedRow(row["step"], _evaluation_values(row), evaluation=True))
 
-    def _log(self, row: Row) -> None:
+    def _log(self, row: LoggedRow) -> None:
         self.board.add(row.values, row.step)
         if self.loggers:
             self.loggers.add(row)
@@ -92,13 +92,13 @@ def _evaluation_values(row: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def _rows_on_record(folder: Path, last_step: int) -> list[Row]:
+def _rows_on_record(folder: Path, last_step: int) -> list[LoggedRow]:
     """What has been logged up to a step, in order."""
     rows = [
-        Row(row["step"], _step_values({k: v for k, v in row.items() if k != "step"}))
+        LoggedRow(row["step"], _step_values({k: v for k, v in row.items() if k != "step"}))
         for row in read_metrics(folder / METRICS)
     ]
-    rows += [Row(r["step"], _evaluation_values(r), True) for r in read_evaluations(folder)]
+    rows += [LoggedRow(r["step"], _evaluation_values(r), True) for r in read_evaluations(folder)]
     return sorted((r for r in rows if r.step <= last_step), key=lambda row: row.position)
 
 
