@@ -1,7 +1,7 @@
 """TensorBoard's scalars for Weights & Biases, MLflow and trackio, over all starts of a run.
 
-`output_dir`/loggers.json notes by logger which run there is this one, and the position (`LoggedRow`) up
-to which it has been given rows. A resumed run goes on there: rows that come again are not logged
+`output_dir`/loggers.json notes by logger which run there is this one, and the position (`LoggedRow`)
+up to which it has been given rows. A resumed run goes on there: rows that come again are not logged
 again, and rows on record in `output_dir` that are not there, as after an outage, are logged first.
 A start at step 0 is a new run there.
 """
@@ -122,6 +122,7 @@ class _Note:
     def __init__(self, path: Path, files: SideFiles) -> None:
         self._path, self._files, self._lock = path, files, threading.Lock()
         self._found: dict[str, dict[str, Any]] = {}
+        self._written = False
         try:
             found = json.loads(path.read_bytes())
             self._found = {k: v for k, v in found.items() if isinstance(v, dict)}
@@ -136,6 +137,8 @@ class _Note:
     def put(self, name: str, noted: dict[str, Any]) -> None:
         with self._lock:
             self._found[name] = noted
-            # Of one length, so that each can be written over the last.
+            # Of one length, so that each can be written over the last; the first one is atomic.
             content = json.dumps(self._found).encode().ljust(_NOTE_BYTES - 1) + b"\n"
-            self._files.replace(self._path, content, in_place=len(content) == _NOTE_BYTES)
+            over = self._written and len(content) == _NOTE_BYTES and self._path.exists()
+            self._written = True
+            self._files.replace(self._path, content, in_place=over)
