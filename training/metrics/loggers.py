@@ -1,9 +1,9 @@
 """TensorBoard's scalars for Weights & Biases, MLflow and trackio, over all starts of a run.
 
-`output_dir`/loggers.json notes by logger which run there is this one, and the position (`LoggedRow`)
-up to which it has been given rows. A resumed run goes on there: rows that come again are not logged
-again, and rows on record in `output_dir` that are not there, as after an outage, are logged first.
-A start at step 0 is a new run there.
+`output_dir`/loggers.json notes by logger which run there is this one, and the position
+(`LoggedRow`) up to which it has been given rows. A resumed run goes on there: rows that come again
+are not logged again, and rows on record in `output_dir` that are not there, as after an outage, are
+logged first. A start at step 0 is a new run there.
 """
 
 import importlib.util
