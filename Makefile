@@ -26,7 +26,7 @@ help:
 	@echo "make lint       ruff and mypy"
 	@echo "make setup      only the virtual environment (VENV=.venv-3.13 PYTHON=python3.13: one more)"
 	@echo "make remote     also the stores that s3:// and gs:// are tested with"
-	@echo "make extras     environments beside it: demo page, lmms-eval, TRL, other releases of transformers"
+	@echo "make extras     environments beside it: demo page, lmms-eval, TRL, loggers, other transformers"
 	@echo "make latest     an exported model with the newest transformers there is"
 
 setup: $(VENV)/installed
@@ -50,9 +50,10 @@ $(VENV)/remote-installed: tests/requirements-remote.txt $(VENV)/installed
 	touch $@
 
 # What only some tests need, on top of the packages of $(VENV): gradio; lmms-eval's evaluator; TRL
-# and PEFT; the oldest and the newest transformers that an exported model is for.
-EXTRAS := $(VENV)-demo $(VENV)-lmms $(VENV)-trl $(VENV)-transformers-oldest \
-  $(VENV)-transformers-newest
+# and PEFT; W&B, MLflow and trackio; the oldest and the newest transformers that an exported model
+# is for.
+EXTRAS := $(VENV)-demo $(VENV)-lmms $(VENV)-trl $(VENV)-loggers \
+  $(VENV)-transformers-oldest $(VENV)-transformers-newest
 extras: $(EXTRAS:=/installed)
 
 # Other versions of Triton, and a tool that runs compiled kernels on a CPU: half a GB to download.

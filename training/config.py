@@ -240,6 +240,23 @@ class ProfileSettings(Settings):
         return steps
 
 
+class MetricsSettings(Settings):
+    """Where the scalars of TensorBoard are logged, too, each by the package of its name."""
+
+    loggers: list[Literal["wandb", "mlflow", "trackio"]] = Field([])
+    project: str = Field("tokenflex", min_length=1)
+    """W&B's and trackio's project, MLflow's experiment."""
+    name: str | None = Field(None, min_length=1)
+    """What the run is called there; null: as the folder `output_dir`."""
+
+    @field_validator("loggers")
+    @classmethod
+    def _each_once(cls, names: list[str]) -> list[str]:
+        if len(set(names)) < len(names):
+            raise ValueError(f"{names}: expected each once")
+        return names
+
+
 class RunConfig(Settings):
     """Everything a run depends on."""
 
@@ -253,6 +270,7 @@ class RunConfig(Settings):
     faults: FaultSettings = FaultSettings()
     eval: EvalSettings = EvalSettings()
     profile: ProfileSettings = ProfileSettings()
+    metrics: MetricsSettings = MetricsSettings()
 
     @model_validator(mode="after")
     def _profiled_steps_come(self) -> "RunConfig":

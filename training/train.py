@@ -10,6 +10,7 @@ checkpoint of `output_dir` unless checkpoint.resume=never.
 
 import argparse
 import sys
+from functools import partial
 
 if not __package__:  # Python would look for the other packages in training/
     print("error: start it as a module, from the root: python -m training.train", file=sys.stderr)
@@ -27,7 +28,7 @@ from training.estimate.dry_run import dry_run
 from training.evaluate.in_training import Evaluation
 from training.flops import peak_flops
 from training.health import Monitor, StopRequest
-from training.metrics import MetricsLog, StepMeter
+from training.metrics import Loggers, MetricsLog, StepMeter, check_loggers
 from training.precision import settle_precision
 from training.profiling import explain_out_of_memory
 from training.run import Run
@@ -57,7 +58,8 @@ def _train(run: Run, saver: checkpoint.Saver, monitor: Monitor) -> int:
     engine, progress = start(run, saver, monitor)
     config, ranks = run.config, run.ranks
     first, last = progress.step, config.train.steps
-    log = MetricsLog(config.output_dir, ranks, last, first, run.files)
+    loggers = partial(Loggers, config, first, run.files)
+    log = MetricsLog(config.output_dir, ranks, last, first, run.files, loggers)
     saver.compare(log.evaluations, run.files)
     data = config.data
     meter = StepMeter(
@@ -154,6 +156,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         config = load_config(args.config, args.overrides)
         check_extra(config)
+        check_loggers(config)
         if args.dry_run:
             if rank_from_environment()[0] == 0:
                 dry_run(config)

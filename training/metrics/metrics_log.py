@@ -1,6 +1,6 @@
-"""Where the metrics of a run go: metrics.jsonl, evaluations.jsonl, TensorBoard, a progress bar."""
+"""Where the metrics of a run go: metrics.jsonl, evaluations.jsonl, TensorBoard, loggers, a bar."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +8,8 @@ from tqdm import tqdm
 
 from training.distributed import Ranks
 from training.metrics.event_file import EventFile
+from training.metrics.logger_thread import LoggedRow
+from training.metrics.loggers import Loggers
 from training.side_outputs import SideFiles, encode_row, keep_rows, read_rows
 
 METRICS, EVALUATIONS = "metrics.jsonl", "evaluations.jsonl"
@@ -17,6 +19,9 @@ class MetricsLog:
     """Rank 0's record of a run: a row per step and per evaluation, TensorBoard, a progress bar.
 
     Resuming drops the rows and events of steps that will run again, and nothing else.
+
+    Args:
+        loggers: makes those that get TensorBoard's scalars, too, from the rows on record.
     """
 
     def __init__(
@@ -26,6 +31,7 @@ class MetricsLog:
         steps: int,
         first_step: int,
         files: SideFiles | None = None,
+        loggers: Callable[[Callable[[], Iterable[LoggedRow]]], Loggers] | None = None,
     ) -> None:
         self.is_main = ranks.is_main
         self.evaluations: dict[int, dict[str, Any]] = {}
@@ -39,6 +45,7 @@ class MetricsLog:
         rows = read_evaluations(folder)
         self.evaluations = {row["step"]: row for row in rows if row["step"] <= first_step}
         self.board = EventFile(folder / "tensorboard", first_step, self.files)
+        self.loggers = loggers(lambda: _rows_on_record(folder, first_step)) if loggers else None
         self.bar = tqdm(total=steps, initial=first_step, unit="step", disable=None, leave=False)
 
     def write(self, step: int, metrics: dict[str, Any], show: bool) -> None:
@@ -46,8 +53,7 @@ class MetricsLog:
         if not self.is_main:
             return
         self.files.append(self.folder / METRICS, encode_row({"step": step, **metrics}))
-        numbers = {k: float(v) for k, v in metrics.items() if isinstance(v, int | float)}
-        self.board.add({_tag(name): value for name, value in numbers.items()}, step)
+        self._log(LoggedRow(step, _step_values(metrics)))
         self.bar.update()
         if show:
             self.bar.write(step_line(step, int(self.bar.total), metrics))
@@ -58,18 +64,42 @@ class MetricsLog:
             return
         self.evaluations[row["step"]] = row
         self.files.append(self.folder / EVALUATIONS, encode_row(row))
-        values = {
-            f"{name}/{result['detail']}/{result['num_image_tokens']}": result[key]
-            for result in row["results"]
-            for name, key in (("accuracy", "accuracy"), ("eval_loss", "loss"))
-        }
-        self.board.add(values, row["step"])
+        self._log(LoggedRow(row["step"], _evaluation_values(row), evaluation=True))
+
+    def _log(self, row: LoggedRow) -> None:
+        self.board.add(row.values, row.step)
+        if self.loggers:
+            self.loggers.add(row)
 
     def close(self) -> None:
         """Wait for what can be written."""
         if self.is_main:
             self.bar.close()
             self.files.flush()
+            if self.loggers:
+                self.loggers.close()
+
+
+def _step_values(metrics: dict[str, Any]) -> dict[str, float]:
+    return {_tag(k): float(v) for k, v in metrics.items() if isinstance(v, int | float)}
+
+
+def _evaluation_values(row: dict[str, Any]) -> dict[str, float]:
+    return {
+        f"{name}/{result['detail']}/{result['num_image_tokens']}": result[key]
+        for result in row["results"]
+        for name, key in (("accuracy", "accuracy"), ("eval_loss", "loss"))
+    }
+
+
+def _rows_on_record(folder: Path, last_step: int) -> list[LoggedRow]:
+    """What has been logged up to a step, in order."""
+    rows = [
+        LoggedRow(row["step"], _step_values({k: v for k, v in row.items() if k != "step"}))
+        for row in read_metrics(folder / METRICS)
+    ]
+    rows += [LoggedRow(r["step"], _evaluation_values(r), True) for r in read_evaluations(folder)]
+    return sorted((r for r in rows if r.step <= last_step), key=lambda row: row.position)
 
 
 def _tag(name: str) -> str:

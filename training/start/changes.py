@@ -51,6 +51,7 @@ ON_RESUME = {
     "faults": HERE,
     "eval": HERE,
     "profile": HERE,
+    "metrics": HERE,
 }
 ORIGINS = [key for key, rule in ON_RESUME.items() if rule == ORIGIN]
 
