@@ -46,6 +46,7 @@ class WandbLogger:
     def start(self, run: LoggedRun) -> tuple[str, int]:
         import wandb
 
+        there = last_logged(run.folder, run.id) if run.id else 0  # of offline starts
         # Without the time limit, a missing key is asked for on a terminal.
         settings = wandb.Settings(console="off", login_timeout=1)
         self.run = wandb.init(
@@ -59,7 +60,7 @@ class WandbLogger:
         )
         self.run.define_metric("*", step_metric="step")
         if self.run.offline:
-            return self.run.id, last_logged(run.folder, self.run.id)
+            return self.run.id, there
         return self.run.id, self.run.step - 1 if self.run.resumed else 0
 
     def log(self, row: LoggedRow) -> None:

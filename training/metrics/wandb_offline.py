@@ -2,18 +2,28 @@
 
 import json
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+SETTLED_S, LONGEST_S = 2.0, 30.0
 _BLOCK, _TAIL = 2**15, 2**21
 _WHOLE, _FIRST, _LAST = 1, 2, 4
 
 
 def last_logged(folder: Path, run: str) -> int:
-    """The last `step=` that was given to `run.log`, over all starts in a folder; 0 without any."""
+    """The last `step=` that was given to `run.log`, over all starts in a folder; 0 without any.
+
+    To be asked before the next start is made. Waits until the newest file rests: W&B's own process
+    writes on for a moment after ours was killed, and names folders by the second.
+    """
     from wandb.proto.wandb_internal_pb2 import Record
 
-    for path in sorted(folder.glob(f"wandb/offline-run-*-{run}/*.wandb"), reverse=True):
+    paths = sorted(folder.glob(f"wandb/offline-run-*-{run}/*.wandb"), reverse=True)
+    end = time.monotonic() + LONGEST_S
+    while paths and time.monotonic() < end and time.time() - _written_at(paths) < SETTLED_S:
+        time.sleep(0.1)
+    for path in paths:
         found = [
             int(json.loads(item.value_json))
             for content in records(path, _TAIL)
@@ -23,6 +33,10 @@ def last_logged(folder: Path, run: str) -> int:
         if found:
             return found[-1]
     return 0
+
+
+def _written_at(paths: list[Path]) -> float:
+    return max(path.stat().st_mtime for path in paths)
 
 
 def records(path: Path, tail: int | None = None) -> Iterator[bytes]:
