@@ -72,6 +72,7 @@ $(VENV)-%/installed: tests/environments/%.txt $(VENV)/installed
 	touch $@
 
 # Whether an exported model works with the newest transformers there is, whatever was tested.
+$(VENV)-transformers-latest/installed: PIP_OPTIONS := --ignore-installed
 latest: setup
 	rm -f $(VENV)-transformers-latest/installed
 	@$(MAKE) --no-print-directory $(VENV)-transformers-latest/installed
