@@ -204,7 +204,12 @@ def test_a_cancelled_job_stays_cancelled(cluster: Cluster, stand_in: dict[str, s
         ),
         ("((SLURM_PROCID)) && sleep 60; sleep 0.5; exit 2", 1, 2, ""),
         ("((SLURM_PROCID)) || sleep 60; sleep 0.5; exit 2", 1, 2, ""),
-        ("((SLURM_PROCID)) || sleep 60; exit 76", 4, 76, "3 restarts in a row saved no checkpoint"),
+        (
+            "((SLURM_PROCID)) || sleep 60; sleep 1; exit 76",
+            4,
+            76,
+            "3 restarts in a row saved no checkpoint",
+        ),
     ],
     ids=["crash loop", "bad input on rank 0", "bad input on rank 1", "stuck"],
 )

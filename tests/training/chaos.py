@@ -35,7 +35,10 @@ from training.checkpoint import finished
 from training.metrics import read_metrics
 from training.record.run_record import PACKAGES
 
-TIMES = {"step_s", "data_wait", "memory_gib"}
+TIMES = {
+    *("step_s", "data_wait", "memory_gib"),
+    *("slowest_rank", "slowest_rank_s", "fastest_rank", "fastest_rank_s"),
+}
 COLUMNS = ("fault", "at step", "exit codes", "job ended after", "resumed at", "steps lost")
 
 
