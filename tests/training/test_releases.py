@@ -66,7 +66,8 @@ def test_another_release_gives_the_same(exported, expected, environment):
         pytest.skip("make latest")
     found = use(exported, python_in(f"transformers-{environment}", "extras"), environment)
     wanted = {"oldest": releases.OLDEST, "newest": releases.NEWEST}
-    assert found.pop("release") == wanted.get(environment, found.get("release"))
+    release = found.pop("release")
+    assert release == wanted.get(environment, release)
     for name, value in expected.items():
         if isinstance(value, torch.Tensor):
             torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-4, msg=name)
