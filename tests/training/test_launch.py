@@ -1,6 +1,7 @@
 """Which rank and GPU a process is given: srun, torchrun, what contradicts itself or is shared."""
 
 import os
+import socket
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +17,7 @@ from training.distributed import (
     local_device,
     rank_from_environment,
 )
+from training.preflight.phases import Board
 
 MEETING = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
 SRUN = {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "3", "SLURM_PROCID": "2", "SLURM_LOCALID": "1"}
@@ -122,3 +124,13 @@ def test_a_gpu_that_another_rank_has_is_refused(monkeypatch: pytest.MonkeyPatch)
         claim_device(Ranks(1, 2, 0, torch.device("cuda", 0)))
     finally:
         dist.destroy_process_group()
+
+
+def test_a_preflight_alone_needs_no_port_of_the_shell(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another run may listen there."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        set_environment(monkeypatch, {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
+        board = Board(0, 1, 10.0)
+        board.put("start", 1)
+        assert board.get("start", 1.0) == 1

@@ -43,8 +43,9 @@ class Board:
 
         self.rank, self.world_size = rank, world_size
         self.started, self.timeout_s = time.monotonic(), timeout_s
-        # One process alone needs neither.
         address, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), os.environ.get("MASTER_PORT", 0)
+        if world_size == 1:  # whatever a shell has exported for other runs: there is nobody to meet
+            address, port = "127.0.0.1", 0
         wait = timedelta(seconds=self.left(NODES_END))
         self.store = TCPStore(address, int(port), None, rank == 0, wait, wait_for_workers=False)
 
