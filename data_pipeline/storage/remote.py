@@ -29,6 +29,7 @@ class RemoteFiles:
         self.counts = ReadCounts()
         self._settings = settings
         self._systems: dict[tuple[int, str], Any] = {}
+        self._connected: set[tuple[int, str]] = set()
         self._lock = threading.Lock()
 
     def stat(self, shard: Shard) -> ShardStat:
@@ -98,10 +99,12 @@ class RemoteFiles:
         if not system.async_impl:  # memory:// and hf://
             request = asyncio.to_thread(getattr(system, method), *args, **options)
             return self._run(shard, limits.answer_s, request)
-        if connect := getattr(system, "set_session", None):
+        key = os.getpid(), shard.protocol
+        if key not in self._connected and (connect := getattr(system, "set_session", None)):
             # No answer to wait for: building a client may take seconds on a busy machine, and one
             # that is cut off is built anew by every attempt.
             self._run(shard, limits.total_s, connect())
+            self._connected.add(key)
         return self._run(shard, limits.answer_s, getattr(system, f"_{method}")(*args, **options))
 
     def _run(self, shard: Shard, limit_s: float, request: Awaitable[_Result]) -> _Result:
