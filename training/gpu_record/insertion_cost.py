@@ -11,6 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from training.model.packed import insert_features
+
 WARMUP, SAMPLES = 5, 20
 
 
@@ -20,8 +22,8 @@ def by_mask(embeds: Tensor, mask: Tensor, positions: Tensor, features: Tensor) -
 
 
 def by_position(embeds: Tensor, mask: Tensor, positions: Tensor, features: Tensor) -> Tensor:
-    """embeds [L, D] with features [K, D] at positions int64 [K]."""
-    return embeds.index_copy(0, positions, features)
+    """embeds [L, D] with features [K, D] at positions int64 [K], as training does it."""
+    return insert_features(embeds[None], positions, features)[0]
 
 
 def insertion_ms(
