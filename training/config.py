@@ -5,7 +5,7 @@ optimisation and the run, and joins them all into `RunConfig`.
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     Field,
@@ -98,6 +98,8 @@ class StageModules(Settings):
 
 
 _Beta = Annotated[float, Field(ge=0, lt=1)]
+RecomputedModule = Literal["vision_model", "language_model"]
+RECOMPUTED: tuple[RecomputedModule, ...] = get_args(RecomputedModule)
 
 
 class TrainSettings(Length, extra="forbid"):
@@ -123,7 +125,9 @@ class TrainSettings(Length, extra="forbid"):
     device: Literal["auto", "cpu"] = "auto"
     """auto: the GPUs, or the CPU of a machine without; GPUs that PyTorch does not see are an error,
     unless the CPU is asked for."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | list[RecomputedModule] = False
+    """Whose layers keep their inputs only and are computed again in backward: all, or of
+    [vision_model, language_model]. Of the projector that is `projector_backward`."""
     projector_backward: Literal["save", "recompute"] = "save"
     """Keep the projector's gates for backward, or compute them again: a seventh of the memory."""
     projector_impl: Literal["auto", "triton", "torch"] = "auto"
@@ -133,6 +137,25 @@ class TrainSettings(Length, extra="forbid"):
     """Print every this many steps; every step is recorded."""
     loss_chunk_tokens: int = Field(4096, gt=0)
     """Most tokens per slice of the logits; a pack's loss runs in ceil(max_tokens / this) slices."""
+
+    @field_validator("gradient_checkpointing", mode="wrap")
+    @classmethod
+    def _switch_or_modules(cls, value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return check(value)
+        except ValidationError as error:
+            raise ValueError(
+                f"expected true, false or a list of {', '.join(RECOMPUTED)}; of the projector "
+                "that is train.projector_backward=recompute"
+            ) from error
+
+    @property
+    def recomputed(self) -> tuple[str, ...]:
+        """The modules whose layers are computed again in backward."""
+        chosen = self.gradient_checkpointing
+        if isinstance(chosen, bool):
+            return RECOMPUTED if chosen else ()
+        return tuple(name for name in RECOMPUTED if name in chosen)
 
     @model_validator(mode="after")
     def _ends(self) -> "TrainSettings":

@@ -1,14 +1,14 @@
 """Which modules train and how fast: freezing, parameter groups, and the table shown at start."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import nn
 
 from data_pipeline.text_table import text_table
-from training.config import ModuleSettings, StageModules, TrainSettings
+from training.config import RECOMPUTED, ModuleSettings, StageModules, TrainSettings
 
 Shape = Callable[[nn.Parameter], tuple[int, ...]]
 """Gives a parameter's shape as a whole, however an engine has partitioned it."""
@@ -35,14 +35,19 @@ def freeze(model: nn.Module, modules: StageModules) -> None:
         module.requires_grad_(settings.trains_whole)
 
 
-def recompute_activations(model: Any) -> None:
-    """Let layers keep their inputs only, and compute the rest again in backward.
+def recompute_activations(model: Any, modules: Sequence[str]) -> None:
+    """Let the layers of these modules keep their inputs only, and compute the rest again.
 
-    transformers makes the embeddings' outputs require gradients with that, for adapters: a frozen
-    tower would be computed again and run backward, for gradients that nothing reads.
+    The others keep all. transformers makes the embeddings' outputs require gradients with that, for
+    adapters: a frozen tower would be computed again and run backward, for gradients that nothing
+    reads.
     """
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.disable_input_require_grads()
+    for name in set(RECOMPUTED).difference(modules):
+        for module in getattr(model, name).modules():
+            if hasattr(module, "gradient_checkpointing"):
+                module.gradient_checkpointing = False
 
 
 def parameter_groups(

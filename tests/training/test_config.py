@@ -116,6 +116,10 @@ def test_a_wrong_setting_is_named(override: str, expected: str) -> None:
             "train.modules.language_model.train=rows",
             r"1 problem:\n.*language_model\.train: expected .* new_tokens \(found 'rows'",
         ),
+        (
+            "train.gradient_checkpointing=[projector]",
+            r"1 problem:\n.*gradient_checkpointing: expected .*vision_model.*projector_backward",
+        ),
         ("train.modules.projector.lr=.inf", r"train\.modules\.projector\.lr: .*finite"),
         ("train.modules.projector.lr=nan", r"train\.modules\.projector\.lr: .*finite"),
         ("train.betas=[0.9, 1]", r"train\.betas\.1: .*less than 1"),

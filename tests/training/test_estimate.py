@@ -44,6 +44,7 @@ FROZEN = [
     "train.gradient_checkpointing=true",
 ]
 OFFLOAD = ["deepspeed.offload_optimizer=cpu", "train.loss_chunk_tokens=256"]
+OFFLOAD += ["train.gradient_checkpointing=[vision_model]"]
 
 
 @pytest.mark.multiprocess
@@ -153,6 +154,19 @@ def test_a_config_that_fits_nowhere_is_told_what_would_help() -> None:
         estimate_of(wide, gpus=8, gradient_checkpointing="false").check_fits()
     with pytest.raises(InputError, match="larger GPU"):
         estimate_of(model_of_memory(resident=Counter(bucket=400 * GIB))).check_fits()
+
+
+def test_the_other_way_of_checkpointing_is_all_layers_until_all_have_it() -> None:
+    memory, ways = model_of_memory(other=GIB), {}
+    for chosen in ("true", "false", "[language_model]"):
+        report = text(estimate_of(memory, gradient_checkpointing=chosen))
+        ways[chosen] = next(line for line in report.splitlines() if "checkpointing" in line)
+    assert "20.00 GiB with activation checkpointing, 1.00 without" in ways["true"]
+    assert "20.00 GiB without activation checkpointing, 1.00 with" in ways["false"]
+    assert "but of language_model, 1.00 with it for all layers" in ways["[language_model]"]
+    wide = model_of_memory(within=Counter(decoder=60 * GIB), other=2 * GIB)
+    with pytest.raises(InputError, match="gradient_checkpointing=true"):
+        estimate_of(wide, gradient_checkpointing="[language_model]").check_fits()
 
 
 def test_the_largest_pack_fills_the_room() -> None:

@@ -85,8 +85,8 @@ def run(config: TokenFlexConfig, train: TrainSettings, sides: list[int], chunks:
     freeze(model, train.modules)
     if train.modules.language_model.train == "new_tokens":
         train_new_rows(model, [7, 9])
-    if train.gradient_checkpointing:
-        recompute_activations(model)
+    if train.recomputed:
+        recompute_activations(model, train.recomputed)
     with FlopCounterMode(display=False, custom_mapping=ON_CPU) as counter:
         model(**pack(sides), loss_chunks=chunks).loss.backward()
     return float(counter.get_total_flops())
@@ -117,6 +117,12 @@ CHECKPOINTED = {"gradient_checkpointing": True}
         ),
         pytest.param(
             settings("language_model", **CHECKPOINTED), MANY, 1, {}, {}, id="frozen, checkpointing"
+        ),
+        pytest.param(
+            settings(gradient_checkpointing=["vision_model"]), MANY, 1, {}, {}, id="tower again"
+        ),
+        pytest.param(
+            settings(gradient_checkpointing=["language_model"]), MANY, 1, {}, {}, id="decoder again"
         ),
         pytest.param(settings(), MANY, 4, {}, {}, id="loss in slices"),
         pytest.param(settings(), MANY, 1, {}, {"tie_word_embeddings": True}, id="tied head"),

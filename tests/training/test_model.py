@@ -13,12 +13,14 @@ from transformers.cache_utils import DynamicCache
 
 from data_pipeline.errors import InputError
 from kernels import token_adaptive_projector
+from training.config import RECOMPUTED
 from training.model import (
     RELEASED_NAMES,
     PackedTokenFlex,
     TokenAdaptiveProjector,
     TokenFlexConfig,
 )
+from training.parameters import recompute_activations
 
 IMAGE_TOKEN, VOCAB, TILE = 3, 64, 16
 VISION = {
@@ -374,6 +376,27 @@ def test_gradient_checkpointing_changes_no_gradient(model):
     layer.register_forward_pre_hook(lambda *_: calls.append(1))
     other(**batch).loss.backward()
     assert len(calls) == 2
+    assert_same_gradients(gradients(other), expected)
+
+
+@pytest.mark.parametrize("chosen", [[], ["vision_model"], ["language_model"], list(RECOMPUTED)])
+def test_only_the_chosen_layers_are_computed_again(model, chosen):
+    batch = make_batch(SAMPLES)
+    model(**batch).loss.backward()
+    expected = gradients(model)
+    other = copy.deepcopy(model).train()
+    other.zero_grad()
+    calls: list[str] = []
+    recompute_activations(other, RECOMPUTED)
+    recompute_activations(other, chosen)  # says of every module what it does
+    layers = {"vision_model": other.vision_model, "language_model": other.language_model}
+    for name, part in layers.items():
+        norm = next(m for m in part.modules() if isinstance(m, nn.ModuleList))[0].mlp
+        norm.register_forward_pre_hook(lambda *_, name=name: calls.append(name))
+    other(**batch).loss.backward()
+    assert {name: calls.count(name) for name in layers} == {
+        name: 1 + (name in chosen) for name in layers
+    }
     assert_same_gradients(gradients(other), expected)
 
 

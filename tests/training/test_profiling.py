@@ -11,11 +11,13 @@ import torch
 
 from data_pipeline.errors import InputError
 from tests.ranks import RankPool
-from tests.training.scenarios import tiny_config
+from tests.training.scenarios import DIGITS, tiny_config
 from tests.training.start_scenarios import Outcome, run
+from training.config import load_config
 from training.distributed import Ranks
 from training.model.packed import PackedTokenFlex
 from training.profiling import StepProfiler, phase
+from training.profiling.out_of_memory import remedies
 from training.profiling.phase_table import phase_times, read_trace, table
 
 IN_A_STEP = ("data", "vision", "projector", "insert", "decoder", "loss", "backward", "optimizer")
@@ -165,6 +167,14 @@ def out_of_memory_in(ranks: Ranks, corpus: Path, out: Path, *overrides: str) -> 
 
     with patch.object(PackedTokenFlex, "_decode", decode):
         return run(ranks, corpus, out, *overrides)
+
+
+def test_a_phase_is_told_of_its_own_layers() -> None:
+    chosen = "train.gradient_checkpointing=[language_model]"
+    config = load_config(DIGITS, [chosen])
+    found = {phase: remedies(phase, config) for phase in ("vision", "decoder", "backward")}
+    named = {phase: "train.gradient_checkpointing=true" in them for phase, them in found.items()}
+    assert named == {"vision": True, "decoder": False, "backward": True}
 
 
 def test_out_of_memory_says_what_to_change(

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from training.config import RunConfig
+from training.config import RECOMPUTED, RunConfig
 from training.estimate.packs import PackShape, covering, fake_inputs
 from training.estimate.trial import StepMemory, Trial, fake_trial
 from training.parameters import recompute_activations
@@ -39,8 +39,8 @@ class MemoryModel:
     resident: by kind on `ranks` ranks, between steps. within: above that while a pack is trained,
     at its peak. update: above that at the peak of the optimizer's step. by_token, by_tile: bytes
     that `within` grows by; None where they were not asked for. other: `within` with activation
-    checkpointing switched the other way; None where it was not tried. gathered, reduced: bytes of
-    whole tensors in a pack's collectives.
+    checkpointing of all layers, or of none where all have it; None where it was not tried.
+    gathered, reduced: bytes of whole tensors in a pack's collectives.
     """
 
     ranks: int
@@ -120,7 +120,7 @@ def _measure(
     if thorough:
         widest = packs[seen.index(largest)]
         fields["by_token"], fields["by_tile"] = _slopes(widest, _above(largest).total(), step)
-        _switch_checkpointing(trial, config.train.gradient_checkpointing)
+        _switch_checkpointing(trial, config.train.recomputed)
         fields["other"] = _above(step(widest)).total()
     resident = trial.resident()
     return MemoryModel(
@@ -154,9 +154,5 @@ def _slopes(pack: PackShape, bytes_now: int, step: Any) -> tuple[float, float]:
     return max(0.0, by_token), max(0.0, by_tile)
 
 
-def _switch_checkpointing(trial: Trial, is_on: bool) -> None:
-    model: Any = trial.engine.module
-    if is_on:
-        model.gradient_checkpointing_disable()
-    else:
-        recompute_activations(model)
+def _switch_checkpointing(trial: Trial, recomputed: tuple[str, ...]) -> None:
+    recompute_activations(trial.engine.module, () if recomputed == RECOMPUTED else RECOMPUTED)

@@ -7,7 +7,7 @@ from typing import Any
 from data_pipeline.errors import InputError
 from data_pipeline.plotting import BLUE, picture
 from data_pipeline.text_table import text_table
-from training.config import RunConfig
+from training.config import RECOMPUTED, RunConfig
 from training.estimate.fitting import RESERVED, largest_that_fits, remedies, room
 from training.estimate.rank_memory import MemoryModel
 from training.estimate.speed import Cluster, StepTime, step_time
@@ -88,6 +88,14 @@ def _numbers(estimate: Estimate) -> list[int]:
     return sorted({*RANKS, estimate.cluster.ranks})
 
 
+def checkpointing_ways(recomputed: tuple[str, ...]) -> tuple[str, str]:
+    """The activation checkpointing that is set, and the other way that `other` stands for."""
+    if recomputed == RECOMPUTED:
+        return "with activation checkpointing", "without"
+    some = f" but of {recomputed[0]}" if recomputed else ""
+    return f"without activation checkpointing{some}", "with it for all layers" if some else "with"
+
+
 def text(estimate: Estimate) -> str:
     """The whole report."""
     cluster, memory, config = estimate.cluster, estimate.memory, estimate.config
@@ -104,10 +112,10 @@ def text(estimate: Estimate) -> str:
     ]
     if memory.other is not None:
         now, other = memory.within.total(), memory.other
-        ways = ("with", "without") if config.train.gradient_checkpointing else ("without", "with")
+        ways = checkpointing_ways(config.train.recomputed)
         lines += [
-            f"beyond what stays between steps: {now / GIB:.2f} GiB {ways[0]} activation "
-            f"checkpointing, {other / GIB:.2f} {ways[1]}"
+            f"beyond what stays between steps: {now / GIB:.2f} GiB {ways[0]}, "
+            f"{other / GIB:.2f} {ways[1]}"
         ]
     if largest := largest_that_fits(memory, cluster, worst.tokens, worst.tiles):
         lines.append(

@@ -107,23 +107,30 @@ class PackCost:
         )  # pixels have no gradient
         positions = float(self._positions)
         return PartFlops(patches) + self._stack(
-            self._tower, positions * tiles, positions**2 * tiles, trains, trains
+            self._tower, positions * tiles, positions**2 * tiles, trains, trains, "vision_model"
         )
 
     def _layers(self, lengths: npt.NDArray[np.float64]) -> PartFlops:
         pairs = lengths * lengths if self._masked else lengths * (lengths + 1) / 2
         trains = self._train.modules.language_model.trains_whole
-        return self._stack(self._decoder, float(lengths.sum()), float(pairs.sum()), True, trains)
+        size = float(lengths.sum()), float(pairs.sum())
+        return self._stack(self._decoder, *size, True, trains, "language_model")
 
     def _stack(
-        self, stack: LayerStack, positions: float, pairs: float, backward: bool, trains: bool
+        self,
+        stack: LayerStack,
+        positions: float,
+        pairs: float,
+        backward: bool,
+        trains: bool,
+        module: str,
     ) -> PartFlops:
-        """All layers of one; `backward`: whether gradients pass through."""
+        """All layers of a module; `backward`: whether gradients pass through."""
         product = 2.0 * stack.weights * positions
         attention = 4.0 * stack.width * pairs
         model = product * (1 + backward + trains) + attention * (1 + 2 * backward)
         extra = 2.0 * stack.width * pairs * backward
-        if backward and self._train.gradient_checkpointing:
+        if backward and module in self._train.recomputed:
             # It ends where all that was dropped is there again: before a layer's last product.
             extra += product - 2.0 * stack.last * positions + attention
         return PartFlops(stack.layers * model, stack.layers * extra)

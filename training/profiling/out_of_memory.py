@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 
 from data_pipeline.errors import InputError
-from training.config import OFFLOAD_OPTIMIZER, RunConfig
+from training.config import OFFLOAD_OPTIMIZER, RECOMPUTED, RunConfig
 from training.distributed import Ranks
 from training.side_outputs import attempt
 
@@ -52,7 +52,8 @@ def _text(error: RuntimeError, config: RunConfig, ranks: Ranks) -> str:
 def remedies(phase: str, config: RunConfig) -> list[str]:
     """Settings that lower the peak of a phase and are not used yet, the cheapest first."""
     train, pack = config.train, config.data.pack
-    layers = [] if train.gradient_checkpointing else ["train.gradient_checkpointing=true"]
+    recompute = ["train.gradient_checkpointing=true"]
+    vision, decoder = (recompute if m not in train.recomputed else [] for m in RECOMPUTED)
     gates = ["train.projector_backward=recompute"] if train.projector_backward == "save" else []
     tiles = [f"a smaller data.pack.max_tiles (now {pack.max_tiles})"]
     tokens = [f"a smaller data.pack.max_tokens (now {pack.max_tokens})"]
@@ -60,12 +61,12 @@ def remedies(phase: str, config: RunConfig) -> list[str]:
     offload = [] if config.optimizer_on_host else [OFFLOAD_OPTIMIZER]
     state = [*offload, "more ranks, which share parameters and optimizer"]
     found = {
-        "vision": [*layers, *tiles],
+        "vision": [*vision, *tiles],
         "projector": [*gates, *tiles],
-        "insert": [*layers, *tokens],
-        "decoder": [*layers, *tokens],
+        "insert": [*decoder, *tokens],
+        "decoder": [*decoder, *tokens],
         "loss": [*chunks, *tokens],
-        "backward": [*layers, *gates, *chunks, *tokens, *tiles],
+        "backward": [*(vision or decoder), *gates, *chunks, *tokens, *tiles],
         "evaluation": [f"a smaller eval.max_tokens (now {config.eval.max_tokens})"],
     }
     return [*found.get(phase, []), *state]

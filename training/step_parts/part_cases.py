@@ -44,7 +44,7 @@ class PartMaker:
         return self._part(
             *("vision", f"a tower layer, {tiles} tiles of {positions} positions", len(layers)),
             *(layers[0], shape, lambda m, device: lambda x, w: _first(m(x, None))),
-            again=trains.train and self.train.gradient_checkpointing,
+            again=trains.train and "vision_model" in self.train.recomputed,
             x_grad=trains.train,
             trains=trains.train,
             products=float(stack.weights) * tiles * positions,
@@ -188,7 +188,7 @@ class PartMaker:
             times or len(self._layers(self.decoder)),
             *(module, shape, ours),
             trains=self.train.modules.language_model.trains_whole,
-            again=self.train.gradient_checkpointing,
+            again="language_model" in self.train.recomputed,
             **more,
         )
 

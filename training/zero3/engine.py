@@ -149,8 +149,8 @@ def build_engine(
         freeze(model, config.train.modules)
         if new_tokens:
             train_new_rows(model, new_tokens, _rows)
-        if config.train.gradient_checkpointing:
-            recompute_activations(model)
+        if config.train.recomputed:
+            recompute_activations(model, config.train.recomputed)
         optimizer = _optimizer(model, config, ranks)
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
     return Zero3Engine(engine)
