@@ -24,6 +24,9 @@ IGNORE = -100
 class PackedBatch:
     """One pack as the model takes it: L tokens of S samples, T tiles.
 
+    Where the plan has copies of a sample, at several token counts, each counts as a sample here,
+    but for `num_samples`, `num_images` and `bad`.
+
     input_ids: int64 [L].
     position_ids: int64 [L], from 0 in each sample.
     cu_seqlens: int32 [S+1]; sample s has the tokens cu_seqlens[s] .. cu_seqlens[s+1].
@@ -34,7 +37,7 @@ class PackedBatch:
     image_positions: int64 [sum of n^2], where the features of the tiles go.
     tiles: uint8 [T, 3, H, W], in the order of their tokens.
     tile_sides: n of each tile (n^2 tokens), on the host.
-    num_images: images that the tiles were cut from.
+    num_images: images that the tiles were cut from. num_samples: different samples.
     sample_ids: ids in the mixture.
     sample_datasets: number of each sample's dataset.
     sample_sides: n of each sample if its images share one, 0 for text only, -1 for several.
@@ -58,6 +61,7 @@ class PackedBatch:
     tiles: torch.Tensor
     tile_sides: list[int]
     num_images: int
+    num_samples: int
     sample_ids: list[int]
     sample_datasets: list[int]
     sample_sides: list[int]
@@ -81,12 +85,11 @@ class PackedBatch:
 
 @dataclass(frozen=True)
 class _Sample:
-    """The content of one good sample, K tokens; its tiles are where `_read` was told to write."""
+    """The content of one copy of a good sample, K tokens."""
 
     input_ids: np.ndarray
     supervised: np.ndarray
     tile_sides: list[int]
-    num_images: int
 
 
 class PackBuilder:
@@ -133,26 +136,29 @@ class PackBuilder:
         tile_sides: list[int] = []
         num_images = 0
         bad: list[BadSample] = []
-        for i, sample in enumerate(sample_ids):
+        for places in pack.samples:
+            sample = sample_ids[places.start]
             try:
                 # The room of a bad sample is the next one's.
-                room = tiles[len(tile_sides) :]
-                content = self._read(sample, int(lengths[i]), pack.sides[i], pack.tiles[i], room)
+                copies = self._read(sample, pack, places, tiles[len(tile_sides) :])
             except (MemoryError, StoreError):  # no fault of the sample
                 raise
             except Exception as error:  # decoders meet anything; one sample must not end the run
                 bad.append(self.mixture.bad_sample(sample, _reason(error)))
                 continue
-            own = slice(cu_seqlens[i], cu_seqlens[i + 1])
-            input_ids[own] = content.input_ids
-            labels[own] = np.where(content.supervised, content.input_ids, IGNORE)
-            supervised = max(1, int(content.supervised.sum()))
-            loss_weights[own] = self._loss_weight(supervised) * content.supervised
-            tile_sides += content.tile_sides
-            num_images += content.num_images
+            for i, content in zip(places, copies, strict=True):
+                own = slice(cu_seqlens[i], cu_seqlens[i + 1])
+                input_ids[own] = content.input_ids
+                labels[own] = np.where(content.supervised, content.input_ids, IGNORE)
+                supervised = max(1, int(content.supervised.sum()))
+                weight = self._loss_weight(supervised) / len(places)  # the mean over the copies
+                loss_weights[own] = weight * content.supervised
+                tile_sides += content.tile_sides
+            num_images += len(pack.sides[places.start])
         features = sum(side * side for side in tile_sides)
-        places = np.flatnonzero(input_ids == self._image_context)
-        assert len(places) == features, f"{len(places)} <IMG_CONTEXT> for {features} image features"
+        image_positions = np.flatnonzero(input_ids == self._image_context)
+        found = len(image_positions)
+        assert found == features, f"{found} <IMG_CONTEXT> for {features} image features"
         supervised_tokens = np.flatnonzero(labels != IGNORE)
         return PackedBatch(
             input_ids=torch.from_numpy(input_ids),
@@ -165,10 +171,11 @@ class PackBuilder:
             target_positions=torch.from_numpy(supervised_tokens - 1),
             targets=torch.from_numpy(labels[supervised_tokens]),
             target_weights=torch.from_numpy(loss_weights[supervised_tokens]),
-            image_positions=torch.from_numpy(places),
+            image_positions=torch.from_numpy(image_positions),
             tiles=torch.from_numpy(tiles[: len(tile_sides)]),
             tile_sides=tile_sides,
             num_images=num_images,
+            num_samples=len(pack.samples),
             sample_ids=sample_ids,
             sample_datasets=[self.mixture.dataset(sample) for sample in sample_ids],
             sample_sides=[_common_side(sides) for sides in pack.sides],
@@ -177,26 +184,21 @@ class PackBuilder:
             bad=bad,
         )
 
-    def _read(
-        self,
-        sample: int,
-        length: int,
-        sides: np.ndarray,
-        planned: np.ndarray,
-        room: np.ndarray,
-    ) -> _Sample:
+    def _read(self, sample: int, pack: PackPlan, places: range, room: np.ndarray) -> list[_Sample]:
         """Read and decode one sample; InputError if it is not what the index says.
 
         Args:
-            length: planned tokens. sides, planned: n and tiles of each image, int64 [images].
-            room: uint8 [T, 3, H, W]; its tiles are written to the beginning.
+            places: of its copies in the pack, which are returned.
+            room: uint8 [T, 3, H, W]; the tiles of the copies are written to the beginning.
         """
         content, images = self.mixture.read(sample)
         chat = tokenize_chat(content["messages"], self._tokenizer, self._chat)
-        image_tokens = sides**2 * planned
-        _check("tokens", len(chat.input_ids), length - int(image_tokens.sum()))
+        planned = pack.tiles[places.start]
+        image_tokens = [pack.sides[i] ** 2 * planned for i in places]
+        for i, tokens in zip(places, image_tokens, strict=True):
+            _check("tokens", len(chat.input_ids), int(pack.lengths[i]) - int(tokens.sum()))
         _check("supervised tokens", sum(chat.supervised), self.mixture.supervised_tokens(sample))
-        _check("images", len(chat.image_positions), len(sides))
+        _check("images", len(chat.image_positions), len(planned))
         sizes = self.mixture.image_sizes(sample).tolist()
         found = [num_tiles(width, height, self._tiling) for width, height in sizes]
         _check("tiles", found, planned.tolist())
@@ -210,14 +212,16 @@ class PackBuilder:
                 resample=self._resample,
                 out=room[ends[i] - found[i] : ends[i]],
             )
-        input_ids, supervised = expand_images(chat, image_tokens.tolist(), self._image_context)
-        supervised[0] = False  # nothing comes before it that could predict it
-        return _Sample(
-            input_ids=np.array(input_ids),
-            supervised=np.array(supervised),
-            tile_sides=np.repeat(sides, planned).tolist(),
-            num_images=len(found),
-        )
+        count = sum(found)
+        for copy in range(1, len(places)):
+            room[copy * count : (copy + 1) * count] = room[:count]
+        copies = []
+        for i, tokens in zip(places, image_tokens, strict=True):
+            input_ids, supervised = expand_images(chat, tokens.tolist(), self._image_context)
+            supervised[0] = False  # nothing comes before it that could predict it
+            sides = np.repeat(pack.sides[i], planned).tolist()
+            copies.append(_Sample(np.array(input_ids), np.array(supervised), sides))
+        return copies
 
 
 def _reason(error: Exception) -> str:

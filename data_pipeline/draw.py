@@ -6,7 +6,7 @@ process can compute any part of an epoch alone, in any order, and gets what the 
 
 import hashlib
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -29,6 +29,8 @@ class TokenCountSettings(Settings):
     """Probability of each count. A count with probability 0 is evaluated but not trained."""
     draw: Literal["image", "sample", "pack"] = "image"
     """What shares one drawn count: the tiles of an image, the images of a sample, or a pack."""
+    schedule: Literal["stochastic", "nested"] = "stochastic"
+    """stochastic: counts are drawn; nested: a copy of each sample at every trained count."""
 
     @model_validator(mode="after")
     def _check(self) -> "TokenCountSettings":
@@ -47,6 +49,11 @@ class TokenCountSettings(Settings):
                 f"probabilities {self.probabilities} sum to {sum(self.probabilities):.6g}; "
                 "they must sum to 1"
             )
+        if self.schedule != "stochastic" and self.draw == "pack":
+            problems.append(
+                f"draw=pack gives a pack one count, but schedule={self.schedule} puts a sample's "
+                "copies at all counts into one pack; leave draw out"
+            )
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -61,6 +68,25 @@ class TokenCountSettings(Settings):
         """The sides that training can draw (probability above 0), ascending."""
         drawn = zip(self.sides, self.probabilities, strict=True)
         return sorted(side for side, probability in drawn if probability > 0)
+
+    @property
+    def shares(self) -> list[float]:
+        """Part of the images that each count is meant to get, in the order of `counts`."""
+        if self.schedule == "stochastic":
+            return self.probabilities
+        return [(p > 0) / len(self.trained_sides) for p in self.probabilities]
+
+    def describe(self) -> str:
+        """The counts, and how samples get them."""
+        if self.schedule == "stochastic":
+            return f"{self.counts} at {self.probabilities}"
+        counts = [n * n for n in self.trained_sides]
+        return f"{counts}, each sample at all of them ({self.schedule})"
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What the plan depends on; without the default schedule, which older checkpoints lack."""
+        default = {"schedule"} if self.schedule == "stochastic" else None
+        return self.model_dump(mode="json", exclude=default)
 
 
 def uniform_hash(seed: int, purpose: str, *columns: int | np.ndarray) -> np.ndarray:

@@ -173,7 +173,7 @@ class _BadRate:
 
     def count(self, packs: list[PackedBatch]) -> None:
         for pack in packs:
-            self.samples += len(pack.sample_ids)
+            self.samples += pack.num_samples
             self.bad += len(pack.bad)
             for bad in pack.bad:
                 if len(self.first) < _NAMED_BAD_SAMPLES:

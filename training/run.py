@@ -106,7 +106,7 @@ class Run:
             "data.tokenizer": self.tokenizer.fingerprint,
             "data.chat": config.data.chat.model_dump(mode="json"),
             "data.tiling": config.data.tiling.model_dump(mode="json"),
-            "data.tokens": config.data.tokens.model_dump(mode="json"),
+            "data.tokens": config.data.tokens.fingerprint(),
             "data.pack": config.data.pack.model_dump(mode="json"),
             "model": config.model.model_dump(mode="json", exclude=sources),
             "train.precision": config.train.precision,
@@ -145,8 +145,7 @@ class Run:
         self.say(
             f"world size {self.ranks.world_size} ({self.ranks.device.type}), {accumulation} packs "
             f"of at most {config.data.pack.max_tokens} tokens per rank and step, "
-            f"{len(self.mixture)} samples, token counts {config.data.tokens.counts} at "
-            f"{config.data.tokens.probabilities}"
+            f"{len(self.mixture)} samples, token counts {config.data.tokens.describe()}"
         )
         self.say(
             f"precision: {config.train.precision}; projector: {self.projector_impl}, "

@@ -79,5 +79,6 @@ def report_fault(verdict: Verdict, batch: StepBatch, step: int, run: Run) -> Non
 def sample_names(batch: StepBatch, run: Run) -> str:
     """The first samples of the step over all ranks, as shard:key (all ranks must call this)."""
     ids = [sample for pack in batch.packs for sample in pack.sample_ids]
-    names = [run.mixture.name(sample) for ids in gather(ids) for sample in ids]
+    different = dict.fromkeys(sample for ids in gather(ids) for sample in ids)
+    names = [run.mixture.name(sample) for sample in different]
     return f"{', '.join(names[:20])}{', ...' if len(names) > 20 else ''}"

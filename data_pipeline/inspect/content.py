@@ -46,7 +46,8 @@ def unpack(batch: PackedBatch, plan: PackPlan, tokenizer: Tokenizer) -> list[Bui
     input_ids, labels, tiles = (t.numpy() for t in (batch.input_ids, batch.labels, batch.tiles))
     context = tokenizer.special_id("<IMG_CONTEXT>")
     reasons = iter(batch.bad)
-    samples, tile = [], 0
+    firsts = {places.start for places in plan.samples}
+    samples, tile, reason = [], 0, ""
     for i, planned in enumerate(plan.tiles):
         own = slice(bounds[i], bounds[i + 1])
         # A sample that could not be used is all padding; a good one begins with <|im_start|>.
@@ -54,7 +55,8 @@ def unpack(batch: PackedBatch, plan: PackPlan, tokenizer: Tokenizer) -> list[Bui
         end = tile if bad else tile + int(planned.sum())
         sides = batch.tile_sides[tile:end]
         assert sum(n * n for n in sides) == np.count_nonzero(input_ids[own] == context)
-        reason = next(reasons).reason if bad else ""
+        if i in firsts:  # its copies are as good
+            reason = next(reasons).reason if bad else ""
         samples.append(BuiltSample(input_ids[own], labels[own], tiles[tile:end], sides, reason))
         tile = end
     assert tile == len(tiles) and next(reasons, None) is None

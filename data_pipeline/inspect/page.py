@@ -105,9 +105,7 @@ def _window(report: Inspection) -> dict[str, Any]:
         ],
         "counts": [
             (side**2, side, int((placed.sides == side).sum()), probability)
-            for side, probability in sorted(
-                zip(data.tokens.sides, data.tokens.probabilities, strict=True)
-            )
+            for side, probability in sorted(zip(data.tokens.sides, data.tokens.shares, strict=True))
         ],
     }
 

@@ -6,18 +6,20 @@ from dataclasses import dataclass
 import numpy as np
 
 from data_pipeline.plan.state import PlanState
-from data_pipeline.plan.window_samples import Drawn, WindowSamples
+from data_pipeline.plan.window_samples import Drawn, WindowSamples, ranges
 
 
 @dataclass(frozen=True)
 class PackPlan:
-    """One pack of S samples.
+    """One pack of S samples, or copies of samples at different token counts.
 
     sample_ids: int64 [S]; S is 0 for an empty stand-in.
     lengths: int64 [S], tokens of each, image tokens included.
     sides, tiles: per sample, int64 [images of the sample]; side n of each image's token grid, and
         the tiles it is cut into.
     flops: what the pack costs by the planner's model, forward and backward.
+    copies: int64 [S], how many copies of each sample there are, one after the other, the one of the
+        fewest tokens first; None: every sample is there once.
     """
 
     sample_ids: np.ndarray
@@ -25,6 +27,18 @@ class PackPlan:
     sides: tuple[np.ndarray, ...]
     tiles: tuple[np.ndarray, ...]
     flops: float = 0.0
+    copies: np.ndarray | None = None
+
+    @property
+    def samples(self) -> list[range]:
+        """The places of each different sample's copies."""
+        if self.copies is None:
+            return [range(i, i + 1) for i in range(len(self.sample_ids))]
+        found, copies, place = [], self.copies.tolist(), 0
+        while place < len(copies):
+            found.append(range(place, place + copies[place]))
+            place = found[-1].stop
+        return found
 
     @property
     def tokens(self) -> int:
@@ -107,14 +121,20 @@ class WindowPlan:
             yield plan, self.following if last else self.state.at_step(step + 1)
 
     def _pack(self, items: np.ndarray) -> PackPlan:
-        starts = self.samples.image_start
-        parts = [slice(*starts[i : i + 2]) for i in items.tolist()]
+        drawn, first = self.drawn, self.drawn.copy_start[items]
+        copies = drawn.copy_start[items + 1] - first
+        owner, places = np.repeat(items, copies), ranges(first, copies)
+        starts, ends = self.samples.image_start[owner], self.samples.image_start[owner + 1]
+        parts = zip(starts.tolist(), ends.tolist(), strict=True)
+        starts, ends = drawn.side_start[places], drawn.side_start[places + 1]
+        sides = zip(starts.tolist(), ends.tolist(), strict=True)
         return PackPlan(
-            sample_ids=self.samples.ids[items],
-            lengths=self.drawn.lengths[items],
-            sides=tuple(self.drawn.sides[part] for part in parts),
-            tiles=tuple(self.samples.image_tiles[part] for part in parts),
+            sample_ids=self.samples.ids[owner],
+            lengths=drawn.copy_lengths[places],
+            sides=tuple(drawn.sides[start:end] for start, end in sides),
+            tiles=tuple(self.samples.image_tiles[start:end] for start, end in parts),
             flops=float(self.flops[items].sum()),
+            copies=np.repeat(copies, copies),
         )
 
 

@@ -140,10 +140,12 @@ class Planner:
             )
         )
         samples = samples.select(fits)
-        drawn = draw(samples, self._counts, self._pack.max_tokens, self._seed)
+        limits = self._pack
+        drawn = draw(samples, self._counts, limits.max_tokens, self._seed, limits.max_tiles)
         first = int(fits[: len(state.carry)].sum())
         last = not self._left(following).any()
-        flops = self._cost.flops(drawn.lengths, samples.tiles)
+        of_copies = self._cost.flops(drawn.copy_lengths, samples.tiles[drawn.owner])
+        flops = np.bincount(drawn.owner, weights=of_copies, minlength=len(samples))
         pack, num_steps = self._packs(samples, drawn, flops, first, last, state.window)
         carried, carried_epochs = left_over(pack, (samples.ids, samples.epochs))
         dataset, numbers = split_ids(carried)
@@ -187,7 +189,7 @@ class Planner:
         window: int,
     ) -> tuple[np.ndarray, int]:
         """(pack of each sample or -1, number of steps); the first `first` were carried over."""
-        tiles, groups = samples.tiles, np.unique(drawn.groups)
+        tiles, groups = samples.tiles * drawn.copies, np.unique(drawn.groups)
 
         def balanced(members: np.ndarray, packs_per_step: int) -> Packing:
             return balance(

@@ -56,15 +56,32 @@ class WindowSamples:
 
 @dataclass(frozen=True)
 class Drawn:
-    """What was drawn for S samples with I images.
+    """What was drawn for S samples: C copies of them, each at counts of its own, in one pack.
 
-    lengths: int64 [S], tokens with image tokens. groups: int64 [S]; only samples of one group may
-    share a pack. sides: int64 [I], n of each image.
+    lengths: int64 [S], tokens with image tokens, of all copies of a sample together.
+    groups: int64 [S]; only samples of one group may share a pack.
+    copy_start: int64 [S+1]; the copies of sample i are copy_start[i] .. copy_start[i+1].
+    copy_lengths: int64 [C], tokens of each copy.
+    side_start: int64 [C+1]; the images of copy c are side_start[c] .. side_start[c+1] in `sides`.
+    sides: int64 [images of all copies], n of each image.
     """
 
     lengths: np.ndarray
     groups: np.ndarray
+    copy_start: np.ndarray
+    copy_lengths: np.ndarray
+    side_start: np.ndarray
     sides: np.ndarray
+
+    @property
+    def copies(self) -> np.ndarray:
+        """Copies of each sample, int64 [S]."""
+        return np.diff(self.copy_start)
+
+    @property
+    def owner(self) -> np.ndarray:
+        """The sample of each copy, int64 [C]."""
+        return np.repeat(np.arange(len(self.lengths)), self.copies)
 
 
 def gather(
@@ -87,8 +104,8 @@ def gather(
     sizes = np.empty((2, image_start[-1]), np.int64)
     for index, shard, places in shards:
         columns, rows = index.columns(shard), numbers[places] - index.starts[shard]
-        here = _ranges(image_start[places], counts[places])
-        there = _ranges(columns.image_start[rows], counts[places])
+        here = ranges(image_start[places], counts[places])
+        there = ranges(columns.image_start[rows], counts[places])
         sizes[0, here] = columns.image_width[there]
         sizes[1, here] = columns.image_height[there]
     keys = np.array([d.key for d in mixture.datasets], dtype=np.uint64)
@@ -103,8 +120,23 @@ def gather(
     )
 
 
-def draw(samples: WindowSamples, counts: TokenCountSettings, max_tokens: int, seed: int) -> Drawn:
-    """Draw the token counts of samples that fit into max_tokens at the smallest trained count.
+def draw(
+    samples: WindowSamples,
+    counts: TokenCountSettings,
+    max_tokens: int,
+    seed: int,
+    max_tiles: int | None = None,
+) -> Drawn:
+    """Settle the token counts of samples that fit into a pack at the smallest trained count."""
+    if counts.schedule == "stochastic":
+        return _stochastic(samples, counts, max_tokens, seed)
+    return _nested(samples, counts, max_tokens, max_tiles)
+
+
+def _stochastic(
+    samples: WindowSamples, counts: TokenCountSettings, max_tokens: int, seed: int
+) -> Drawn:
+    """One copy of each sample, at drawn counts.
 
     A sample that does not fit has its images capped at the largest trained side at which it does.
     """
@@ -132,7 +164,35 @@ def draw(samples: WindowSamples, counts: TokenCountSettings, max_tokens: int, se
         total = lengths(sides)
     by_pack = counts.draw == "pack"
     groups = np.minimum(drawn, cap) if by_pack else np.zeros(len(samples), dtype=np.int64)
-    return Drawn(total, groups, sides)
+    single = np.arange(len(samples) + 1)
+    return Drawn(total, groups, single, total, samples.image_start, sides)
+
+
+def _nested(
+    samples: WindowSamples, counts: TokenCountSettings, max_tokens: int, max_tiles: int | None
+) -> Drawn:
+    """A copy of each sample at every trained count, the smallest first; of text without images one.
+
+    Where they do not all fit into one pack together, the copies at the largest counts are left out.
+    """
+    sides, tiles = np.array(counts.trained_sides), samples.tiles
+    together = np.cumsum([samples.lengths_at(side) for side in sides], axis=0)  # [counts, S]
+    fits = together <= max_tokens
+    if max_tiles is not None:
+        fits &= np.arange(1, len(sides) + 1)[:, None] * tiles <= max_tiles
+    copies = np.where(tiles > 0, fits.sum(axis=0), 1)
+    copy_start = _starts(copies)
+    owner = np.repeat(np.arange(len(samples)), copies)  # [C]
+    side = sides[np.arange(len(owner)) - copy_start[owner]]  # [C]
+    images = np.diff(samples.image_start)[owner]
+    return Drawn(
+        lengths=together[copies - 1, np.arange(len(samples))],
+        groups=np.zeros(len(samples), dtype=np.int64),
+        copy_start=copy_start,
+        copy_lengths=samples.text_tokens[owner] + tiles[owner] * side**2,
+        side_start=_starts(images),
+        sides=np.repeat(side, images),
+    )
 
 
 def _by_shard(mixture: Mixture, dataset: np.ndarray, numbers: np.ndarray):
@@ -151,6 +211,6 @@ def _starts(counts: np.ndarray) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(counts)])
 
 
-def _ranges(first: np.ndarray, counts: np.ndarray) -> np.ndarray:
+def ranges(first: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """first[0] .. first[0] + counts[0], then first[1] .., one after the other; int64."""
     return np.repeat(first - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())

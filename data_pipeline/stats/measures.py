@@ -38,11 +38,15 @@ class Measures:
 
 @dataclass(frozen=True)
 class SampleCosts:
-    """What is known of samples: int64 tokens and tiles, float64 cost in FLOPs, [S] each."""
+    """What is known of samples: int64 tokens and tiles, float64 cost in FLOPs, [S] each.
+
+    pairs: int64 [S], of query and key in attention; None: the square of tokens.
+    """
 
     tokens: Ints
     tiles: Ints
     cost: Floats
+    pairs: Ints | None = None
 
 
 def measure(
@@ -67,6 +71,7 @@ def measure(
         return np.asarray(sums, dtype=np.float64).reshape(shape)
 
     length = tokens.astype(np.float64)
+    pairs = length * length if samples.pairs is None else samples.pairs[member]
     loads, flops, tile_loads = per_pack(tokens), per_pack(cost), per_pack(tiles)
     tokens_ratio, tiles_ratio = _max_over_mean(loads), _max_over_mean(tile_loads)
     largest = np.zeros(num_steps)
@@ -81,7 +86,7 @@ def measure(
         tokens_max_over_mean_worst=float(tokens_ratio.max()),
         tiles_max_over_mean=float(tiles_ratio.mean()),
         tiles_max_over_mean_worst=float(tiles_ratio.max()),
-        attention_max_over_mean=float(_max_over_mean(per_pack(length * length)).mean()),
+        attention_max_over_mean=float(_max_over_mean(per_pack(pairs)).mean()),
         efficiency=_ratio(mean, flops.max(axis=1)),
         efficiency_bound=_ratio(mean, np.maximum(mean, largest)),
         tiles_per_sample_cv=_variation(tile_loads.sum(axis=1) / np.maximum(in_step, 1)),

@@ -168,7 +168,7 @@ def _dataset_lines(statistics: PlanStatistics, mixture: Mixture) -> list[tuple[s
 def _counts_line(placed: Placed, data: DataSettings) -> str:
     if not len(placed.sides):
         return "none"
-    asked = sorted(zip(data.tokens.sides, data.tokens.probabilities, strict=True))
+    asked = sorted(zip(data.tokens.sides, data.tokens.shares, strict=True))
     return ", ".join(
         f"{side**2} tokens {100 * (placed.sides == side).mean():.1f} % (asked for {100 * p:g} %)"
         for side, p in asked

@@ -96,6 +96,7 @@ def packed_batch(samples: list[Sample]) -> PackedBatch:
         tiles=made["pixel_values"],
         tile_sides=made["tile_sides"],
         num_images=len(made["tile_sides"]),
+        num_samples=len(samples),
         sample_ids=list(range(len(samples))),
         sample_datasets=[0] * len(samples),
         sample_sides=[0] * len(samples),

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
+from data_pipeline.draw import TokenCountSettings
 from data_pipeline.pretrained_source import is_missing
 from data_pipeline.processor.releases_tokenflex import NEWEST, OLDEST
 from data_pipeline.tiling import TilingSettings
@@ -80,7 +81,7 @@ def run_card(run: TrainedRun, config: TokenFlexConfig, default: int) -> str:
     return card(
         config,
         default,
-        counts=_counts(settings.data.tokens.counts, settings.data.tokens.probabilities),
+        counts=_counts(settings.data.tokens),
         accuracy=_accuracy(run.evaluation, run.manifest.step),
         training="\n\n".join(training),
         data=_data(run),
@@ -144,12 +145,14 @@ def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _counts(counts: list[int], probabilities: list[float]) -> str:
-    drawn = [
-        f"{count} ({probability:.0%})" if probability else f"{count} (not trained, only evaluated)"
-        for count, probability in zip(counts, probabilities, strict=True)
+def _counts(tokens: TokenCountSettings) -> str:
+    random = tokens.schedule == "stochastic"
+    counts = [
+        f"{count}{f' ({part:.0%})' * random}" if part else f"{count} (not trained, only evaluated)"
+        for count, part in zip(tokens.counts, tokens.shares, strict=True)
     ]
-    return f"Tokens per tile in training, drawn at random: {', '.join(drawn)}."
+    how = "drawn at random" if random else f"each sample at all of them ({tokens.schedule})"
+    return f"Tokens per tile in training, {how}: {', '.join(counts)}."
 
 
 def _known(config: TokenFlexConfig) -> str:

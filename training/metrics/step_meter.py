@@ -80,7 +80,7 @@ class StepMeter:
         self.token_losses.append(token_losses)  # stays on the device until `reduce`
         self.counts["packs"] += 1
         self.counts["tokens"] += batch.planned_tokens
-        self.counts["samples"] += len(batch.sample_ids)
+        self.counts["samples"] += batch.num_samples
         self.counts["images"] += batch.num_images
         self.counts["tiles"] += len(batch.tile_sides)
         self.counts["supervised"] += len(positions)

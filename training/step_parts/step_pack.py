@@ -70,7 +70,7 @@ def _drawn(config: RunConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
     sides: list[int] = []
     misses = 0
     while left and misses < MISSES:
-        count = int(generator.choice(tokens.counts, p=tokens.probabilities))
+        count = int(generator.choice(tokens.counts, p=tokens.shares))
         tiles = int(generator.integers(tiling.min_tiles, tiling.max_tiles, endpoint=True))
         tiles += tiling.thumbnail and tiles > 1
         length = tiles * count + math.ceil(generator.lognormal(math.log(MEDIAN), SIGMA))
