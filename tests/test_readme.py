@@ -78,6 +78,12 @@ SMALLER: dict[str, str | None] = {
         "python -m training.evaluate runs/model data/digits/eval --num-image-tokens 4 9"
     ),
     "sbatch slurm/evaluate.sh runs/model data/digits/eval --out runs/evaluation": None,
+    # tests/training/test_flexibility.py
+    "python -m training.experiments.flexibility training/configs/flexibility_cpu.yaml "
+    "--jobs 2": None,
+    "python -m training.experiments.flexibility training/configs/flexibility_cpu.yaml "
+    "--list": None,
+    "slurm/flexibility.sh --dry-run --gpus=1 training/configs/flexibility_gpu.yaml": None,
     "make extras": f"{MAKE} -n extras",
     ".venv-demo/bin/python -m training.demo runs/model": "python -m training.demo --help",
     # tests/training/test_lmms_eval.py: lmms-eval has an environment of its own

@@ -20,7 +20,7 @@ from data_pipeline.stats.placed import Placed
 from data_pipeline.storage import Storage
 from data_pipeline.tokenizer import load_tokenizer
 from training.checkpoint.pruning import Best
-from training.config import RunConfig
+from training.config import DataSettings, RunConfig
 from training.distributed import Ranks, from_main
 from training.engine_interface import Engine
 from training.evaluate.in_training import Evaluation, evaluate
@@ -51,7 +51,7 @@ class Run:
             train.projector_impl, ranks, DTYPES[train.precision]
         )
         if data.prepare:
-            from_main(self._prepare)
+            from_main(lambda: prepare_corpus(data))
         cost = cost_of(config.model.vision.config, config.model.llm.config)
         corpus = open_corpus(data, config.seed, cost, train.loss_weighting, train.epochs)
         corpus.planner.check()  # a pack too short for every sample must not wait for the engine
@@ -76,23 +76,6 @@ class Run:
     def _slices(self, max_tokens: int) -> int:
         """Slices in which a pack's logits are computed, the same on every rank."""
         return math.ceil(max_tokens / self.config.train.loss_chunk_tokens)
-
-    def _prepare(self) -> None:
-        """Write and index the demo corpus if it is not there."""
-        data, settings = self.config.data, self.config.data.prepare
-        assert settings is not None
-        try:
-            prepare_once(settings)
-        except OSError as error:
-            raise InputError(
-                f"cannot write the demo corpus to data.prepare.out, {settings.out}: {error}; use "
-                "another folder"
-            ) from error
-        tokenizer = load_tokenizer(data.tokenizer)
-        storage = Storage(data.storage)
-        sources = [source.shards for source in data.sources.values()]
-        for patterns in filter(None, (*sources, data.eval_shards)):
-            build_index(patterns, tokenizer, data.chat, 1, data.index_dir, storage)
 
     def _fingerprints(self) -> dict[str, Any]:
         """What a place in the plan and the optimizer's state depend on."""
@@ -249,3 +232,25 @@ class Run:
         print(f"checkpoint        {saved}")
         if best:
             print(f"best checkpoint   {best.path} ({best})")
+
+
+def prepare_corpus(data: DataSettings) -> None:
+    """Write and index the demo corpus of `data.prepare` if it is not there.
+
+    Raises:
+        InputError: it cannot be written, or what is there was written with other settings.
+    """
+    settings = data.prepare
+    assert settings is not None
+    try:
+        prepare_once(settings)
+    except OSError as error:
+        raise InputError(
+            f"cannot write the demo corpus to data.prepare.out, {settings.out}: {error}; use "
+            "another folder"
+        ) from error
+    tokenizer = load_tokenizer(data.tokenizer)
+    storage = Storage(data.storage)
+    sources = [source.shards for source in data.sources.values()]
+    for patterns in filter(None, (*sources, data.eval_shards)):
+        build_index(patterns, tokenizer, data.chat, 1, data.index_dir, storage)

@@ -19,8 +19,8 @@ TEXT, MIXED = 0, -1  # `PackedBatch.sample_sides` of samples without images, and
 
 FLOPS = ("flops", "hardware_flops")
 COUNTS = (
-    *("packs", "tokens", "samples", "images", "tiles", "supervised", "bad_samples", "data_hash"),
-    *("store_retries", *FLOPS),
+    *("packs", "tokens", "image_tokens", "samples", "images", "tiles", "supervised"),
+    *("bad_samples", "data_hash", "store_retries", *FLOPS),
 )
 
 
@@ -80,6 +80,7 @@ class StepMeter:
         self.token_losses.append(token_losses)  # stays on the device until `reduce`
         self.counts["packs"] += 1
         self.counts["tokens"] += batch.planned_tokens
+        self.counts["image_tokens"] += sum(n * n for n in batch.tile_sides)
         self.counts["samples"] += batch.num_samples
         self.counts["images"] += batch.num_images
         self.counts["tiles"] += len(batch.tile_sides)
@@ -119,6 +120,7 @@ class StepMeter:
         return metrics | {
             "padding": 1 - counts["tokens"] / (counts["packs"] * self.max_tokens),
             "tokens": counts["tokens"],
+            "image_tokens": counts["image_tokens"],
             "images": counts["images"],
             "tiles": counts["tiles"],
             "samples": counts["samples"],

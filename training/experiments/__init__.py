@@ -1,0 +1,1 @@
+"""Experiments: many runs of the trainer compared, and what follows from them."""

@@ -1,0 +1,1 @@
+"""What flexible token counts buy: `python -m training.experiments.flexibility --help`."""
