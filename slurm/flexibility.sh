@@ -32,7 +32,7 @@ have succeeded, and a job behind them that writes tables, pictures and record to
 `out`. The demo's data are written here first. The sbatch options (written --name=value) are those
 of every element: one task, on one GPU where there are some. For example:
 
-    slurm/flexibility.sh --gpus=1 --cpus-per-task=8 --time=2:00:00 training/configs/flexibility_gpu.yaml
+    slurm/flexibility.sh --gpus=1 --cpus-per-task=8 --time=2:00:00 training/configs/experiments/flexibility_gpu.yaml
 
     --dry-run   only print the commands
 

@@ -79,11 +79,12 @@ SMALLER: dict[str, str | None] = {
     ),
     "sbatch slurm/evaluate.sh runs/model data/digits/eval --out runs/evaluation": None,
     # tests/training/test_flexibility.py
-    "python -m training.experiments.flexibility training/configs/flexibility_cpu.yaml "
+    "python -m training.experiments.flexibility training/configs/experiments/flexibility_cpu.yaml "
     "--jobs 2": None,
-    "python -m training.experiments.flexibility training/configs/flexibility_cpu.yaml "
+    "python -m training.experiments.flexibility training/configs/experiments/flexibility_cpu.yaml "
     "--list": None,
-    "slurm/flexibility.sh --dry-run --gpus=1 training/configs/flexibility_gpu.yaml": None,
+    "slurm/flexibility.sh --dry-run --gpus=1 "
+    "training/configs/experiments/flexibility_gpu.yaml": None,
     "make extras": f"{MAKE} -n extras",
     ".venv-demo/bin/python -m training.demo runs/model": "python -m training.demo --help",
     # tests/training/test_lmms_eval.py: lmms-eval has an environment of its own

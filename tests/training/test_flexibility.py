@@ -26,7 +26,7 @@ from training.experiments.flexibility.paper_claims import (
     accuracy_claims,
     saving_claims,
 )
-from training.experiments.flexibility.seed_statistics import Interval, Scores
+from training.experiments.flexibility.seed_statistics import Scores, SeedInterval
 
 ROOT = Path(__file__).parents[2]
 
@@ -63,7 +63,7 @@ def experiment_file(folder: Path, **changes: Any) -> Path:
     [([0.5, 0.6, 0.7], 4.302653, 0.1), ([1.0, 3.0], 12.706205, 2**0.5), ([2.0] * 4, 3.182446, 0.0)],
 )
 def test_an_interval_is_students(values: list[float], t: float, deviation: float) -> None:
-    found = Interval.of(values)
+    found = SeedInterval.of(values)
     half = t * deviation / len(values) ** 0.5
     assert found.mean == pytest.approx(sum(values) / len(values))
     assert found.low is not None and found.high is not None
@@ -71,7 +71,7 @@ def test_an_interval_is_students(values: list[float], t: float, deviation: float
 
 
 def test_one_seed_has_no_interval() -> None:
-    assert (found := Interval.of([0.25])).low is None and found.n == 1
+    assert (found := SeedInterval.of([0.25])).low is None and found.n == 1
     assert "once" in found.points()
 
 
@@ -305,7 +305,7 @@ def test_slurm_submits_the_runs_as_arrays_behind_each_other(
     listing.write_text("#!/bin/sh\nprintf '%s\\n' " + " ".join(f"'{line}'" for line in lines))
     listing.chmod(0o755)
     monkeypatch.setenv("PYTHON", str(listing))
-    preset = "training/configs/flexibility_cpu.yaml"
+    preset = "training/configs/experiments/flexibility_cpu.yaml"
     said = subprocess.run(
         ["slurm/flexibility.sh", "--dry-run", "--gpus=1", preset],
         cwd=ROOT,
@@ -322,7 +322,7 @@ def test_slurm_submits_the_runs_as_arrays_behind_each_other(
     ]
 
 
-@pytest.mark.parametrize("preset", sorted((ROOT / "training/configs").glob("flexibility_*.yaml")))
+@pytest.mark.parametrize("preset", sorted((ROOT / "training/configs/experiments").glob("*.yaml")))
 def test_presets_evaluate_four_counts_or_more_that_an_arm_does_not_draw(preset: Path) -> None:
     experiment = load_experiment(preset)
     assert len(experiment.seeds) >= 3 and experiment.budget and experiment.timing

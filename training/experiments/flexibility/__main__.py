@@ -1,9 +1,11 @@
 """Train arms that differ in their token counts, alike in all else, and compare them.
 
-    python -m training.experiments.flexibility training/configs/flexibility_cpu.yaml --jobs 2
+    python -m training.experiments.flexibility CONFIG.yaml --jobs 2    # two runs side by side
     python -m training.experiments.flexibility CONFIG.yaml --list
     python -m training.experiments.flexibility CONFIG.yaml --run 3     # one run, for a job array
     slurm/flexibility.sh CONFIG.yaml                                   # all of them as job arrays
+
+Experiments are in training/configs/experiments/.
 
 Every arm runs with every seed, from the same weights and in the same order of samples: at equal
 samples, with as many tokens in a pack as give all arms the same steps, and, where `budget` names an

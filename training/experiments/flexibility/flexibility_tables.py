@@ -5,7 +5,7 @@ from typing import Any
 
 from training.evaluate.in_training import ALL
 from training.experiments.flexibility.paper_claims import Claim, in_words
-from training.experiments.flexibility.seed_statistics import Interval
+from training.experiments.flexibility.seed_statistics import SeedInterval
 
 
 def markdown(record: Mapping[str, Any]) -> str:
@@ -69,4 +69,4 @@ def spent_table(record: Mapping[str, Any]) -> str:
 def _percent(found: Mapping[str, Any] | None) -> str:
     if found is None:
         return "-"
-    return Interval(found["mean"], found["low"], found["high"], found["seeds"]).points()
+    return SeedInterval(found["mean"], found["low"], found["high"], found["seeds"]).points()

@@ -11,7 +11,7 @@ from data_pipeline.files import write_atomically
 from training import exit_codes
 from training.experiments.flexibility.experiment_runs import ExperimentRuns, launch, log_end
 from training.experiments.flexibility.experiment_settings import ArmRun
-from training.experiments.flexibility.seed_statistics import Interval
+from training.experiments.flexibility.seed_statistics import SeedInterval
 from training.metrics import read_metrics
 
 _WARMUP = 5
@@ -58,6 +58,6 @@ def time_ratios(rounds: list[dict[str, float]], reference: str) -> dict[str, dic
     if not rounds or reference not in rounds[0]:
         return {}
     return {
-        arm: Interval.of([found[arm] / found[reference] for found in rounds]).to_json()
+        arm: SeedInterval.of([found[arm] / found[reference] for found in rounds]).to_json()
         for arm in rounds[0]
     }

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from training.experiments.flexibility.seed_statistics import Interval, Scores
+from training.experiments.flexibility.seed_statistics import Scores, SeedInterval
 
 HELD, FAILED, OPEN, UNTESTED = "held", "did not hold", "undecided", "not tested"
 LOSS = 0.02
@@ -32,7 +32,7 @@ class Claim:
         return vars(self)
 
 
-def above(difference: Interval, by: float = 0.0) -> str:
+def above(difference: SeedInterval, by: float = 0.0) -> str:
     """Whether a mean difference is above -`by`: decided only where the whole interval is."""
     if difference.low is None or difference.high is None:
         return UNTESTED
@@ -78,7 +78,7 @@ def _keeps_unseen(scores: Scores, arm: str) -> list[Claim]:
         for n in unseen
     ]
     worst = min(range(len(unseen)), key=lambda i: float(per_count[i].mean()))
-    over = Interval.of((sum(per_count) / len(per_count)).tolist())
+    over = SeedInterval.of((sum(per_count) / len(per_count)).tolist())
     return [
         Claim(
             f"keeps at {_listed(unseen)} tokens, never drawn, what the drawn count below has",
@@ -103,8 +103,8 @@ def _collapses(scores: Scores, fixed: Mapping[int, str], count: int) -> list[Cla
         Claim(
             f"collapses at {_listed([*others])} tokens, against the arms trained there",
             arm,
-            f"{Interval.of((-mean).tolist()).points(sign=True)} points",
-            above(Interval.of(mean.tolist()), -LOSS),
+            f"{SeedInterval.of((-mean).tolist()).points(sign=True)} points",
+            above(SeedInterval.of(mean.tolist()), -LOSS),
         )
     ]
 

@@ -14,7 +14,7 @@ CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
-class Interval:
+class SeedInterval:
     """A mean with Student's 95 % interval of it; low and high are None of a single value."""
 
     mean: float
@@ -23,7 +23,7 @@ class Interval:
     n: int
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> "Interval":
+    def of(cls, values: Sequence[float]) -> "SeedInterval":
         """Of at least one value, each from another seed."""
         n, mean = len(values), float(np.mean(values))
         if n < 2:
@@ -77,15 +77,15 @@ class Scores:
         """float64 [seeds] of an arm at a count."""
         return np.array([self._accuracy[arm, seed, detail, count] for seed in seeds])
 
-    def mean(self, arm: str, count: int, detail: str = ALL) -> Interval:
+    def mean(self, arm: str, count: int, detail: str = ALL) -> SeedInterval:
         """Over all seeds of the arm."""
-        return Interval.of(self.at(arm, count, self.seeds(arm), detail).tolist())
+        return SeedInterval.of(self.at(arm, count, self.seeds(arm), detail).tolist())
 
-    def difference(self, arm: str, other: str, count: int, detail: str = ALL) -> Interval:
+    def difference(self, arm: str, other: str, count: int, detail: str = ALL) -> SeedInterval:
         """An arm minus another, seed by seed: the same weights at the start and the same data."""
         seeds = self.seeds(arm, other)
         own = self.at(arm, count, seeds, detail)
-        return Interval.of((own - self.at(other, count, seeds, detail)).tolist())
+        return SeedInterval.of((own - self.at(other, count, seeds, detail)).tolist())
 
     def fixed(self) -> dict[int, str]:
         """Count -> the arm that was trained at it alone, ascending; the first of several."""
