@@ -4,32 +4,41 @@ from math import ceil, isqrt
 
 import numpy as np
 
+from data_pipeline.config_file import load_settings
 from data_pipeline.corpus import cost_of, open_config, open_mixture
 from data_pipeline.mixture import DatasetSettings, Mixture, make_ids
-from data_pipeline.plan.window_samples import WindowSamples, gather
-from data_pipeline.settings import DataSettings
+from data_pipeline.plan.window_samples import WindowSamples, draw, gather
+from data_pipeline.settings import DataConfig
 from data_pipeline.tiling import TilingSettings
-from training.experiments.flexibility.experiment_settings import ArmSettings, ExperimentSettings
+from training.experiments.flexibility.experiment_settings import (
+    ArmSettings,
+    ExperimentSettings,
+    arm_overrides,
+)
+
+_NO_LIMIT = 1 << 40
 
 
 class SampleSizes:
-    """Text tokens and tiles of every training sample of an experiment's base config."""
+    """Sizes of every training sample of an experiment's base config."""
 
     def __init__(self, experiment: ExperimentSettings) -> None:
+        self._experiment = experiment
         config, corpus = open_config(experiment.base, experiment.settings)
-        self._data: DataSettings = config.data
-        samples = _all(corpus.mixture, config.data.tiling)
-        self._text, self._tiles = samples.text_tokens, samples.tiles
+        self._samples = _all(corpus.mixture, config.data.tiling)
 
-    def pack_tokens(self, arm: ArmSettings, samples_per_step: int) -> int:
-        """Tokens of a pack in which a step has so many samples in the mean.
+    def pack_tokens(self, arm: ArmSettings) -> int:
+        """Tokens of a pack in which a step has the experiment's samples per step, in the mean.
 
         At least as many as the longest sample has, so that none is capped or left out.
         """
-        mean = sum(n * weight for n, weight in arm.draw.items()) / sum(arm.draw.values())
-        length = self._text.mean() + self._tiles.mean() * mean
-        longest = int((self._text + self._tiles * max(arm.draw)).max())
-        return max(longest, ceil(length * samples_per_step / self._data.pack.packs_per_step))
+        experiment = self._experiment
+        overrides = arm_overrides(experiment, arm)
+        data = load_settings(DataConfig, experiment.base, overrides).data
+        lengths = draw(self._samples, data.tokens, _NO_LIMIT, seed=0).lengths
+        longest = max(lengths.max(), self._samples.lengths_at(data.tokens.trained_sides[-1]).max())
+        in_pack = experiment.samples_per_step / data.pack.packs_per_step
+        return max(int(longest), ceil(lengths.mean() * in_pack))
 
 
 def answer_gflop(experiment: ExperimentSettings) -> dict[int, float]:

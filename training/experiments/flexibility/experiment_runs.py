@@ -42,10 +42,7 @@ class ExperimentRuns:
     def __init__(self, experiment: ExperimentSettings, stop: Callable[[], bool]) -> None:
         self.experiment, self.stop = experiment, stop
         sizes = SampleSizes(experiment)
-        self._pack_tokens = {
-            name: sizes.pack_tokens(arm, experiment.samples_per_step)
-            for name, arm in experiment.arms.items()
-        }
+        self._pack_tokens = {name: sizes.pack_tokens(arm) for name, arm in experiment.arms.items()}
 
     def folder(self, run: ArmRun) -> Path:
         """The run's output_dir."""
