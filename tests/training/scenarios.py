@@ -29,6 +29,7 @@ def tiny_overrides(corpus: Path) -> list[str]:
         f"data.shards=[{corpus / 'train'}]",
         f"data.eval_shards=[{corpus / 'eval'}]",
         f"data.tokenizer={corpus / 'tokenizer.model'}",
+        "data.tokens={counts: [4, 16, 64], probabilities: [0.34, 0.33, 0.33]}",
         "data.pack.max_tokens=512",
         "data.pack.window_samples=100",
         "deepspeed.param_persistence_threshold=0",

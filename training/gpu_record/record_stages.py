@@ -87,6 +87,15 @@ def all_stages(places: Places, rehearse: bool) -> list[Stage]:
         command = _module("kernels.profile", *more, *cpu, "--resume", "--out", out)
         return Stage(name, says, command, seconds, (out,))
 
+    def experiment() -> Stage:
+        name = "rehearsal" if rehearse else "flexibility_gpu"
+        record = training / "flexibility.json"
+        options = ("--record", record, "--images", training)
+        config = f"training/configs/experiments/{name}.yaml"
+        command = _module("training.experiments.flexibility", config, *options)
+        says = "what flexible token counts buy: arms over seeds, over many turns"
+        return Stage("flexibility", says, command, 400, (record,))
+
     def train(shape: str, seconds: int) -> Stage:
         out = training / f"train_{shape}.json"
         return Stage(
@@ -128,4 +137,5 @@ def all_stages(places: Places, rehearse: bool) -> list[Stage]:
             {"TOKENFLEX_TILES": str(tiles)} | interpreted,
         ),
         profile("profile", "the projector, every provider and case", 240, *tiny),
+        experiment(),
     ]
