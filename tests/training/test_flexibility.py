@@ -208,6 +208,17 @@ def test_arms_share_seed_order_and_samples_and_only_differ_in_counts(
     assert tokens[0] - tokens[1] == pytest.approx(16 * 6, abs=25)
 
 
+def test_a_nested_arm_gets_packs_for_all_copies_of_its_samples(
+    tmp_path: Path, trainer: FakeTrainer
+) -> None:
+    nested = {"draw": {4: 1, 16: 1}, "settings": ["data.tokens.schedule=nested"]}
+    arms = {"fixed 4": {"draw": {4: 1}}, "fixed 16": {"draw": {16: 1}}, "nested": nested}
+    assert command.main([str(experiment_file(tmp_path, arms=arms))]) == 0
+    tokens = [int(seen["data.pack.max_tokens"]) for seen in trainer.seen]
+    assert tokens[2] == pytest.approx(tokens[0] + tokens[1], abs=1)
+    assert trainer.seen[2]["data.tokens.schedule"] == "nested"
+
+
 def test_equal_compute_scales_the_steps_by_what_they_cost(
     tmp_path: Path, trainer: FakeTrainer
 ) -> None:
