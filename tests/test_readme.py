@@ -291,6 +291,21 @@ def test_what_is_said_of_untrained_counts_is_the_record(demo: str) -> None:
     assert [c["num_image_tokens"] for c in found if c["trained"]] == [4, 16, 64]
 
 
+def test_what_is_said_of_drawn_counts_is_the_record() -> None:
+    record = json.loads((ROOT / "training/results/drawn_counts.json").read_text())
+    short = {None: "", "every token": ", positions of patches", "sines and c": ", places added"}
+    for run in record["runs"]:
+        name = ", ".join(run["drawn"]) + short[run["change"] and run["change"][:11]]
+        for detail in ("k=2", "k=4"):
+            shares = {count: f"{100 * v:.1f}" for count, v in run["accuracy"][detail].items()}
+            cells = [f"**{v}**" if n in run["drawn"] else v for n, v in shares.items()]
+            assert f"| {name}, {detail} | {' | '.join(cells)} |" in prose()
+        assert min(run["accuracy"]["k=1"][n] for n in ("4", "9", "16", "25", "36", "49")) > 0.97
+    ended = record["ended_early"]
+    losses = f"{ended['loss']:.2f} against {ended['loss_in_order']:.2f} in order"
+    assert f"after {ended['step']} steps the loss was {losses}" in prose()
+
+
 @pytest.mark.parametrize(
     ("record", "label"),
     [("digits", "digits"), ("digits_seed1", "digits, seed 1"), ("grid", "grid")],
