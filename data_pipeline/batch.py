@@ -136,25 +136,25 @@ class PackBuilder:
         tile_sides: list[int] = []
         num_images = 0
         bad: list[BadSample] = []
-        for places in pack.samples:
-            sample = sample_ids[places.start]
+        for copies_at in pack.samples:
+            sample = sample_ids[copies_at.start]
             try:
                 # The room of a bad sample is the next one's.
-                copies = self._read(sample, pack, places, tiles[len(tile_sides) :])
+                copies = self._read(sample, pack, copies_at, tiles[len(tile_sides) :])
             except (MemoryError, StoreError):  # no fault of the sample
                 raise
             except Exception as error:  # decoders meet anything; one sample must not end the run
                 bad.append(self.mixture.bad_sample(sample, _reason(error)))
                 continue
-            for i, content in zip(places, copies, strict=True):
+            for i, content in zip(copies_at, copies, strict=True):
                 own = slice(cu_seqlens[i], cu_seqlens[i + 1])
                 input_ids[own] = content.input_ids
                 labels[own] = np.where(content.supervised, content.input_ids, IGNORE)
                 supervised = max(1, int(content.supervised.sum()))
-                weight = self._loss_weight(supervised) / len(places)  # the mean over the copies
+                weight = self._loss_weight(supervised) / len(copies_at)  # mean over the copies
                 loss_weights[own] = weight * content.supervised
                 tile_sides += content.tile_sides
-            num_images += len(pack.sides[places.start])
+            num_images += len(pack.sides[copies_at.start])
         features = sum(side * side for side in tile_sides)
         image_positions = np.flatnonzero(input_ids == self._image_context)
         found = len(image_positions)

@@ -22,7 +22,9 @@ from training.evaluate.budget import ServingBudget, decide, parse_budget
 from training.evaluate.counts import EvaluationSettings, evaluate_counts
 from training.evaluate.examples import HeldOut
 from training.evaluate.group import evaluation_ranks
+from training.evaluate.routing import Routing, RoutingSettings
 from training.evaluate.summary import summarise, table
+from training.evaluate.token_budget import budget_table, parse_token_budget
 from training.generate import LoadedModel, add_model_arguments, load_asked
 
 NO_COUNT_FITS = 1
@@ -40,6 +42,11 @@ or choice (of the "choices" in metadata, or that the question lists), and
 Started again with the same --out it goes on where it stopped, also with other
 counts and another number of ranks. --budget names the smallest token count that
 meets it; exit code 1 says that none does.
+
+A router that chooses the count of each sample, so that the mean keeps to a budget,
+is trained on a part of the samples and compared with a fixed count on the others:
+
+    python -m training.evaluate MODEL SHARDS --train-router --budget tokens=16
 """
 
 
@@ -47,15 +54,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Returns an exit code; every rank says what the user can set right."""
     options = _parse(arguments)
     try:
-        budgets = [parse_budget(text) for text in options.budget]
+        means = [parse_token_budget(text) for text in options.budget]
+        asked = zip(options.budget, means, strict=True)
+        budgets = [parse_budget(text) for text, mean in asked if mean is None]
         with evaluation_ranks() as ranks:
-            return _run(options, budgets, ranks)
+            return _run(options, budgets, [mean for mean in means if mean is not None], ranks)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return exit_codes.BAD_INPUT
 
 
-def _run(options: argparse.Namespace, budgets: list[ServingBudget], ranks: Ranks) -> int:
+def _run(
+    options: argparse.Namespace, budgets: list[ServingBudget], means: list[float], ranks: Ranks
+) -> int:
     loaded = load_asked(options, ranks.device)
     counts = loaded.check_counts(options.num_image_tokens or _default_counts(loaded))
     held_out = HeldOut(
@@ -76,7 +87,16 @@ def _run(options: argparse.Namespace, budgets: list[ServingBudget], ranks: Ranks
     )
     if ranks.is_main:
         _say_left_out(held_out)
+    routing = None
+    if means or options.train_router:
+        share = options.router_share if options.train_router else None
+        asked = RoutingSettings(
+            *(means, share, options.router, out),
+            *(options.batch_tokens, options.resamples, options.seed),
+        )
+        routing = Routing(loaded, held_out, counts, asked, ranks)
     rows, latencies = evaluate_counts(loaded, held_out, counts, settings, ranks)
+    routed = routing.run(rows) if routing else None
     if not ranks.is_main:
         return exit_codes.OK
     trained = options.trained or loaded.trained_counts
@@ -92,6 +112,7 @@ def _run(options: argparse.Namespace, budgets: list[ServingBudget], ranks: Ranks
         "shards": options.shards,
         "counts": entries,
         "budgets": [vars(decision) for decision in decisions],
+        **({"routing": routed} if routed else {}),
         "bad": [{"name": row["name"], "reason": row["bad"]} for row in bad],
         "bootstrap": {"resamples": options.resamples, "seed": options.seed},
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -109,8 +130,19 @@ def _run(options: argparse.Namespace, budgets: list[ServingBudget], ranks: Ranks
         print(f"{len(bad)} samples cannot be used, the first {bad[0]['name']}: {bad[0]['bad']}")
     for decision in decisions:
         print(f"{decision.budget}  ->  {decision.reason}")
+    if routed:
+        print(f"router   {routed['router']}, trained on {routed['trained_on']} samples")
+        for comparison in routed.get("budgets", []):
+            print(f"\n{budget_table(comparison)}\n")
     print(f"results  {out / 'results.json'}\nplot     {out / 'accuracy.png'}")
     return NO_COUNT_FITS if any(d.count is None for d in decisions) else exit_codes.OK
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return value
 
 
 def _default_counts(loaded: LoadedModel) -> list[int]:
@@ -160,9 +192,24 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--budget",
         action="append",
         default=[],
-        metavar="latency=50ms | accuracy=99%%",
+        metavar="latency=50ms | accuracy=99%% | tokens=64",
         help="name the token count to serve: the most accurate in time, or the smallest with this "
-        "share of the best accuracy",
+        "share of the best accuracy; tokens: compare the router at this mean of tokens per tile",
+    )
+    parser.add_argument(
+        "--train-router",
+        action="store_true",
+        help="train a router on a part of the samples, and keep it beside the model",
+    )
+    parser.add_argument(
+        "--router-share",
+        type=_share,
+        default=0.5,
+        metavar="PART",
+        help="of the samples to train the router on; the others are reported (0.5)",
+    )
+    parser.add_argument(
+        "--router", type=path_argument, metavar="FILE", help="default: MODEL/router.safetensors"
     )
     parser.add_argument(
         "--trained", nargs="+", type=int, metavar="N", help="counts to mark as trained"

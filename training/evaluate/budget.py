@@ -34,7 +34,10 @@ def parse_budget(text: str) -> ServingBudget:
     """Read `latency=50ms`, `latency=0.2s` or `accuracy=99%`; InputError for another form."""
     match = _FORM.fullmatch(text.replace(" ", ""))
     if not match:
-        raise InputError(f"--budget is {text!r}; give latency=50ms, latency=0.2s or accuracy=99%")
+        raise InputError(
+            f"--budget is {text!r}; give latency=50ms, latency=0.2s, accuracy=99%, or a mean of "
+            "tokens per tile, tokens=64"
+        )
     if match[1]:
         return ServingBudget("latency", float(match[2]) * (1 if match[3] == "ms" else 1000), text)
     if not 0 < float(match[5]) <= 100:

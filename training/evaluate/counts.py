@@ -20,6 +20,7 @@ from data_pipeline.files import write_atomically
 from training.distributed import Ranks, from_main, gather
 from training.evaluate.examples import Example, HeldOut
 from training.evaluate.latency import measure_latency
+from training.evaluate.router import ROUTER_FILE
 from training.evaluate.row_store import RowStore, check_complete
 from training.evaluate.scoring import Scorer
 from training.generate import LoadedModel
@@ -189,7 +190,7 @@ def _describe(
 ) -> dict[str, Any]:
     """What rows depend on; batches and ranks do not change what is right."""
     return {
-        "model": _fingerprint(loaded),
+        "model": model_fingerprint(loaded),
         "data": held_out.index.fingerprint,
         "samples": len(held_out.samples),
         "chat": held_out.chat.model_dump(mode="json"),
@@ -201,13 +202,14 @@ def _describe(
     }
 
 
-def _fingerprint(loaded: LoadedModel) -> str:
-    """Hex digest of a folder's files, or the commit of a model from the hub."""
+def model_fingerprint(loaded: LoadedModel) -> str:
+    """Hex digest of a folder's files but its router, or the commit of a model from the hub."""
     folder = Path(loaded.source)
     if not folder.is_dir():
         return f"{loaded.source}@{getattr(loaded.config, '_commit_hash', None)}"
     digest = hashlib.sha256()
-    for path in sorted({p for pattern in _MODEL_FILES for p in folder.glob(pattern)}):
+    files = {p for pattern in _MODEL_FILES for p in folder.glob(pattern)}
+    for path in sorted(files - {folder / ROUTER_FILE}):
         with path.open("rb") as file:
             content = hashlib.file_digest(file, "sha256").digest()
         digest.update(path.name.encode() + b"\0" + content)
