@@ -599,8 +599,7 @@ def test_the_profilers_commands_name_what_one_call_launches(monkeypatch):
     from triton.runtime.jit import JITFunction
 
     from kernels import launch, triton_impl
-    from kernels.passes import Needs, Pooling, backward, forward
-    from kernels.tile_layout import tile_layout
+    from kernels.passes import Needs, backward, forward
 
     launched = []
     monkeypatch.setattr(JITFunction, "run", lambda self, *a, **k: launched.append(self.__name__))
@@ -609,17 +608,16 @@ def test_the_profilers_commands_name_what_one_call_launches(monkeypatch):
     )
     monkeypatch.setattr(launch, "architecture", lambda _: "sm_90")
     case = parse_shape("T=2,n=2/3,C=32,F=64,D=32,grid=6x7,dtype=bf16")
-    given, layout = make_inputs(case, CPU), tile_layout(case.sides, CPU)
-    pooling = Pooling(layout, case.grid, case.pool)
+    given, layout = make_inputs(case, CPU), case.layout(CPU)
     for name, keep in (("save", "save"), ("recompute", "recompute"), ("fused", "save")):
         for frozen in (False, True):
             launched.clear()
             fused = name == "fused"
             with torch.no_grad():
-                x, weights = given.x, given.weights
-                _, saved = forward(triton_impl, x, pooling, weights, keep, fused, 1e-5)
+                x, weights = given.x.flatten(0, 1), given.weights
+                _, saved = forward(triton_impl, x, layout, weights, keep, fused, 1e-5)
                 needs = Needs(not frozen, True, True, True)
-                backward(triton_impl, given.grad, pooling, weights, saved, needs, fused)
+                backward(triton_impl, given.grad, layout, weights, saved, needs, fused)
             found = [kernel.removesuffix("_kernel") for kernel in launched]
             expected = [k for k in LAUNCHES[name] if not (frozen and k == "pool_backward")]
             assert sorted(k for k in found if k != "column_sum") == sorted(expected)
