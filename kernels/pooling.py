@@ -1,8 +1,10 @@
 """Pooling of many tiles, each to its own h x w, in plain PyTorch: grouped by shape; the adjoint."""
 
+from collections.abc import Mapping
 from functools import lru_cache
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -12,9 +14,9 @@ from kernels.tile_layout import Shape, TileLayout
 
 def pool_tiles(x: Tensor, layout: TileLayout) -> Tensor:
     """Pool the tiles of x [P, C] to rows [M, C], both tile after tile, float32 or wider."""
-    groups = _tiles_by_shape(layout.shapes)
+    groups = layout.groups()
     if len(groups) < 2:
-        return _pool_group(x, layout.shapes[0], layout.mode) if groups else x
+        return _pool_group(x, *groups, layout.mode) if groups else x
     by_group = _places(layout, groups, 0).to(x.device, non_blocking=True)
     pieces = x[by_group].split([len(tiles) * s[0] * s[1] for s, tiles in groups.items()])
     pooled = [
@@ -26,9 +28,9 @@ def pool_tiles(x: Tensor, layout: TileLayout) -> Tensor:
 
 def unpool_tiles(rows: Tensor, layout: TileLayout) -> Tensor:
     """The adjoint of `pool_tiles`: rows [M, C] back to patches [P, C], float32 or wider."""
-    groups = _tiles_by_shape(layout.shapes)
+    groups = layout.groups()
     if len(groups) == 1:
-        return _unpool_group(rows, layout.shapes[0], layout.mode)
+        return _unpool_group(rows, *groups, layout.mode)
     by_group = _places(layout, groups, 2).to(rows.device, non_blocking=True)
     pieces = rows[by_group].split([len(tiles) * s[2] * s[3] for s, tiles in groups.items()])
     patches = [
@@ -39,24 +41,15 @@ def unpool_tiles(rows: Tensor, layout: TileLayout) -> Tensor:
     return torch.cat(patches)[order.to(rows.device, non_blocking=True)]
 
 
-def _tiles_by_shape(shapes: list[Shape]) -> dict[Shape, list[int]]:
-    """Shape -> the tiles of that shape, in order of first appearance."""
-    groups: dict[Shape, list[int]] = {}
-    for tile, shape in enumerate(shapes):
-        groups.setdefault(shape, []).append(tile)
-    return groups
-
-
-def _places(layout: TileLayout, groups: dict[Shape, list[int]], side: int) -> Tensor:
+def _places(layout: TileLayout, groups: Mapping[Shape, npt.NDArray[np.int64]], side: int) -> Tensor:
     """Where the rows of the tiles lie that are taken group by group: int64 [P] or [M].
 
     side: 0 for patches, 2 for tokens, the place of their two sides in a shape.
     """
-    counts = np.prod(np.asarray(layout.shapes)[:, side : side + 2], axis=1)
-    starts = np.cumsum(counts) - counts
-    tiles = [tile for group in groups.values() for tile in group]
-    counts, starts = counts[tiles], starts[tiles]
-    within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    counts = layout.shapes[:, side] * layout.shapes[:, side + 1]
+    tiles = np.concatenate(list(groups.values()))
+    starts, counts = (counts.cumsum() - counts)[tiles], counts[tiles]
+    within = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
     return torch.from_numpy(np.repeat(starts, counts) + within)
 
 

@@ -143,7 +143,7 @@ def projector_backward(
     if grad.shape[0] == 0:
         empty = _empty_gradients(grad, patches, weights, Needs(*needs))
         return tuple(gradient.zero_() for gradient in empty)  # type: ignore[return-value]
-    layout = TileLayout(list(map(tuple, shapes.tolist())), o.pool, table)
+    layout = TileLayout(shapes.numpy(), o.pool, table)
     saved, grad = Saved(pooled, mean, rstd, gate, value), grad.contiguous()
     with _plain_numerics(grad):
         sizes = {"D": w3.shape[0], "F": w3.shape[1]}

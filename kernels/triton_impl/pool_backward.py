@@ -53,7 +53,7 @@ def pool_backward_kernel(
 def pool_backward(grad: Tensor, layout: TileLayout) -> Tensor:
     """The gradient of x [P, C] from that of pooled [M, C]."""
     channels = grad.shape[1]
-    most = max(height * width for height, width, _, _ in layout.shapes)
+    most = int((layout.shapes[:, 0] * layout.shapes[:, 1]).max())
     grad_x = torch.empty((layout.patches, channels), dtype=grad.dtype, device=grad.device)
     sizes = {"C": channels, "grid": layout.grid, "pool": layout.mode}
     config = launch_config("pool_backward", layout.rows, grad, **sizes)
