@@ -355,8 +355,9 @@ def test_saved_memory_is_what_is_calculated(way, name, pool):
     case = parse_shape(f"T=4,n=5,C=256,F=768,D=32,grid=9x8,dtype=fp32,pool={pool}")
     provider = PROVIDERS[name]
     memory = measure_memory(provider.build(case, CPU), make_inputs(case, CPU), CPU)
-    # The op also keeps the layout of the tiles, a few hundred bytes.
-    assert memory.saved + memory.saved_x == pytest.approx(saved_bytes(case, way), rel=5e-3)
+    # The op also keeps the layout of the tiles and their shapes, a few hundred bytes.
+    layout = 0 if way == "eager" else case.layout(CPU).table.nbytes + 4 * 4 * 8
+    assert memory.saved + memory.saved_x == pytest.approx(saved_bytes(case, way) + layout, rel=1e-3)
     assert (memory.saved_x > 0) == (way == "eager" and pool == "adaptive")
     assert memory.peak is None and memory.held is None
 
