@@ -10,12 +10,13 @@ from torch.autograd import forward_ad
 from kernels.tables import POOL_MODES
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
-def check_inputs(x: Tensor, weights: Sequence[Tensor], grid: tuple[int, int], pool: str) -> None:
-    """Raise ValueError naming what does not fit in shapes, dtypes, devices, grid or pool mode.
+def check_weights(x: Tensor, weights: Sequence[Tensor], pool: str) -> None:
+    """Raise ValueError naming what does not fit in shapes, dtypes, devices or the pool mode.
 
-    weights: norm_weight, norm_bias, w1, b1, w2, b2, w3, b3.
+    x: [P, C]. weights: norm_weight, norm_bias, w1, b1, w2, b2, w3, b3.
     """
     norm_weight, norm_bias, w1, b1, w2, b2, w3, b3 = weights
     check_choice("pool", pool, POOL_MODES)
@@ -25,9 +26,8 @@ def check_inputs(x: Tensor, weights: Sequence[Tensor], grid: tuple[int, int], po
             "the projector op has a backward and no forward-mode derivative (jvp): use backward() "
             "or torch.autograd.grad"
         )
-    if x.ndim != 3:
-        raise ValueError(f"x has shape {tuple(x.shape)}; expected [tiles, H*W, C]")
-    _check_grid(x, grid)
+    if x.ndim != 2:
+        raise ValueError(f"x has shape {tuple(x.shape)}; expected [patches of all tiles, C]")
     if x.dtype not in DTYPES:
         raise ValueError(
             f"x is {x.dtype}; expected a floating-point dtype, bfloat16, float16, float32 or "
@@ -37,7 +37,7 @@ def check_inputs(x: Tensor, weights: Sequence[Tensor], grid: tuple[int, int], po
         raise ValueError(
             f"w1 has shape {tuple(w1.shape)} and w3 {tuple(w3.shape)}; expected [F, C] and [D, F]"
         )
-    hidden, channels = w1.shape[0], x.shape[2]
+    hidden, channels = w1.shape[0], x.shape[1]
     expected = {
         "norm_weight": (norm_weight, (channels,)),
         "norm_bias": (norm_bias, (channels,)),
@@ -89,7 +89,7 @@ def sides_tensor(tile_sides: Sequence[int] | Tensor, tiles: int) -> Tensor:
         tile_sides = torch.tensor(bounded, dtype=torch.int64, device="cpu")
     if tile_sides.device.type != "cpu":
         raise ValueError(f"tile_sides is on {tile_sides.device}; pass a list or a CPU tensor")
-    if tile_sides.is_floating_point() or tile_sides.is_complex() or tile_sides.dtype == torch.bool:
+    if tile_sides.dtype not in _INTEGERS:
         raise ValueError(
             f"tile_sides is {tile_sides.dtype}; expected whole numbers >= 1 in an integer dtype"
         )
@@ -101,7 +101,38 @@ def sides_tensor(tile_sides: Sequence[int] | Tensor, tiles: int) -> Tensor:
     return tile_sides
 
 
-def _check_grid(x: Tensor, grid: tuple[int, int]) -> None:
+def shapes_tensor(shapes: Sequence[Sequence[int]] | Tensor) -> Tensor:
+    """H, W, h, w of each tile as an integer CPU tensor [T, 4]; ValueError for anything else.
+
+    That each is at least 1 is checked where they are read, `kernels.tile_layout.tile_layout`.
+    """
+    expected = (
+        "H, W, h, w of each tile, four whole numbers >= 1, in a list or an integer CPU tensor"
+    )
+    if not isinstance(shapes, Tensor):
+        try:
+            tiles = [tuple(shape) for shape in shapes]
+        except TypeError:
+            raise ValueError(f"shapes is {shapes!r}; expected {expected}") from None
+        for tile, shape in enumerate(tiles):
+            whole = [isinstance(n, numbers.Integral) and not isinstance(n, bool) for n in shape]
+            if len(shape) != 4 or not all(whole):
+                raise ValueError(f"shapes[{tile}] is {shape}; expected {expected}")
+        bounded = [[max(-1, min(int(n), 2**31)) for n in shape] for shape in tiles]
+        shapes = torch.tensor(bounded, dtype=torch.int64, device="cpu").reshape(-1, 4)
+    fits = shapes.ndim == 2 and shapes.shape[1] == 4 and shapes.device.type == "cpu"
+    if not fits or shapes.dtype not in _INTEGERS:
+        raise ValueError(
+            f"shapes is {shapes.dtype} {tuple(shapes.shape)} on {shapes.device}; "
+            f"expected {expected}"
+        )
+    return shapes
+
+
+def check_grid(x: Tensor, grid: tuple[int, int]) -> None:
+    """Raise ValueError unless x is [T, H*W, C] of this grid (H, W)."""
+    if x.ndim != 3:
+        raise ValueError(f"x has shape {tuple(x.shape)}; expected [tiles, H*W, C]")
     try:
         height, width = grid
         whole = all(

@@ -4,7 +4,6 @@ Each step of the op is called on uninitialised CPU tensors of the flagship's sha
 launch replaced by a recorder. Nothing here needs a GPU.
 """
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +14,7 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 from kernels import launch, triton_impl
-from kernels.passes import Pooling
-from kernels.tile_layout import tile_layout
+from kernels.tile_layout import TileLayout, square_shapes, tile_layout
 from kernels.triton_impl.column_sum import column_sum
 from kernels.triton_impl.dual_gemm import dual_gemm_swiglu
 from kernels.triton_impl.gate_gemm import gate_gemm_backward
@@ -31,19 +29,17 @@ def _empty(dtype: torch.dtype, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=dtype)
 
 
-def _pooling(rows: int) -> Pooling:
+def _layout(rows: int) -> TileLayout:
     """A batch of `rows` tokens."""
-    sides = [16] * (rows // 256) + [1] * (rows % 256)
-    return Pooling(tile_layout(sides, torch.device("cpu")), GRID, "adaptive")
+    shapes = square_shapes([16] * (rows // 256) + [1] * (rows % 256), GRID)
+    return tile_layout(shapes, "adaptive", torch.device("cpu"))
 
 
 def _pool_norm(dtype: torch.dtype, rows: int, channels: int) -> None:
-    pooling = _pooling(rows)
-    x = _empty(dtype, len(pooling.layout.sides), math.prod(GRID), channels)
+    layout, weight = _layout(rows), _empty(dtype, channels)
+    x = _empty(dtype, layout.patches, channels)
     for keep in (True, False):
-        triton_impl.pool_norm(
-            x, pooling, _empty(dtype, channels), _empty(dtype, channels), 1e-5, keep_pooled=keep
-        )
+        triton_impl.pool_norm(x, layout, weight, weight, 1e-5, keep_pooled=keep)
 
 
 def _norm(dtype: torch.dtype, rows: int, channels: int) -> None:
@@ -62,7 +58,7 @@ def _norm_backward(dtype: torch.dtype, rows: int, channels: int) -> None:
 
 
 def _pool_backward(dtype: torch.dtype, rows: int, channels: int) -> None:
-    triton_impl.pool_backward(_empty(dtype, rows, channels), _pooling(rows))
+    triton_impl.pool_backward(_empty(dtype, rows, channels), _layout(rows))
 
 
 def _swiglu(dtype: torch.dtype, rows: int, _: int) -> None:
@@ -165,8 +161,9 @@ def launches(job: Job, more_rows: int = 0) -> list[Launch]:
 
 def describe(job: Job, options: dict[str, Any]) -> str:
     """The arguments that tell one launch of a kernel from another."""
-    hidden = {"num_warps", "num_stages", "INTERPRET", "HEIGHT", "WIDTH", "EPS", "C", "F", "D"}
-    constants = " ".join(f"{k}={int(v)}" for k, v in options.items() if k not in hidden)
+    hidden = {"INTERPRET", "COLUMNS", "EPS", "C", "F", "D"}
+    shown = {k: v for k, v in options.items() if k.isupper() and k not in hidden}
+    constants = " ".join(f"{k}={int(v)}" for k, v in shown.items())
     return (
         f"rows>={1 << job.bucket} C={job.channels} {constants} "
         f"warps={options['num_warps']} stages={options['num_stages']}"

@@ -66,20 +66,12 @@ class Gradients(NamedTuple):
     b3: Tensor | None = None
 
 
-class Pooling(NamedTuple):
-    """How tiles become rows: the layout of the batch, (H, W), "adaptive" or "resize"."""
-
-    layout: TileLayout
-    grid: tuple[int, int]
-    mode: str
-
-
 def forward(
-    do: ModuleType, x: Tensor, pooling: Pooling, w: Weights, keep: str, fused: bool, eps: float
+    do: ModuleType, x: Tensor, layout: TileLayout, w: Weights, keep: str, fused: bool, eps: float
 ) -> tuple[Tensor, Saved]:
-    """x [T, H*W, C] -> out [M, D] and what `keep` ("save", "recompute", "none") asks to save."""
+    """x [P, C] -> out [M, D] and what `keep` ("save", "recompute", "none") asks to save."""
     pooled, normed, mean, rstd = do.pool_norm(
-        x, pooling, w.norm_weight, w.norm_bias, eps, keep_pooled=keep != "none"
+        x, layout, w.norm_weight, w.norm_bias, eps, keep_pooled=keep != "none"
     )
     gate, value, product = gates(do, normed, w, fused, keep_gates=keep == "save")
     del normed
@@ -90,7 +82,7 @@ def forward(
 def backward(
     do: ModuleType,
     grad: Tensor,
-    pooling: Pooling,
+    layout: TileLayout,
     w: Weights,
     saved: Saved,
     needs: Needs,
@@ -123,7 +115,7 @@ def backward(
             found["norm_weight"] = _own(sum_weight, w.norm_weight)
             found["norm_bias"] = _own(sum_bias, w.norm_bias)
         if needs.x:
-            found["x"] = do.pool_backward(grad_pooled, pooling)
+            found["x"] = do.pool_backward(grad_pooled, layout)
     if needs.gates:
         if normed is None:
             normed = do.norm(pooled, mean, rstd, w.norm_weight, w.norm_bias)

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.arguments import check_inputs, sides_tensor
+from kernels.arguments import check_grid, check_weights, sides_tensor
 from kernels.pooling import pool_tiles
-from kernels.tile_layout import tile_layout
+from kernels.tile_layout import square_shapes, tile_layout
 
 
 def projector_reference(
@@ -49,10 +49,13 @@ def projector_reference(
 
     Raises ValueError when shapes, dtypes, devices, sides, grid or pool mode do not fit.
     """
-    check_inputs(x, (norm_weight, norm_bias, w1, b1, w2, b2, w3, b3), grid, pool)
-    layout = tile_layout(sides_tensor(tile_sides, len(x)).numpy(), torch.device("cpu"))
+    check_grid(x, grid)
+    patches, weights = x.flatten(0, 1), (norm_weight, norm_bias, w1, b1, w2, b2, w3, b3)
+    check_weights(patches, weights, pool)
+    sides = sides_tensor(tile_sides, len(x)).tolist()
+    layout = tile_layout(square_shapes(sides, grid), pool, torch.device("cpu"))
     wide = torch.promote_types(x.dtype, torch.float32)
-    pooled = pool_tiles(x, layout.sides, grid, pool).to(x.dtype).to(wide)
+    pooled = pool_tiles(patches, layout).to(x.dtype).to(wide)
     normed = F.layer_norm(pooled, (x.shape[2],), norm_weight.to(wide), norm_bias.to(wide), eps)
     normed = normed.to(x.dtype)
     gate, value = F.linear(normed, w1, b1), F.linear(normed, w2, b2)

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels.dispatch import implementation, use_fused
-from kernels.passes import Needs, Pooling, Saved, Weights, backward, forward
-from kernels.tile_layout import TileLayout, tile_layout
+from kernels.passes import Needs, Saved, Weights, backward, forward
+from kernels.tile_layout import COLUMNS, TileLayout, tile_layout
 
 
 def steps(
@@ -36,7 +36,6 @@ class Options(NamedTuple):
     One string as an argument of the ops: the dispatcher's time per call grows with every argument.
     """
 
-    grid: tuple[int, int]
     pool: str
     keep: str  # "save", "recompute" or "none"
     impl: str
@@ -45,15 +44,14 @@ class Options(NamedTuple):
 
     def encode(self) -> str:
         """As a string that `decode` reads."""
-        height, width = self.grid
-        return f"{height} {width} {self.pool} {self.keep} {self.impl} {self.gemm} {self.eps}"
+        return f"{self.pool} {self.keep} {self.impl} {self.gemm} {self.eps}"
 
     @staticmethod
     @lru_cache(maxsize=256)
     def decode(text: str) -> "Options":
         """The options that were encoded."""
-        height, width, pool, keep, impl, gemm, eps = text.split()
-        return Options((int(height), int(width)), pool, keep, impl, gemm, float(eps))
+        pool, keep, impl, gemm, eps = text.split()
+        return Options(pool, keep, impl, gemm, float(eps))
 
 
 # The layout is made on the host, anew in every call: nothing of it may be captured and replayed.
@@ -63,7 +61,7 @@ _TAGS = (torch.Tag.cudagraph_unsafe,)
 @torch.library.custom_op("tokenflex::projector_forward", mutates_args=(), tags=_TAGS)
 def projector_forward(
     x: Tensor,
-    sides: Tensor,
+    shapes: Tensor,
     norm_weight: Tensor,
     norm_bias: Tensor,
     w1: Tensor,
@@ -74,28 +72,32 @@ def projector_forward(
     b3: Tensor,
     options: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns (out [M, D], *`Saved`, `TileLayout.table`); x [T, H*W, C], sides int [T] on CPU.
+    """Returns (out [M, D], *`Saved`, `TileLayout.table`); x [P, C], shapes int [T, 4] on CPU.
 
     options: `Options.encode()`.
     """
     o = Options.decode(options)
-    layout = tile_layout(sides.numpy(), x.device)
+    layout = tile_layout(shapes.numpy(), o.pool, x.device)
+    if layout.patches != x.shape[0]:
+        raise ValueError(
+            f"x has {x.shape[0]} patches and the shapes {layout.patches}; pass the patches of all "
+            "tiles, one tile after the other"
+        )
     weights = Weights(norm_weight, norm_bias, w1, b1, w2, b2, w3, b3)
     if layout.rows == 0:
         return (*_empty_results(x, weights, 0, o.keep), layout.table)
-    pooling = Pooling(layout, o.grid, o.pool)
     with _plain_numerics(x):
-        sizes = {"C": x.shape[2], "F": w1.shape[0]}
+        sizes = {"C": x.shape[1], "F": w1.shape[0]}
         do, fused = steps(o.impl, o.gemm, "dual_gemm", layout.rows, x, **sizes)
-        out, saved = forward(do, x.contiguous(), pooling, weights, o.keep, fused, o.eps)
+        out, saved = forward(do, x.contiguous(), layout, weights, o.keep, fused, o.eps)
     return (out, *saved, layout.table)
 
 
 @projector_forward.register_fake
-def _(x, sides, *rest):
+def _(x, shapes, *rest):
     *weights, options = rest
     rows = torch.library.get_ctx().new_dynamic_size(min=0)
-    table = x.new_empty(rows + 2 * x.shape[0], dtype=torch.int32)
+    table = x.new_empty(rows + COLUMNS * shapes.shape[0], dtype=torch.int32)
     return (*_empty_results(x, Weights(*weights), rows, Options.decode(options).keep), table)
 
 
@@ -105,7 +107,7 @@ def _empty_results(x: Tensor, w: Weights, rows: Any, keep: str) -> tuple[Any, ..
     gate_rows = rows if keep == "save" else 0
     return (
         x.new_empty(rows, w.w3.shape[0]),
-        x.new_empty(rows if keep != "none" else 0, x.shape[2]),
+        x.new_empty(rows if keep != "none" else 0, x.shape[1]),
         x.new_empty(rows, dtype=statistic),
         x.new_empty(rows, dtype=statistic),
         x.new_empty(gate_rows, w.w1.shape[0]),
@@ -116,7 +118,7 @@ def _empty_results(x: Tensor, w: Weights, rows: Any, keep: str) -> tuple[Any, ..
 @torch.library.custom_op("tokenflex::projector_backward", mutates_args=(), tags=_TAGS)
 def projector_backward(
     grad: Tensor,
-    sides: Tensor,
+    shapes: Tensor,
     table: Tensor,
     pooled: Tensor,
     mean: Tensor,
@@ -133,37 +135,35 @@ def projector_backward(
     b3: Tensor,
     options: str,
     needs: Sequence[bool],
+    patches: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x and the eight weights, in that order; empty where `Needs` does not ask."""
     weights = Weights(norm_weight, norm_bias, w1, b1, w2, b2, w3, b3)
     o = Options.decode(options)
     if grad.shape[0] == 0:
-        empty = _empty_gradients(grad, sides, weights, o.grid, Needs(*needs))
+        empty = _empty_gradients(grad, patches, weights, Needs(*needs))
         return tuple(gradient.zero_() for gradient in empty)  # type: ignore[return-value]
-    pooling = Pooling(TileLayout(sides.tolist(), grad.shape[0], table), o.grid, o.pool)
+    layout = TileLayout(shapes.numpy(), o.pool, table)
     saved, grad = Saved(pooled, mean, rstd, gate, value), grad.contiguous()
     with _plain_numerics(grad):
         sizes = {"D": w3.shape[0], "F": w3.shape[1]}
         do, fused = steps(o.impl, o.gemm, "gate_gemm", len(grad), grad, **sizes)
-        found = backward(do, grad, pooling, weights, saved, Needs(*needs), fused)
+        found = backward(do, grad, layout, weights, saved, Needs(*needs), fused)
     return tuple(  # type: ignore[return-value]
         grad.new_empty(0) if gradient is None else gradient for gradient in found
     )
 
 
 @projector_backward.register_fake
-def _(grad, sides, *rest):
-    *_, options, needs = rest
-    weights, grid = Weights(*rest[-10:-2]), Options.decode(options).grid
-    return tuple(_empty_gradients(grad, sides, weights, grid, Needs(*needs)))
+def _(grad, shapes, *rest):
+    *_, needs, patches = rest
+    return tuple(_empty_gradients(grad, patches, Weights(*rest[-11:-3]), Needs(*needs)))
 
 
-def _empty_gradients(
-    grad: Tensor, sides: Tensor, w: Weights, grid: Sequence[int], needs: Needs
-) -> list[Tensor]:
+def _empty_gradients(grad: Tensor, patches: int, w: Weights, needs: Needs) -> list[Tensor]:
     """The gradients' tensors, uninitialised; [0] where not asked for."""
     asked = [needs.norm] * 2 + [needs.gates] * 4 + [needs.out] * 2
-    x_shape = (sides.shape[0], grid[0] * grid[1], w.w1.shape[1]) if needs.x else (0,)
+    x_shape = (patches, w.w1.shape[1]) if needs.x else (0,)
     return [grad.new_empty(x_shape)] + [
         weight.new_empty(weight.shape if wanted else (0,))
         for weight, wanted in zip(w, asked, strict=True)
@@ -179,12 +179,12 @@ def _plain_numerics(tensor: Tensor) -> AbstractContextManager[Any]:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, sides, *weights, options = inputs
+    x, shapes, *weights, options = inputs
     _, *saved, table = output
     ctx.mark_non_differentiable(*saved, table)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(sides, table, *saved, *weights)
-    ctx.options = options
+    ctx.save_for_backward(shapes, table, *saved, *weights)
+    ctx.options, ctx.patches = options, x.shape[0]
 
 
 def _autograd(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
@@ -193,7 +193,7 @@ def _autograd(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if grad is None:
         return nothing
     needs = Needs(x, any(weights[:2]), any(weights[2:6]), any(weights[6:]))
-    found = projector_backward(grad, *ctx.saved_tensors, ctx.options, list(needs))
+    found = projector_backward(grad, *ctx.saved_tensors, ctx.options, list(needs), ctx.patches)
     asked = (x, *weights)
     grad_x, *grad_weights = (
         gradient if wanted else None for gradient, wanted in zip(found, asked, strict=True)
@@ -216,7 +216,7 @@ def _forward_flops(
 @register_flop_formula(torch.ops.tokenflex.projector_backward)
 def _backward_flops(grad: Sequence[int], *shapes: Any, out_shape: Any = None, **_: Any) -> int:
     """FLOPs of the matrix products that `needs` asks for, and of those that are done again."""
-    (hidden, channels), asked = shapes[9], shapes[-1]
+    (hidden, channels), asked = shapes[9], shapes[-2]
     rows, width = grad
     needs, recompute = Needs(*asked), shapes[5][0] == 0
     gates = 2 * (recompute + (needs.x or needs.norm) + needs.gates)

@@ -66,69 +66,52 @@ def pooling_table(n: int, size: int, mode: str) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Spans:
-    """Sparse rows, each one run of neighbouring entries, for all sides 1 .. max at once.
+class SpanTables:
+    """Sparse rows of several pooling tables and of their transposes, each row one run of entries.
 
-    index: int32 [R, 3], the first entry, the number of entries, where their weights start.
-    weights: float32 [total].
+    index: int32 [R, 3]: a row's first entry, the number of entries, where their weights start.
+    weights: float32 [total]. begin: (n, size) -> the first of its n + size rows: those of the n
+    tokens, over the patches, then those of the `size` patches, over the tokens.
     """
 
     index: Tensor
     weights: Tensor
+    begin: dict[tuple[int, int], int]
 
 
-@dataclass(frozen=True)
-class AxisTables:
-    """The pooling tables of both axes on a device, and their adjoints.
-
-    down, across: which patches make token i of side n, and with what weights, along the rows and
-        the columns of the grid; row n * (n - 1) / 2 + i.
-    up, back: which tokens of side n patch p goes to; row (n - 1) * size + p.
-    """
-
-    down: Spans
-    across: Spans
-    up: Spans
-    back: Spans
-
-
-def axis_tables(
-    largest_side: int, grid: tuple[int, int], mode: str, device: torch.device
-) -> AxisTables:
-    """Tables for every side up to `largest_side` (and some beyond, so that few are ever built)."""
-    top = max(32, 1 << (largest_side - 1).bit_length())
-    return _axis_tables(top, *grid, mode, device)
-
-
-@lru_cache(maxsize=64)
-def _axis_tables(top: int, height: int, width: int, mode: str, device: torch.device) -> AxisTables:
+@lru_cache(maxsize=256)
+def span_tables(pairs: tuple[tuple[int, int], ...], mode: str, device: torch.device) -> SpanTables:
+    """The tables of these pairs (n, size) on a device; the copy does not wait for it."""
+    index, weights, begin = [], [], {}
+    rows = placed = 0
+    for n, size in pairs:
+        spans, entries = _pair_spans(n, size, mode)
+        begin[n, size], rows = rows, rows + len(spans)
+        index.append(spans + np.array([0, 0, placed]))
+        weights.append(entries)
+        placed += len(entries)
     with torch.inference_mode(False):  # training may use what inference has cached
-        return AxisTables(
-            down=_spans(_all_sides(top, height, mode), device),
-            across=_spans(_all_sides(top, width, mode), device),
-            up=_spans([table.T for table in _all_sides(top, height, mode)], device),
-            back=_spans([table.T for table in _all_sides(top, width, mode)], device),
-        )
+        tensors = [
+            torch.from_numpy(np.concatenate(parts).astype(dtype))
+            for parts, dtype in ((index, np.int32), (weights, np.float32))
+        ]
+        if device.type == "cuda":
+            tensors = [t.pin_memory().to(device, non_blocking=True) for t in tensors]
+    return SpanTables(*tensors, begin)
 
 
-def _all_sides(top: int, size: int, mode: str) -> list[np.ndarray]:
-    return [pooling_table(n, size, mode) for n in range(1, top + 1)]
-
-
-def _spans(tables: list[np.ndarray], device: torch.device) -> Spans:
-    """The rows of dense tables, one table after the other, without the zeros around each run."""
+@lru_cache(maxsize=4096)
+def _pair_spans(n: int, size: int, mode: str) -> tuple[np.ndarray, np.ndarray]:
+    """One table's rows, then columns, without the zeros around: int64 [n + size, 3], [total]."""
+    table = pooling_table(n, size, mode)
     index, weights, placed = [], [], 0
-    for table in tables:
-        filled = table != 0
+    for dense in (table, table.T):
+        filled = dense != 0
         first = filled.argmax(axis=1)
-        length = table.shape[1] - filled[:, ::-1].argmax(axis=1) - first
-        columns = np.arange(table.shape[1])
+        length = dense.shape[1] - filled[:, ::-1].argmax(axis=1) - first
+        columns = np.arange(dense.shape[1])
         inside = (columns >= first[:, None]) & (columns < (first + length)[:, None])
-        starts = placed + np.cumsum(length) - length
-        index.append(np.stack([first, length, starts], axis=1))
-        weights.append(table[inside])
+        index.append(np.stack([first, length, placed + np.cumsum(length) - length], axis=1))
+        weights.append(dense[inside])
         placed += int(length.sum())
-    return Spans(
-        torch.tensor(np.concatenate(index), dtype=torch.int32, device=device),
-        torch.tensor(np.concatenate(weights), dtype=torch.float32, device=device),
-    )
+    return np.concatenate(index), np.concatenate(weights)

@@ -7,8 +7,8 @@ float32 inside (float64 for float64), each result rounded once to the dtype of i
 import torch
 from torch import Tensor
 
-from kernels.passes import Pooling
 from kernels.pooling import pool_tiles, unpool_tiles
+from kernels.tile_layout import TileLayout
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -17,22 +17,22 @@ def _wide(tensor: Tensor) -> Tensor:
 
 def pool_norm(
     x: Tensor,
-    pooling: Pooling,
+    layout: TileLayout,
     norm_weight: Tensor,
     norm_bias: Tensor,
     eps: float,
     keep_pooled: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Pool x [T, H*W, C] and normalise: (pooled [M, C], normed [M, C], mean [M], rstd [M]).
+    """Pool x [P, C] and normalise: (pooled [M, C], normed [M, C], mean [M], rstd [M]).
 
     pooled is [0, C] unless `keep_pooled`. mean and rstd are float32 (float64 for float64).
     """
-    pooled = pool_tiles(x, pooling.layout.sides, pooling.grid, pooling.mode).to(x.dtype)
+    pooled = pool_tiles(x, layout).to(x.dtype)
     rows = _wide(pooled)
     mean = rows.mean(1)
     rstd = torch.rsqrt((rows - mean[:, None]).square().mean(1) + eps)
     normed = norm(pooled, mean, rstd, norm_weight, norm_bias)
-    return pooled if keep_pooled else pooled.new_empty(0, x.shape[2]), normed, mean, rstd
+    return pooled if keep_pooled else pooled.new_empty(0, x.shape[1]), normed, mean, rstd
 
 
 def norm(
@@ -93,6 +93,6 @@ def norm_backward(
     return grad_pooled, (upstream * unit).sum(0), upstream.sum(0), normed
 
 
-def pool_backward(grad: Tensor, pooling: Pooling) -> Tensor:
-    """The gradient of x [T, H*W, C] from that of pooled [M, C]."""
-    return unpool_tiles(grad, pooling.layout.sides, pooling.grid, pooling.mode).to(grad.dtype)
+def pool_backward(grad: Tensor, layout: TileLayout) -> Tensor:
+    """The gradient of x [P, C] from that of pooled [M, C]."""
+    return unpool_tiles(grad, layout).to(grad.dtype)

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from kernels.launch import LaunchConfig
-from kernels.passes import Pooling, gates, through_swiglu
+from kernels.passes import gates, through_swiglu
 from kernels.profile.baselines import EPS
 from kernels.profile.cases import Case
 from kernels.profile.random_inputs import make_inputs
-from kernels.tile_layout import tile_layout
 
 _BLOCKS = {"BLOCK_M": (64, 128, 256), "BLOCK_N": (64, 128, 256), "BLOCK_K": (32, 64)}
 # What is tried of each kernel: about 160 configurations with the warps and stages, each compiled.
@@ -71,9 +70,9 @@ def build_steps(case: Case, device: torch.device) -> dict[str, TimedStep]:
     from kernels.triton_impl.swiglu import ROWS
 
     inputs = make_inputs(case, device)
-    x, w, grad = inputs.x, inputs.weights, inputs.grad
-    pooling = Pooling(tile_layout(case.sides, device), case.grid, case.pool)
-    pooled, normed, mean, rstd = do.pool_norm(x, pooling, w.norm_weight, w.norm_bias, EPS)
+    x, w, grad = inputs.x.flatten(0, 1), inputs.weights, inputs.grad
+    layout = case.layout(device)
+    pooled, normed, mean, rstd = do.pool_norm(x, layout, w.norm_weight, w.norm_bias, EPS)
     gate, value, product = gates(do, normed, w, fused=False, keep_gates=True)
     upstream, grad_normed = product.clone(), torch.randn_like(pooled)
 
@@ -82,14 +81,14 @@ def build_steps(case: Case, device: torch.device) -> dict[str, TimedStep]:
         return TimedStep(lambda: (column_sum(summed),))
 
     steps = {
-        "pool_norm": TimedStep(lambda: do.pool_norm(x, pooling, w.norm_weight, w.norm_bias, EPS)),
+        "pool_norm": TimedStep(lambda: do.pool_norm(x, layout, w.norm_weight, w.norm_bias, EPS)),
         "norm": TimedStep(lambda: (do.norm(pooled, mean, rstd, w.norm_weight, w.norm_bias),)),
         "norm_backward": TimedStep(
             lambda: do.norm_backward(
                 grad_normed, pooled, mean, rstd, w.norm_weight, w.norm_bias, True, True
             )
         ),
-        "pool_backward": TimedStep(lambda: (do.pool_backward(grad_normed, pooling),)),
+        "pool_backward": TimedStep(lambda: (do.pool_backward(grad_normed, layout),)),
         "swiglu": TimedStep(lambda: (do.swiglu(gate, value),)),
         "swiglu_backward": TimedStep(
             lambda: do.swiglu_backward(upstream, gate, value), lambda: upstream.copy_(product)

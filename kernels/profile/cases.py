@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from kernels.tables import POOL_MODES
+from kernels.tile_layout import TileLayout, square_shapes, tile_layout
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SHAPE_HELP = """\
@@ -73,6 +74,10 @@ class Case:
     def rows(self) -> int:
         """M, the tokens of all tiles."""
         return sum(n * n for n in self.sides)
+
+    def layout(self, device: torch.device) -> TileLayout:
+        """Where the tiles' patches and tokens lie."""
+        return tile_layout(square_shapes(self.sides, self.grid), self.pool, device)
 
     @property
     def patches(self) -> int:

@@ -13,34 +13,36 @@ import torch
 from torch import Tensor
 
 from kernels.dispatch import implementation
-from kernels.passes import Needs, Pooling, Saved, Weights, backward, forward
+from kernels.passes import Needs, Saved, Weights, backward, forward
 from kernels.profile.baselines import EPS, Call
 from kernels.profile.cases import Case
-from kernels.tile_layout import tile_layout
+from kernels.tile_layout import TileLayout
 
 
 class _Steps(torch.autograd.Function):
     """`kernels.passes` on a layout that is given."""
 
     @staticmethod
-    def forward(ctx: Any, do: ModuleType, pooling: Pooling, x: Tensor, *weights: Tensor) -> Tensor:
-        out, saved = forward(do, x, pooling, Weights(*weights), "save", False, EPS)
+    def forward(
+        ctx: Any, do: ModuleType, layout: TileLayout, x: Tensor, *weights: Tensor
+    ) -> Tensor:
+        out, saved = forward(do, x, layout, Weights(*weights), "save", False, EPS)
         ctx.save_for_backward(*saved, *weights)
-        ctx.do, ctx.pooling = do, pooling
+        ctx.do, ctx.layout = do, layout
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         tensors, needs = ctx.saved_tensors, Needs(ctx.needs_input_grad[2], True, True, True)
         saved, weights = Saved(*tensors[:5]), Weights(*tensors[5:])
-        return None, None, *backward(ctx.do, grad, ctx.pooling, weights, saved, needs, False)
+        return None, None, *backward(ctx.do, grad, ctx.layout, weights, saved, needs, False)
 
 
 def with_layout(case: Case, device: torch.device) -> Callable[..., Tensor]:
     """The op's steps as a function of (x, *weights), all of the layout in it already."""
     do = import_module(f"kernels.{implementation('auto', device, case.torch_dtype)}_impl")
-    pooling = Pooling(tile_layout(case.sides, device), case.grid, case.pool)
-    return lambda x, *weights: _Steps.apply(do, pooling, x, *weights)
+    layout = case.layout(device)
+    return lambda x, *weights: _Steps.apply(do, layout, x.flatten(0, 1), *weights)
 
 
 def replayed(case: Case, device: torch.device) -> Call:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from kernels import POOL_MODES, torch_impl, triton_impl
-from kernels.passes import Needs, Pooling, Weights, backward, forward
-from kernels.tile_layout import tile_layout
+from kernels.passes import Needs, Weights, backward, forward
+from kernels.tile_layout import square_shapes, tile_layout
 
 SMALL = ([2, 3, 1, 11], (4, 5), (76, 136, 72))
 FLAGSHIP = ([2, 1], (27, 27), (1152, 3456, 2048))
@@ -29,18 +29,18 @@ def both_ways(
     def normal(*size: int, std: float = 1.0) -> Tensor:
         return (torch.randn(*size, generator=generator) * std).to(dtype)
 
-    x = normal(len(sides), grid[0] * grid[1], channels)
+    x = normal(len(sides) * grid[0] * grid[1], channels)
     weights = Weights(
         *(normal(channels), normal(channels)),
         *(normal(hidden, channels, std=channels**-0.5), normal(hidden)),
         *(normal(hidden, channels, std=channels**-0.5), normal(hidden)),
         *(normal(width, hidden, std=hidden**-0.5), normal(width)),
     )
-    pooling = Pooling(tile_layout(sides, torch.device("cpu")), grid, pool)
-    out, saved = forward(do, x, pooling, weights, keep, fused, 1e-5)
+    layout = tile_layout(square_shapes(sides, grid), pool, torch.device("cpu"))
+    out, saved = forward(do, x, layout, weights, keep, fused, 1e-5)
     upstream = normal(*out.shape)
     needs = Needs(True, True, True, True)
-    return [out, *backward(do, upstream, pooling, weights, saved, needs, fused)]
+    return [out, *backward(do, upstream, layout, weights, saved, needs, fused)]
 
 
 def main() -> None:

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from kernels import projector_reference, token_adaptive_projector
-from kernels.passes import Pooling
-from kernels.tile_layout import tile_layout
+from kernels.tile_layout import square_shapes, tile_layout
 from tests.kernels.inputs import eager, gradients, make_tiles, make_weights, relative_error
 
 pytestmark = [
@@ -102,14 +101,17 @@ def test_a_tile_gives_the_same_wherever_it_lies():
         blocks = rows.split([n * n for n in SIDES])
         return torch.cat([blocks[i] for i in order])
 
-    there, back = (Pooling(tile_layout(s, x.device), GRID, "adaptive") for s in (SIDES, sides))
+    there, back = (
+        tile_layout(square_shapes(s, GRID), "adaptive", x.device) for s in (SIDES, sides)
+    )
     norms = (weights["norm_weight"], weights["norm_bias"], 1e-5)
-    pooled, normed, _, _ = triton_impl.pool_norm(x, there, *norms)
-    other_pooled, other_normed, _, _ = triton_impl.pool_norm(x[order].contiguous(), back, *norms)
+    pooled, normed, _, _ = triton_impl.pool_norm(x.flatten(0, 1), there, *norms)
+    other_pooled, other_normed, _, _ = triton_impl.pool_norm(x[order].flatten(0, 1), back, *norms)
     assert torch.equal(other_pooled, permuted(pooled))
     assert torch.equal(other_normed, permuted(normed))
-    dx = triton_impl.pool_backward(pooled, there)
-    assert torch.equal(triton_impl.pool_backward(permuted(pooled), back), dx[order])
+    dx = triton_impl.pool_backward(pooled, there).view_as(x)
+    moved = triton_impl.pool_backward(permuted(pooled), back).view_as(x)
+    assert torch.equal(moved, dx[order])
     out = token_adaptive_projector(x, SIDES, **weights, grid=GRID)
     other = token_adaptive_projector(x[order], sides, **weights, grid=GRID)
     assert relative_error(other, permuted(out)) < 1e-2
@@ -176,19 +178,19 @@ INITIALISED = """
 import torch
 from tests.kernels.test_gpu import GRID, SIDES, real_inputs
 from kernels import triton_impl as do
-from kernels.tile_layout import tile_layout
-from kernels.passes import Pooling
+from kernels.tile_layout import square_shapes, tile_layout
 gpu = torch.device("cuda")
 give = lambda *shape: torch.randn(*shape).bfloat16().to(gpu)
 x, w = real_inputs(torch.bfloat16)
 rows = sum(n * n for n in SIDES)
 for pool in ("adaptive", "resize"):
-    pooling = Pooling(tile_layout(SIDES, gpu), GRID, pool)
-    pooled, _, mean, rstd = do.pool_norm(x, pooling, w["norm_weight"], w["norm_bias"], 1e-5)
-    norms = (pooled, mean, rstd, w["norm_weight"], w["norm_bias"])
+    layout = tile_layout(square_shapes(SIDES, GRID), pool, gpu)
+    weight, bias = w["norm_weight"], w["norm_bias"]
+    pooled, _, mean, rstd = do.pool_norm(x.flatten(0, 1), layout, weight, bias, 1e-5)
+    norms = (pooled, mean, rstd, weight, bias)
     do.norm(*norms)
     do.norm_backward(give(rows, 1152), *norms, True, True)
-    do.pool_backward(give(rows, 1152), pooling)
+    do.pool_backward(give(rows, 1152), layout)
 gate, value, grad = (give(rows, 3456) for _ in range(3))
 do.swiglu(gate, value)
 do.swiglu_backward(grad, gate, value)

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kernels import POOL_MODES, dispatch, launch, projector_reference, token_adaptive_projector
 from kernels import registration as ops
-from kernels.tile_layout import tile_layout
+from kernels.tile_layout import square_shapes, tile_layout
 from tests.kernels.inputs import (
     CHANNELS,
     DEVICE,
@@ -45,8 +45,9 @@ def call(x: Tensor, weights: dict[str, Tensor], sides=(2, 5, 3), **options) -> T
 def op_arguments(keep: str, sides: list[int]) -> tuple:
     x, weights = inputs(len(sides))
     leaves = [tensor.requires_grad_() for tensor in (x, *weights.values())]
-    options = ops.Options(GRID, "adaptive", keep, "torch", "auto", 1e-5).encode()
-    return (leaves[0], torch.tensor(sides, dtype=torch.int64), *leaves[1:], options)
+    options = ops.Options("adaptive", keep, "torch", "auto", 1e-5).encode()
+    shapes = torch.tensor(square_shapes(sides, GRID), dtype=torch.int64).reshape(-1, 4)
+    return (leaves[0].flatten(0, 1), shapes, *leaves[1:], options)
 
 
 @pytest.mark.parametrize("keep", ["save", "recompute"])
@@ -59,12 +60,12 @@ def test_registration_of_the_backward():
     arguments = [
         a.detach() if isinstance(a, Tensor) else a for a in op_arguments("save", [2, 3, 1])
     ]
-    _, sides, *weights, options = arguments
+    x, shapes, *weights, options = arguments
     out, *saved, table = ops.projector_forward(*arguments)
     for needs in ([True] * 4, [False, True, False, True], [False, False, True, False]):
         opcheck(
             ops.projector_backward,
-            (torch.ones_like(out), sides, table, *saved, *weights, options, needs),
+            (torch.ones_like(out), shapes, table, *saved, *weights, options, needs, len(x)),
         )
 
 
@@ -199,7 +200,7 @@ def test_no_grad_is_compiled_too():
     compiled = torch.compile(
         lambda x: call(x, weights, sides=torch.tensor([2, 5, 3])), backend=counter
     )
-    with torch.no_grad():
+    with torch.no_grad(), torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
         torch.testing.assert_close(compiled(x), call(x, weights))
     assert counter.frame_count == 1
 
@@ -254,7 +255,7 @@ def test_what_is_saved_for_backward():
     x, weights = inputs(dtype=torch.bfloat16)
     weights = {name: weight.requires_grad_() for name, weight in weights.items()}
     sides, rows = [8, 8, 8], 192
-    small = 2 * 4 * rows + 4 * (rows + 6) + 8 * 3  # mean and rstd, the layout, the sides
+    small = 2 * 4 * rows + 4 * (rows + 8 * 3) + 8 * 4 * 3  # mean and rstd, the layout, the shapes
     assert saved_bytes(x, weights, sides, backward="recompute") == 2 * rows * CHANNELS + small
     assert saved_bytes(x, weights, sides) == 2 * rows * (CHANNELS + 2 * HIDDEN) + small
 
@@ -314,7 +315,7 @@ def test_bad_choices_and_sides(options, message):
 
 def test_more_tokens_than_an_int32_counts_are_refused():
     with pytest.raises(ValueError, match=r"2148532224 tokens.*2\^31 tokens"):
-        tile_layout([1024] * 2049, torch.device("cpu"))
+        tile_layout(square_shapes([1024] * 2049, GRID), "adaptive", torch.device("cpu"))
 
 
 def test_triton_says_what_it_cannot_run(monkeypatch):

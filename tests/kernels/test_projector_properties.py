@@ -13,8 +13,7 @@ from torch import Tensor
 
 from kernels import POOL_MODES, torch_impl, triton_impl
 from kernels.dispatch import interpreting
-from kernels.passes import Pooling
-from kernels.tile_layout import tile_layout
+from kernels.tile_layout import TileLayout, tile_layout
 from tests.kernels.inputs import DEVICE
 
 NO_TRITON = pytest.mark.skipif(
@@ -28,34 +27,39 @@ CHANNELS = 5  # 4 + 1: a tail
 
 
 class Batch(NamedTuple):
-    """Sides of the tiles, the grid of patches, the mode, and a seed for the values."""
+    """H, W, h, w of each tile, the mode, and a seed for the values."""
 
-    sides: list[int]
-    grid: tuple[int, int]
+    shapes: list[tuple[int, int, int, int]]
     mode: str
     seed: int
 
     @property
-    def rows(self) -> int:
-        return sum(n * n for n in self.sides)
+    def patches(self) -> list[int]:
+        return [height * width for height, width, _, _ in self.shapes]
 
     @property
-    def pooling(self) -> Pooling:
-        return Pooling(tile_layout(self.sides, DEVICE), self.grid, self.mode)
+    def tokens(self) -> list[int]:
+        return [h * w for _, _, h, w in self.shapes]
+
+    @property
+    def rows(self) -> int:
+        return sum(self.tokens)
+
+    @property
+    def layout(self) -> TileLayout:
+        return tile_layout(self.shapes, self.mode, DEVICE)
 
     def normal(self, *shape: int, dtype: torch.dtype, more: int = 0) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed + more)
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).to(DEVICE)
 
     def tiles(self, dtype: torch.dtype, more: int = 0) -> Tensor:
-        patches = self.grid[0] * self.grid[1]
-        return self.normal(len(self.sides), patches, CHANNELS, dtype=dtype, more=more)
+        return self.normal(sum(self.patches), CHANNELS, dtype=dtype, more=more)
 
 
 batches = st.builds(
     Batch,
-    sides=st.lists(st.integers(1, 4), min_size=1, max_size=3),
-    grid=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    shapes=st.lists(st.tuples(*[st.integers(1, 5)] * 4), min_size=1, max_size=3),
     mode=st.sampled_from(POOL_MODES),
     seed=st.integers(0, 99),
 )
@@ -64,7 +68,7 @@ batches = st.builds(
 def pool(steps, x: Tensor, batch: Batch) -> Tensor:
     """The pooled rows alone, [M, C]."""
     ones = torch.ones(CHANNELS, dtype=x.dtype, device=x.device)
-    return steps.pool_norm(x, batch.pooling, ones, ones, 1e-5)[0]
+    return steps.pool_norm(x, batch.layout, ones, ones, 1e-5)[0]
 
 
 def assert_close(found: Tensor, expected: Tensor, limit: float) -> None:
@@ -78,21 +82,22 @@ def assert_close(found: Tensor, expected: Tensor, limit: float) -> None:
 def test_permuting_tiles_permutes_rows_and_gradients(steps, batch, order):
     """Pooled, normed, mean and rstd of each row; the gradient of each patch."""
     module, dtype, limit = steps
-    places = list(range(len(batch.sides)))
+    places = list(range(len(batch.shapes)))
     order.shuffle(places)
-    moved = batch._replace(sides=[batch.sides[i] for i in places])
+    moved = batch._replace(shapes=[batch.shapes[i] for i in places])
     x, weight = batch.tiles(dtype), batch.normal(2, CHANNELS, dtype=dtype, more=1)
     g = batch.normal(batch.rows, CHANNELS, dtype=dtype, more=2)
 
-    def move(rows: Tensor) -> Tensor:
-        blocks = rows.split([n * n for n in batch.sides])
+    def move(rows: Tensor, sizes: list[int]) -> Tensor:
+        blocks = rows.split(sizes)
         return torch.cat([blocks[i] for i in places])
 
-    there = module.pool_norm(x[places], moved.pooling, *weight, 1e-5)
-    for found, rows in zip(there, module.pool_norm(x, batch.pooling, *weight, 1e-5), strict=True):
-        assert_close(found, move(rows), limit)
-    back = module.pool_backward(move(g), moved.pooling)
-    assert_close(back, module.pool_backward(g, batch.pooling)[places], limit)
+    there = module.pool_norm(move(x, batch.patches), moved.layout, *weight, 1e-5)
+    for found, rows in zip(there, module.pool_norm(x, batch.layout, *weight, 1e-5), strict=True):
+        assert_close(found, move(rows, batch.tokens), limit)
+    back = module.pool_backward(move(g, batch.tokens), moved.layout)
+    expected = move(module.pool_backward(g, batch.layout), batch.patches)
+    assert_close(back, expected, limit)
 
 
 @STEPS
@@ -112,7 +117,7 @@ def test_pool_backward_is_the_adjoint_of_pooling(steps, batch):
     """<pool(x), g> = <x, pool_backward(g)>."""
     module, dtype, limit = steps
     x, g = batch.tiles(dtype), batch.normal(batch.rows, CHANNELS, dtype=dtype, more=1)
-    back = module.pool_backward(g, batch.pooling)
+    back = module.pool_backward(g, batch.layout)
     there = (pool(module, x, batch).double() * g.double()).sum()
     again = (x.double() * back.double()).sum()
     size = x.double().norm() * back.double().norm()
@@ -125,11 +130,11 @@ def test_pool_backward_is_the_adjoint_of_pooling(steps, batch):
 def test_rows_sum_to_one(steps, batch):
     """A constant stays what it is; backward spreads each token's gradient out and loses nothing."""
     module, dtype, limit = steps
-    value = batch.normal(len(batch.sides), 1, CHANNELS, dtype=dtype)
-    x = value.expand(-1, batch.grid[0] * batch.grid[1], -1).contiguous()
-    counts = torch.tensor([n * n for n in batch.sides], device=DEVICE)
-    expected = value[:, 0].repeat_interleave(counts, dim=0)
+    value = batch.normal(len(batch.shapes), CHANNELS, dtype=dtype)
+    x = value.repeat_interleave(torch.tensor(batch.patches, device=DEVICE), dim=0)
+    expected = value.repeat_interleave(torch.tensor(batch.tokens, device=DEVICE), dim=0)
     assert_close(pool(module, x, batch), expected, limit)
     g = batch.normal(batch.rows, CHANNELS, dtype=dtype, more=1)
-    sums = torch.stack([block.sum(0) for block in g.split(counts.tolist())])
-    assert_close(module.pool_backward(g, batch.pooling).sum(1), sums, limit)
+    sums = torch.stack([block.sum(0) for block in g.split(batch.tokens)])
+    back = module.pool_backward(g, batch.layout).split(batch.patches)
+    assert_close(torch.stack([block.sum(0) for block in back]), sums, limit)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import POOL_MODES, pooling_table, projector_reference, token_adaptive_projector
-from kernels.tables import axis_tables
+from kernels.tables import span_tables
 from tests.kernels.inputs import (
     CHANNELS,
     HIDDEN,
@@ -53,15 +53,13 @@ def test_tables_are_shared_and_cannot_be_written():
 @pytest.mark.parametrize("pool", POOL_MODES)
 @pytest.mark.parametrize("grid", GRIDS)
 def test_spans_hold_the_whole_table_and_its_adjoint(grid, pool):
-    tables = axis_tables(24, grid, pool, torch.device("cpu"))
-    for n in SIDES:
-        for size, there, back in zip(
-            grid, (tables.down, tables.across), (tables.up, tables.back), strict=True
-        ):
-            dense = torch.from_numpy(pooling_table(n, size, pool).copy()).float()
-            first = n * (n - 1) // 2
-            assert torch.equal(filled(there, range(first, first + n), size), dense)
-            assert torch.equal(filled(back, range((n - 1) * size, n * size), n), dense.T)
+    pairs = tuple((n, size) for n in SIDES for size in grid)
+    tables = span_tables(pairs, pool, torch.device("cpu"))
+    for n, size in pairs:
+        dense = torch.from_numpy(pooling_table(n, size, pool).copy()).float()
+        first = tables.begin[n, size]
+        assert torch.equal(filled(tables, range(first, first + n), size), dense)
+        assert torch.equal(filled(tables, range(first + n, first + n + size), n), dense.T)
 
 
 def filled(spans, rows, width) -> Tensor:

@@ -6,8 +6,7 @@ from torch import Tensor
 
 from kernels import POOL_MODES, projector_reference, token_adaptive_projector
 from kernels.dispatch import interpreting
-from kernels.passes import Pooling
-from kernels.tile_layout import tile_layout
+from kernels.tile_layout import square_shapes, tile_layout
 from kernels.triton_impl import norm, norm_backward, pool_backward, pool_norm, swiglu
 from kernels.triton_impl import swiglu_backward as triton_swiglu_backward
 from kernels.triton_impl.column_sum import column_sum
@@ -71,8 +70,8 @@ def float64_pool(x: Tensor, sides: list[int], grid: tuple[int, int], pool: str) 
 def test_pool_norm(dtype, pool):
     x = make_tiles(len(SIDES), GRID, channels=CHANNELS).to(dtype).to(DEVICE)
     weight, bias = normal(2, CHANNELS, dtype=dtype, seed=3)
-    pooling = Pooling(tile_layout(SIDES, DEVICE), GRID, pool)
-    pooled, normed, mean, rstd = pool_norm(x, pooling, weight, bias, 1e-5)
+    layout = tile_layout(square_shapes(SIDES, GRID), pool, DEVICE)
+    pooled, normed, mean, rstd = pool_norm(x.flatten(0, 1), layout, weight, bias, 1e-5)
     expected = float64_pool(x, SIDES, GRID, pool)
     assert_close(pooled, expected, dtype)
     rows = pooled.double().cpu()  # the norm sees what was rounded
@@ -82,7 +81,7 @@ def test_pool_norm(dtype, pool):
     unit = (rows - expected_mean[:, None]) * (variance + 1e-5).rsqrt()[:, None]
     assert_close(normed, unit * weight.double().cpu() + bias.double().cpu(), dtype)
     assert torch.equal(norm(pooled, mean, rstd, weight, bias), normed)
-    nothing, again, _, _ = pool_norm(x, pooling, weight, bias, 1e-5, keep_pooled=False)
+    nothing, again, _, _ = pool_norm(x.flatten(0, 1), layout, weight, bias, 1e-5, keep_pooled=False)
     assert nothing.shape == (0, CHANNELS) and torch.equal(again, normed)
 
 
@@ -91,8 +90,8 @@ def test_pool_norm_of_one_row_at_any_width(channels):
     """One row; widths with and without a tail."""
     x = make_tiles(1, (3, 2), channels=channels).float().to(DEVICE)
     weight, bias = normal(2, channels, dtype=torch.float32, seed=3)
-    pooling = Pooling(tile_layout([1], DEVICE), (3, 2), "adaptive")
-    pooled, normed, _, _ = pool_norm(x, pooling, weight, bias, 1e-5)
+    layout = tile_layout(square_shapes([1], (3, 2)), "adaptive", DEVICE)
+    pooled, normed, _, _ = pool_norm(x.flatten(0, 1), layout, weight, bias, 1e-5)
     assert_close(pooled, float64_pool(x, [1], (3, 2), "adaptive"), torch.float32)
     expected = torch.nn.functional.layer_norm(pooled, (channels,), weight, bias)
     torch.testing.assert_close(normed, expected, rtol=1e-4, atol=1e-5)
@@ -104,8 +103,8 @@ def test_pool_backward(dtype, pool):
     grad = normal(ROWS, CHANNELS, dtype=dtype, seed=4)
     x = make_tiles(len(SIDES), GRID, channels=CHANNELS).requires_grad_()
     float64_pool(x, SIDES, GRID, pool).backward(grad.double().cpu())
-    found = pool_backward(grad, Pooling(tile_layout(SIDES, DEVICE), GRID, pool))
-    assert_close(found, x.grad, dtype)
+    found = pool_backward(grad, tile_layout(square_shapes(SIDES, GRID), pool, DEVICE))
+    assert_close(found, x.grad.flatten(0, 1), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
