@@ -16,7 +16,7 @@ def pool_tiles(x: Tensor, layout: TileLayout) -> Tensor:
     """Pool the tiles of x [P, C] to rows [M, C], both tile after tile, float32 or wider."""
     groups = layout.groups()
     if len(groups) < 2:
-        return _pool_group(x, *groups, layout.mode) if groups else x
+        return _pool_group(x, next(iter(groups)), layout.mode) if groups else x
     by_group = _places(layout, groups, 0).to(x.device, non_blocking=True)
     pieces = x[by_group].split([len(tiles) * s[0] * s[1] for s, tiles in groups.items()])
     pooled = [
@@ -30,7 +30,7 @@ def unpool_tiles(rows: Tensor, layout: TileLayout) -> Tensor:
     """The adjoint of `pool_tiles`: rows [M, C] back to patches [P, C], float32 or wider."""
     groups = layout.groups()
     if len(groups) == 1:
-        return _unpool_group(rows, *groups, layout.mode)
+        return _unpool_group(rows, next(iter(groups)), layout.mode)
     by_group = _places(layout, groups, 2).to(rows.device, non_blocking=True)
     pieces = rows[by_group].split([len(tiles) * s[2] * s[3] for s, tiles in groups.items()])
     patches = [

@@ -97,7 +97,7 @@ def span_tables(pairs: tuple[tuple[int, int], ...], mode: str, device: torch.dev
         ]
         if device.type == "cuda":
             tensors = [t.pin_memory().to(device, non_blocking=True) for t in tensors]
-    return SpanTables(*tensors, begin)
+    return SpanTables(tensors[0], tensors[1], begin)
 
 
 @lru_cache(maxsize=4096)
