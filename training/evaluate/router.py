@@ -105,8 +105,8 @@ def train_router(
     number = len(features)
     if number < MIN_SAMPLES:
         raise InputError(
-            f"{number} samples are left to train the router on, {MIN_SAMPLES} are needed: give more "
-            "shards, or a larger --limit or --router-share"
+            f"{number} samples are left to train the router on, {MIN_SAMPLES} are needed: give "
+            "more shards, or a larger --limit or --router-share"
         )
     mean, scale = features.mean(axis=0), features.std(axis=0)
     scale = np.where(scale > 1e-12, scale, 1.0)
