@@ -43,6 +43,8 @@ class PackedBatch:
     sample_sides: n of each sample if its images share one, 0 for text only, -1 for several.
     max_seqlen: tokens of the longest sample.
     planned_tokens: tokens of the plan; 0 for an empty pack, else L.
+    teachers: int64 [K], the place among the targets of the same token in the sample's last copy,
+        that of the most image tokens. student_weights: float32 [K], `target_weights`, but 0 there.
     bad: the samples that could not be used. Each keeps its planned length, as pad tokens without
         labels, weights or tiles, so that no other sample moves.
 
@@ -68,6 +70,8 @@ class PackedBatch:
     max_seqlen: int
     planned_tokens: int
     bad: list[BadSample]
+    teachers: torch.Tensor | None = None
+    student_weights: torch.Tensor | None = None
 
     def to(self, device: torch.device | str) -> "PackedBatch":
         """A copy with the tensors on a device, without waiting for pinned ones to arrive."""
@@ -135,6 +139,7 @@ class PackBuilder:
         tiles = np.empty((pack.num_tiles, 3, *2 * (self._tiling.tile_size,)), np.uint8)
         tile_sides: list[int] = []
         num_images = 0
+        teachers: list[np.ndarray] = [np.empty(0, np.int64)]
         bad: list[BadSample] = []
         for copies_at in pack.samples:
             sample = sample_ids[copies_at.start]
@@ -155,11 +160,15 @@ class PackBuilder:
                 loss_weights[own] = weight * content.supervised
                 tile_sides += content.tile_sides
             num_images += len(pack.sides[copies_at.start])
+            teachers.append(_teachers(copies) + sum(map(len, teachers)))
         features = sum(side * side for side in tile_sides)
         image_positions = np.flatnonzero(input_ids == self._image_context)
         found = len(image_positions)
         assert found == features, f"{found} <IMG_CONTEXT> for {features} image features"
         supervised_tokens = np.flatnonzero(labels != IGNORE)
+        teacher, weights = np.concatenate(teachers), loss_weights[supervised_tokens]
+        assert len(teacher) == len(supervised_tokens)
+        is_student = teacher != np.arange(len(teacher))
         return PackedBatch(
             input_ids=torch.from_numpy(input_ids),
             position_ids=torch.from_numpy(
@@ -170,7 +179,7 @@ class PackBuilder:
             loss_weights=torch.from_numpy(loss_weights),
             target_positions=torch.from_numpy(supervised_tokens - 1),
             targets=torch.from_numpy(labels[supervised_tokens]),
-            target_weights=torch.from_numpy(loss_weights[supervised_tokens]),
+            target_weights=torch.from_numpy(weights),
             image_positions=torch.from_numpy(image_positions),
             tiles=torch.from_numpy(tiles[: len(tile_sides)]),
             tile_sides=tile_sides,
@@ -182,6 +191,8 @@ class PackBuilder:
             max_seqlen=int(lengths.max()),
             planned_tokens=pack.tokens,
             bad=bad,
+            teachers=torch.from_numpy(teacher),
+            student_weights=torch.from_numpy(weights * is_student),
         )
 
     def _read(self, sample: int, pack: PackPlan, places: range, room: np.ndarray) -> list[_Sample]:
@@ -222,6 +233,13 @@ class PackBuilder:
             sides = np.repeat(pack.sides[i], planned).tolist()
             copies.append(_Sample(np.array(input_ids), np.array(supervised), sides))
         return copies
+
+
+def _teachers(copies: list[_Sample]) -> np.ndarray:
+    """For each supervised token of the copies, the place of the last copy's among them."""
+    count = int(copies[0].supervised.sum())
+    last = (len(copies) - 1) * count
+    return np.tile(np.arange(last, last + count), len(copies))
 
 
 def _reason(error: Exception) -> str:

@@ -29,8 +29,9 @@ class TokenCountSettings(Settings):
     """Probability of each count. A count with probability 0 is evaluated but not trained."""
     draw: Literal["image", "sample", "pack"] = "image"
     """What shares one drawn count: the tiles of an image, the images of a sample, or a pack."""
-    schedule: Literal["stochastic", "nested"] = "stochastic"
-    """stochastic: counts are drawn; nested: a copy of each sample at every trained count."""
+    schedule: Literal["stochastic", "nested", "consistency"] = "stochastic"
+    """stochastic: counts are drawn; nested: a copy of each sample at every trained count, and
+    consistency: copies that also learn to answer like the largest (`train.consistency.weight`)."""
 
     @model_validator(mode="after")
     def _check(self) -> "TokenCountSettings":

@@ -73,6 +73,11 @@ SMALLER: dict[str, str | None] = {
     "python -m training.export runs/digits runs/model": "",
     'python -m training.generate runs/model --image digit.png --prompt "List the digits." '
     "--compare 4 16 64": "",
+    # The small corpus is too small for a router: tests/training/test_router.py
+    "python -m training.evaluate runs/model data/digits/eval --num-image-tokens 4 16 64 "
+    "--train-router --budget tokens=16": None,
+    "python -m training.evaluate runs/model data/digits/eval --num-image-tokens 4 16 64 "
+    "--budget tokens=32": None,
     "python -m training.evaluate runs/model data/digits/eval --num-image-tokens 4 9 16 36 64 "
     "--budget accuracy=99%": (
         "python -m training.evaluate runs/model data/digits/eval --num-image-tokens 4 9"

@@ -112,6 +112,13 @@ RecomputedModule = Literal["vision_model", "language_model"]
 RECOMPUTED: tuple[RecomputedModule, ...] = get_args(RecomputedModule)
 
 
+class ConsistencySettings(Settings):
+    """What `data.tokens.schedule=consistency` adds to the loss."""
+
+    weight: float = Field(1.0, ge=0)
+    """Of the divergence KL(copy of the most tokens || another) beside that copy's cross-entropy."""
+
+
 class TrainSettings(Length, extra="forbid"):
     """Optimisation: AdamW, linear warm-up, cosine decay, clipping."""
 
@@ -123,6 +130,7 @@ class TrainSettings(Length, extra="forbid"):
     modules: StageModules = StageModules()
     loss_weighting: LossWeighting = "sqrt"
     """How much a supervised token counts: 1, 1/n, 1/sqrt(n); see `data_pipeline.loss_weighting`."""
+    consistency: ConsistencySettings = ConsistencySettings()
     warmup_fraction: float = Field(0.03, ge=0, lt=1)
     min_lr_fraction: float = Field(0.0, ge=0, le=1)
     weight_decay: float = Field(0.0, ge=0)
@@ -314,6 +322,27 @@ class RunConfig(Settings):
                 "earlier ones"
             )
         return self
+
+    @model_validator(mode="after")
+    def _consistency_is_trained(self) -> "RunConfig":
+        tokens, weight = self.data.tokens, self.train.consistency.weight
+        if tokens.schedule == "consistency" and len(tokens.trained_sides) < 2:
+            raise ValueError(
+                f"data.tokens.schedule=consistency compares counts, but data.tokens.counts="
+                f"{tokens.counts} trains one; give more, or another schedule"
+            )
+        if tokens.schedule != "consistency" and weight != ConsistencySettings().weight:
+            raise ValueError(
+                f"train.consistency.weight={weight:g} has no effect with data.tokens.schedule="
+                f"{tokens.schedule}; set data.tokens.schedule=consistency or leave it out"
+            )
+        return self
+
+    @property
+    def consistency_weight(self) -> float | None:
+        """Of the divergence between counts; None where the loss has none."""
+        consistent = self.data.tokens.schedule == "consistency"
+        return self.train.consistency.weight if consistent else None
 
     @property
     def optimizer_on_host(self) -> bool:

@@ -64,6 +64,8 @@ class Run:
         # Found out now: a mistake in the held-out shards must not wait for the last step.
         self.held_out = self._held_out() if data.eval_shards else None
         self.loss_chunks = self._slices(data.pack.max_tokens)
+        if config.consistency_weight is not None:  # logits of teachers beside the students'
+            self.loss_chunks *= 2
         self.pack_cost = PackCost.of(config, self.tokenizer, self.loss_chunks)
         self.fingerprints = self._fingerprints()
 

@@ -70,6 +70,7 @@ def _train(run: Run, saver: checkpoint.Saver, monitor: Monitor) -> int:
         run.pack_cost,
         peak_flops(ranks.device, config.train.precision),
         config.train.log_every,
+        config.consistency_weight is not None,
     )
     batches = run.loader.steps(progress.plan, monitor.stop)
     monitor.ready(first)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -185,6 +186,17 @@ def test_copies_share_the_loss_weight_and_the_pictures_of_their_sample(
         assert batch.labels[part].equal(alone.labels)
         assert batch.tiles[tile].equal(alone.tiles[0])
         assert batch.loss_weights[part].allclose(alone.loss_weights / share, rtol=1e-6, atol=0)
+    assert batch.teachers is not None and batch.student_weights is not None
+    assert batch.targets[batch.teachers].equal(batch.targets)
+    last = [bounds[3], bounds[5]]  # where the teachers' samples end
+    ends = torch.tensor([last[0]] * 3 + [last[1]] * 2)
+    copy = torch.searchsorted(batch.cu_seqlens, batch.target_positions, right=True) - 1
+    behind = ends[copy] - batch.target_positions[batch.teachers]
+    supervised = {int(n) for n in behind}
+    assert min(supervised) >= 1 and max(supervised) < 20
+    is_last = (copy == 2) | (copy == 4)
+    assert batch.teachers[is_last].equal(torch.arange(len(copy))[is_last])
+    assert batch.student_weights.equal(batch.target_weights * ~is_last)
     total = sum(float(one.loss_weights.double().sum()) for one in (single[0], single[3]))
     assert float(batch.loss_weights.double().sum()) == pytest.approx(total, rel=1e-6)
 

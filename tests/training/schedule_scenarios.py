@@ -1,6 +1,7 @@
 """Steps of copies at several token counts, for tests on one or two ranks."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from deepspeed.utils import safe_get_full_grad
@@ -9,6 +10,7 @@ from data_pipeline.index import Index
 from data_pipeline.loader import StepBatch
 from data_pipeline.plan import PackPlan, PlanState, StepPlan
 from tests.training.scenarios import one_step, tiny_config
+from training import checkpoint
 from training.distributed import Ranks
 from training.metrics import StepMeter
 from training.run import Run
@@ -57,5 +59,41 @@ def copies_gradients(
     plans = [copies_pack(index, pack) for pack in packs[ranks.rank :: ranks.world_size]]
     batches = [run.loader._builder.build(plan) for plan in plans]
     batch = StepBatch(batches, PlanState(), StepPlan(0, 0, tuple(plans)), 0.0)
-    meter = StepMeter(config.data.tokens.sides, config.data.pack.max_tokens, ranks)
-    return one_step(engine, batch, 1, meter, run), gradients
+    return one_step(engine, batch, 1, new_meter(run), run), gradients
+
+
+def new_meter(run: Run) -> StepMeter:
+    """As the trainer makes it."""
+    data, consistency = run.config.data, run.config.consistency_weight is not None
+    sides, length = data.tokens.sides, data.pack.max_tokens
+    return StepMeter(sides, length, run.ranks, consistency=consistency)
+
+
+def resumed_step(
+    ranks: Ranks, corpus: Path, folder: Path, overrides: list[str]
+) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
+    """Metrics of the second and third step of a run, and of one that resumed after the first."""
+    config = tiny_config(corpus, "train.steps=3", *overrides)
+    run = Run(config, ranks)
+    engine = build_engine(config, run.tokenizer, ranks)
+    _, plan = _steps(engine, run, PlanState(), [1])
+    with checkpoint.Saver(folder, config.checkpoint, ranks) as saver:
+        saver.save(engine, checkpoint.Progress(1, plan), run.fingerprints, wait=True)
+    whole, _ = _steps(engine, run, plan, [2, 3])
+    again = build_engine(config.model_copy(update={"seed": 7}), run.tokenizer, ranks)
+    progress = checkpoint.load(again, checkpoint.checkpoints_at(folder)[0], run.fingerprints)
+    return whole, _steps(again, run, progress.plan, [2, 3])[0]
+
+
+def _steps(
+    engine: Any, run: Run, plan: PlanState, numbers: list[int]
+) -> tuple[list[dict[str, float]], PlanState]:
+    meter, found = new_meter(run), []
+    batches = run.loader.steps(plan)
+    for number in numbers:
+        meter.start()
+        batch = next(batches)
+        found.append(one_step(engine, batch, number, meter, run))
+        plan = batch.state
+    batches.close()
+    return found, plan

@@ -66,9 +66,12 @@ def test_the_fit_is_the_optimum_of_its_loss() -> None:
     router = train_router(features, scores, COUNTS, np.arange(400), "m")
     x = (features - features.mean(0)) / np.where(features.std(0) > 1e-12, features.std(0), 1)
     residual = router.predict(features) - scores  # of the logistic loss, before penalties
-    penalty = -float(x[:, 0] @ residual[:, 0]) / router.weight[0, 0]
+    by_count = x.T @ residual  # [F, K]; a difference is in the weights of all larger counts, too
+    by_difference = by_count[:, ::-1].cumsum(axis=1)[:, ::-1]
+    differences = np.diff(router.weight, axis=1, prepend=0)
+    penalty = -float(by_difference[0, 0]) / differences[0, 0]
     assert round(penalty, 3) in (1, 10, 100, 1000)
-    gradient = x.T @ residual + round(penalty) * router.weight
+    gradient = by_difference + round(penalty) * differences
     assert gradient == pytest.approx(np.zeros((WIDTH, 3)), abs=1e-3)
     assert residual.sum(0) + 2e-3 * router.bias == pytest.approx(np.zeros(3), abs=1e-4)
     assert not np.abs(router.weight[2]).max()  # a feature that is constant says nothing

@@ -57,10 +57,16 @@ class PackCost:
         train: what trains, and what is computed again.
         loss_chunks: slices of the logits.
         masked: count the pairs, too, that a causal mask hides, as `torch.utils.flop_counter` does.
+        consistency: the logits of teachers are computed beside the others.
     """
 
     def __init__(
-        self, config: TokenFlexConfig, train: TrainSettings, loss_chunks: int, masked: bool = False
+        self,
+        config: TokenFlexConfig,
+        train: TrainSettings,
+        loss_chunks: int,
+        masked: bool = False,
+        consistency: bool = False,
     ) -> None:
         vision, llm = config.vision_config.to_dict(), config.text_config.to_dict()
         self._tower, self._patch = tower_stack(vision), patch_weights(vision)
@@ -70,13 +76,15 @@ class PackCost:
         self._positions = self._patches + config.vision_family.leading_tokens
         self._config = config
         self._train, self._chunks, self._masked = train, loss_chunks, masked
+        self._consistency = consistency
 
     @classmethod
     def of(cls, config: RunConfig, tokenizer: Tokenizer, loss_chunks: int) -> "PackCost":
         """That of a run's model, with its tokenizer's vocabulary."""
         image_token = tokenizer.special_id("<IMG_CONTEXT>")
         full = model_config(config.model, tokenizer.vocab_size, image_token)
-        return cls(full, config.train, loss_chunks)
+        consistency = config.consistency_weight is not None
+        return cls(full, config.train, loss_chunks, consistency=consistency)
 
     def pack(
         self, lengths: npt.ArrayLike, tile_sides: Sequence[int], supervised: int
@@ -146,4 +154,7 @@ class PackCost:
     def _loss(self, supervised: int) -> PartFlops:
         product = 2.0 * self._head * supervised
         trains = self._train.modules.language_model.trains_whole  # rows of new tokens are few
-        return PartFlops(product * (2 + trains), product * (self._chunks > 1))
+        again = self._chunks > 1
+        return PartFlops(
+            product * (2 + trains), product * (again + self._consistency * (1 + again))
+        )

@@ -35,6 +35,7 @@ class StepMeter:
         cost: counts FLOPs; None: they are not reported.
         peak: FLOP/s of a rank's device, for MFU and HFU; None: neither is reported.
         window: steps over which the slowest and the fastest rank are found.
+        consistency: whether packs come with divergences between their copies.
     """
 
     def __init__(
@@ -46,12 +47,13 @@ class StepMeter:
         cost: PackCost | None = None,
         peak: float | None = None,
         window: int = 1,
+        consistency: bool = False,
     ) -> None:
         self.groups = [*sorted(set(sides)), TEXT, MIXED]
         self.datasets = datasets if len(datasets) > 1 else ()
         self.max_tokens = max_tokens
         self.ranks = ranks
-        self.cost, self.peak = cost, peak
+        self.cost, self.peak, self.consistency = cost, peak, consistency
         self.rank_times = RankTimes(ranks.rank, ranks.world_size, window)
         self.start()
 
@@ -62,14 +64,22 @@ class StepMeter:
         self.token_datasets: list[torch.Tensor] = []
         self.token_weights: list[torch.Tensor] = []
         self.token_losses: list[torch.Tensor] = []
+        self.student_weights: list[torch.Tensor] = []
+        self.divergences: list[torch.Tensor] = []
         self.counts: dict[str, float] = dict.fromkeys(COUNTS, 0)
 
-    def add(self, batch: PackedBatch, token_losses: torch.Tensor) -> None:
+    def add(
+        self,
+        batch: PackedBatch,
+        token_losses: torch.Tensor,
+        divergences: torch.Tensor | None = None,
+    ) -> None:
         """Count one pack.
 
         Args:
             batch: the pack, on the host.
             token_losses: float32 [K], cross-entropy of each supervised token, in order.
+            divergences: float32 [K], of copies from their teachers, where there are any.
         """
         positions = (batch.labels != IGNORE).nonzero().flatten()
         sample = torch.searchsorted(batch.cu_seqlens, positions, right=True) - 1
@@ -78,6 +88,10 @@ class StepMeter:
         self.token_datasets.append(torch.tensor(batch.sample_datasets or [0])[sample])
         self.token_weights.append(batch.loss_weights[positions].double())
         self.token_losses.append(token_losses)  # stays on the device until `reduce`
+        if self.consistency:
+            assert batch.student_weights is not None and divergences is not None
+            self.student_weights.append(batch.student_weights.double())
+            self.divergences.append(divergences)
         self.counts["packs"] += 1
         self.counts["tokens"] += batch.planned_tokens
         self.counts["image_tokens"] += sum(n * n for n in batch.tile_sides)
@@ -101,12 +115,19 @@ class StepMeter:
         weights = torch.cat(self.token_weights)
         losses = torch.cat(self.token_losses).double().cpu()
         self.own_s = time.perf_counter() - self.started
-        names = [{TEXT: "text", MIXED: "mixed"}.get(side, str(side * side)) for side in self.groups]
-        sums = [_sums(torch.cat(self.token_groups), weights, losses, len(names))]
+        of = [{TEXT: "text", MIXED: "mixed"}.get(side, str(side * side)) for side in self.groups]
+        names = [f"loss_{name}" for name in of]
+        by_count = torch.cat(self.token_groups)
+        sums = [_sums(by_count, weights, losses, len(names))]
         if self.datasets:
-            names += [f"dataset_{name}" for name in self.datasets]
+            names += [f"loss_dataset_{name}" for name in self.datasets]
             by_dataset = torch.cat(self.token_datasets)
             sums.append(_sums(by_dataset, weights, losses, len(self.datasets)))
+        if self.consistency:
+            students = torch.cat(self.student_weights)
+            divergences = torch.cat(self.divergences).double().cpu()
+            names += [f"consistency_{name}" for name in of]
+            sums.append(_sums(by_count, students, divergences, len(of)))
         flat = torch.cat(sums, dim=1)  # [2, names]
         local = [*flat.flatten().tolist(), *map(float, self.counts.values())]
         total = all_reduce_sum(local, self.ranks.device)
@@ -116,7 +137,7 @@ class StepMeter:
         metrics = {"loss": sum(loss_sums[:groups]) / (sum(weight_sums[:groups]) or 1.0)}
         for name, loss, weight in zip(names, loss_sums, weight_sums, strict=True):
             if weight > 0:
-                metrics[f"loss_{name}"] = loss / weight
+                metrics[name] = loss / weight
         return metrics | {
             "padding": 1 - counts["tokens"] / (counts["packs"] * self.max_tokens),
             "tokens": counts["tokens"],

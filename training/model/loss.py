@@ -12,17 +12,31 @@ IGNORED_LABEL = -100
 
 
 @dataclass(frozen=True)
+class Consistency:
+    """Whose answer each supervised token is to give, on the model's device.
+
+    teachers: int64 [K], the place among the K of the same token in the sample's copy of the most
+    vision tokens. weights: float32 [K], of the divergence from it; 0 in that copy itself.
+    """
+
+    teachers: Tensor
+    weights: Tensor
+
+
+@dataclass(frozen=True)
 class Supervision:
     """Where the loss is taken: all of length K, in sequence order, on the model's device.
 
     positions: int64, index into the flattened [B * L] hidden states. targets: int64 ids of the
     following tokens.
     weights: float32.
+    consistency: for the loss of `chunked_consistency`.
     """
 
     positions: Tensor
     targets: Tensor
     weights: Tensor
+    consistency: Consistency | None = None
 
 
 def find_supervision(

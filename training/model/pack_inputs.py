@@ -5,14 +5,20 @@ from typing import Any
 import torch
 
 from data_pipeline.loader import PackedBatch
-from training.model.loss import Supervision
+from training.model.loss import Consistency, Supervision
 
 
-def model_inputs(batch: PackedBatch, device: torch.device, loss_chunks: int = 1) -> dict[str, Any]:
+def model_inputs(
+    batch: PackedBatch,
+    device: torch.device,
+    loss_chunks: int = 1,
+    consistency_weight: float | None = None,
+) -> dict[str, Any]:
     """Arguments of `PackedTokenFlex.forward` for one pack (batch size 1).
 
     Whatever the model would have to wait for the device to find comes from the loader. cu_seqlens
-    stay on the host, where attention without FlashAttention reads them.
+    stay on the host, where attention without FlashAttention reads them. consistency_weight: of the
+    students' divergences; None: there are no teachers.
     """
     cu_seqlens = batch.cu_seqlens
     batch = batch.to(device)
@@ -24,6 +30,18 @@ def model_inputs(batch: PackedBatch, device: torch.device, loss_chunks: int = 1)
         "cu_seqlens": cu_seqlens,
         "max_seqlen": batch.max_seqlen,
         "image_positions": batch.image_positions,
-        "supervision": Supervision(batch.target_positions, batch.targets, batch.target_weights),
+        "supervision": Supervision(
+            batch.target_positions,
+            batch.targets,
+            batch.target_weights,
+            _consistency(batch, consistency_weight),
+        ),
         "loss_chunks": loss_chunks,
     }
+
+
+def _consistency(batch: PackedBatch, weight: float | None) -> Consistency | None:
+    if weight is None:
+        return None
+    assert batch.teachers is not None and batch.student_weights is not None
+    return Consistency(batch.teachers, weight * batch.student_weights)

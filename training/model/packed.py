@@ -16,6 +16,7 @@ from transformers.utils import ModelOutput
 
 from data_pipeline.errors import InputError
 from training.model.attention import ATTENTION_NAME
+from training.model.consistency import chunked_consistency
 from training.model.hub import TokenFlexConfig, TokenFlexGenerationMixin, TokenFlexModel
 from training.model.hub.generation_tokenflex import find_cache
 from training.model.hub.language_model_tokenflex import decoder_and_head, trainer_names
@@ -32,7 +33,8 @@ class TokenFlexOutput(ModelOutput):
 
     loss: float32 scalar, the sum of weight * cross-entropy, not normalised.
     token_losses: float32 [K], detached. predictions: int64 [K], the most likely ids. Both in order
-        of the supervised positions. num_supervised: K.
+        of the supervised positions, as are divergences, float32 [K], detached, where the loss has
+        them: see `chunked_consistency`. num_supervised: K.
     logits: [B, L, V], only without labels.
     """
 
@@ -41,6 +43,7 @@ class TokenFlexOutput(ModelOutput):
     predictions: Tensor | None = None
     logits: Tensor | None = None
     num_supervised: int | None = None
+    divergences: Tensor | None = None
 
 
 class PackedTokenFlex(TokenFlexModel, TokenFlexGenerationMixin):
@@ -159,14 +162,20 @@ class PackedTokenFlex(TokenFlexModel, TokenFlexGenerationMixin):
         if supervision is None:
             return TokenFlexOutput(logits=self.get_output_embeddings()(hidden))
         with phase("loss"):
-            loss, token_losses, predictions = chunked_cross_entropy(
-                hidden, supervision, self.get_output_embeddings(), loss_chunks
+            given, divergences = (
+                (hidden, supervision, self.get_output_embeddings(), loss_chunks),
+                None,
             )
+            if supervision.consistency is None:
+                loss, token_losses, predictions = chunked_cross_entropy(*given)
+            else:
+                loss, token_losses, predictions, divergences = chunked_consistency(*given)
         return TokenFlexOutput(
             loss=loss,
             token_losses=token_losses,
             predictions=predictions,
             num_supervised=len(supervision.positions),
+            divergences=divergences,
         )
 
     def image_features(
