@@ -235,7 +235,9 @@ def test_a_finished_run_is_not_run_again_and_a_failed_one_is(
     tmp_path: Path, trainer: FakeTrainer, capfd: pytest.CaptureFixture[str]
 ) -> None:
     path = str(experiment_file(tmp_path))
-    trainer.codes = [0, 1]
+    assert command.main([path, "--out", str(tmp_path / "elsewhere")]) == 0
+    assert all("elsewhere" in seen["output_dir"] for seen in trainer.seen)
+    trainer.codes, trainer.seen = [0, 1], []
     assert command.main([path]) == 1
     assert "both, seed 3" in (said := capfd.readouterr().err) and "of the fake" in said
     assert command.main([path]) == 0
