@@ -90,7 +90,7 @@ def all_stages(places: Places, rehearse: bool) -> list[Stage]:
     def experiment() -> Stage:
         name = "rehearsal" if rehearse else "flexibility_gpu"
         record = training / "flexibility.json"
-        options = ("--record", record, "--images", training)
+        options = ("--out", places.work / "experiment", "--record", record, "--images", training)
         config = f"training/configs/experiments/{name}.yaml"
         command = _module("training.experiments.flexibility", config, *options)
         says = "what flexible token counts buy: arms over seeds, over many turns"

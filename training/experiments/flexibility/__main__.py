@@ -56,6 +56,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     what.add_argument("--run", type=at_least(0), metavar="I", help="only this one of the list")
     what.add_argument("--report", action="store_true", help="run nothing, compare what is done")
     parser.add_argument(
+        "--out",
+        type=path_argument,
+        metavar="DIR",
+        help="of the runs, instead of the config's `out`",
+    )
+    parser.add_argument(
         "--record", type=path_argument, metavar="FILE", help="default: flexibility.json in `out`"
     )
     parser.add_argument(
@@ -68,6 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     try:
         experiment = load_experiment(args.config)
+        if args.out:
+            experiment = experiment.model_copy(update={"out": args.out})
         base = load_config(experiment.base, experiment.settings)
         if not base.data.eval_shards:
             raise InputError(f"{experiment.base} has no data.eval_shards to compare the arms on")
