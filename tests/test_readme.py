@@ -54,6 +54,10 @@ SMALLER: dict[str, str | None] = {
         "python -m data_pipeline.prepare --format scans data/scans "
         "--train-samples 20 --eval-samples 10"
     ),
+    "python -m training.experiments.warm_tower training/configs/digits.yaml runs/tower": (
+        "python -m training.experiments.warm_tower training/configs/digits.yaml runs/tower "
+        "--steps 2"
+    ),
     "python -m data_pipeline.prepare --format pages data/pages": (
         "python -m data_pipeline.prepare --format pages data/pages "
         "--train-samples 18 --eval-samples 9"
