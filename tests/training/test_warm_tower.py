@@ -60,7 +60,7 @@ def test_points_of_tiles_are_where_the_tiles_are(digits_corpus: Path) -> None:
                         if glyph.left <= x < glyph.right and glyph.top <= y < glyph.bottom
                     ]
                     number = names[tile, row, column, point]
-                    assert [demo.glyph_names[number - 1]] * (number > 0) == here
+                    assert ([demo.glyph_names[number - 1]] if number else []) == here
 
 
 def test_a_tower_learns_to_read_and_runs_start_from_it(digits_corpus: Path, tmp_path: Path) -> None:
