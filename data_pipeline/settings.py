@@ -22,7 +22,7 @@ Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 class PrepareSettings(Settings):
     """A demo corpus that the trainer writes itself when it is missing."""
 
-    format: Literal["digits", "grid"]
+    format: Literal["digits", "scans", "grid", "pages"]
     out: FilePath
     train_samples: int = Field(24_000, gt=0)
     eval_samples: int = Field(600, gt=0)

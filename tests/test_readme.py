@@ -50,6 +50,18 @@ SMALLER: dict[str, str | None] = {
         "python -m data_pipeline.index data/mine --tokenizer data/digits/tokenizer.model"
     ),
     "python -m data_pipeline.prepare --format finevision parquet/ data/finevision": "",
+    "python -m data_pipeline.prepare --format scans data/scans --eval-samples 1000": (
+        "python -m data_pipeline.prepare --format scans data/scans "
+        "--train-samples 20 --eval-samples 10"
+    ),
+    "python -m training.experiments.warm_tower training/configs/digits.yaml runs/tower": (
+        "python -m training.experiments.warm_tower training/configs/digits.yaml runs/tower "
+        "--steps 2"
+    ),
+    "python -m data_pipeline.prepare --format pages data/pages": (
+        "python -m data_pipeline.prepare --format pages data/pages "
+        "--train-samples 18 --eval-samples 9"
+    ),
     "python -m data_pipeline.index 'data/captions/{000000..000000}.tar' "
     "--tokenizer data/digits/tokenizer.model --workers 8": "",
     "python -m data_pipeline.index data/captions --tokenizer data/digits/tokenizer.model "

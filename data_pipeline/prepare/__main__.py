@@ -19,12 +19,15 @@ mixture  a list of datasets: InternVL's meta JSON or LLaVA-NeXT's data YAML. Eac
          OUT/NAME, and OUT/mixture.yaml is the data.datasets section, weights carried over. Typed
          again after an interruption, the command keeps the datasets that are finished.
 digits   demo corpus: grids of real handwritten digits (needs scikit-learn).
+scans    demo corpus: the same at five densities, 1 to 25 digits in pictures of one size.
 grid     demo corpus: grids of coloured cells.
+pages    demo corpus: documents, tables and charts in several sizes and fonts, asked for one word, a
+         number or a whole row.
 
 OUT/prepare.json tells what was made, which samples were left out and why, and which files were
-passed over; digits and grid write OUT/train, OUT/eval and OUT/tokenizer.model. OUT appears only
-when everything is written. Exit status: 0; 1 if more was left out than --max-bad-fraction; 2 if
-nothing was written.
+passed over; demo corpora write OUT/train, OUT/eval and OUT/tokenizer.model. OUT appears only when
+everything is written. Exit status: 0; 1 if more was left out than --max-bad-fraction; 2 if nothing
+was written.
 """
 
 import argparse
@@ -42,9 +45,8 @@ DEMO_OPTIONS: dict[str, Any] = {
     "train_samples": 24_000,
     "eval_samples": 600,
     "seed": 0,
-    "image_size": 32,
-    "detail": None,
 }
+GRID_OPTIONS: dict[str, Any] = {**DEMO_OPTIONS, "image_size": None, "detail": None}
 RECORD_OPTIONS: dict[str, Any] = {
     "images": None,
     "min_relevance": None,
@@ -59,9 +61,12 @@ FORMAT_OPTIONS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(RECORD_FORMATS, RECORD_OPTIONS),
     "folder": {},
     "mixture": RECORD_OPTIONS,
-    "digits": DEMO_OPTIONS,
-    "grid": DEMO_OPTIONS,
+    "digits": GRID_OPTIONS,
+    "scans": GRID_OPTIONS,
+    "grid": GRID_OPTIONS,
+    "pages": DEMO_OPTIONS,
 }
+DEMOS = tuple(name for name, options in FORMAT_OPTIONS.items() if "seed" in options)
 MAX_BAD_FRACTION = 0.01
 MOST_REASONS = 20
 TOO_MANY_LEFT_OUT = 1
@@ -128,7 +133,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help='leave out records whose "relevance_min" is below N of 1..5; those without stay',
     )
-    _add_demo_options(parser.add_argument_group("options of digits and grid"))
+    _add_demo_options(parser.add_argument_group("options of demo corpora"))
     return parser
 
 
@@ -137,21 +142,26 @@ def _path_or_url(text: str) -> Path | str:
 
 
 def _add_demo_options(demo: Any) -> None:
-    for name, metavar, meaning in (
-        ("train_samples", "N", "samples to train on"),
-        ("eval_samples", "N", "samples to evaluate on, over all k"),
-        ("seed", "N", "what the samples are drawn with"),
-        ("image_size", "PX", "side of the images"),
+    for name, meaning in (
+        ("train_samples", "samples to train on"),
+        ("eval_samples", "samples to evaluate on, over all levels of detail"),
+        ("seed", "what the samples are drawn with"),
     ):
         option = "--" + name.replace("_", "-")
         text = f"{meaning} (default: {DEMO_OPTIONS[name]})"
-        demo.add_argument(option, type=int, metavar=metavar, help=text)
+        demo.add_argument(option, type=int, metavar="N", help=text)
+    demo.add_argument(
+        "--image-size",
+        type=int,
+        metavar="PX",
+        help="side of the images, in grids (default: 32, scans 60)",
+    )
     demo.add_argument(
         "--detail",
         type=int,
         nargs="+",
         metavar="K",
-        help="k x k cells per image (default: digits 1 2, grid 1 2 4)",
+        help="k x k cells per image, in grids (default: digits 1 2, scans 1 to 5, grid 1 2 4)",
     )
 
 
@@ -164,7 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     *sources, out = args.paths
     if isinstance(out, str):
         raise InputError(f"OUT is the URL {out}: shards are written to a local folder; copy them")
-    expected = 0 if args.format in ("digits", "grid") else 1
+    expected = 0 if args.format in DEMOS else 1
     if len(sources) != expected:
         usage = "SRC OUT" if expected else "OUT"
         given = " ".join(map(str, args.paths))
@@ -173,7 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not expected:
         from data_pipeline.prepare.demo_corpus import prepare_demo
 
-        options["details"] = options.pop("detail")
+        options["details"] = options.pop("detail", None)
         report = prepare_demo(args.format, out, **options, limits=limits, overwrite=args.overwrite)
         for part in ("train", "eval"):
             counts = report[part]

@@ -7,15 +7,16 @@ flexible number of vision tokens should show.
 
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
-from io import BytesIO
-from typing import Literal
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
 
-Split = Literal["train", "eval"]
+from data_pipeline.errors import InputError
+from data_pipeline.prepare.demo_sample import DemoSample, Glyph, Painting, Split
+
 Question = Literal["all", "cell", "row", "count"]
 
 # Twenty samples in a row of one k. "all" supervises the most cells per sample and so teaches
@@ -37,6 +38,8 @@ class CellCorpus:
         items: for each split, the ids of the items that a cell may show.
         labels: class of each item, int [items].
         paint: (item id, side in px) -> the picture of one cell, PIL image [side, side].
+        image_size: default side of a picture in pixels.
+        cycles: for each split, the kinds of question that take turns within one k.
     """
 
     names: tuple[str, ...]
@@ -45,6 +48,10 @@ class CellCorpus:
     items: Mapping[Split, np.ndarray]
     labels: np.ndarray
     paint: Callable[[int, int], Image.Image]
+    image_size: int = 32
+    cycles: Mapping[Split, tuple[Question, ...]] = field(
+        default_factory=lambda: dict.fromkeys(("train", "eval"), QUESTION_CYCLE)
+    )
 
 
 @dataclass(frozen=True)
@@ -72,7 +79,8 @@ def draw_samples(
         k = details[number % len(details)]
         rng = np.random.default_rng([seed, split_number, number])
         layout = _draw_layout(corpus, split, k, rng)
-        kind = QUESTION_CYCLE[number // len(details) % len(QUESTION_CYCLE)]
+        cycle = corpus.cycles[split]
+        kind = cycle[number // len(details) % len(cycle)]
         yield CellSample(k, layout, kind, *_ask(corpus, kind, k, layout, rng))
 
 
@@ -109,21 +117,60 @@ def _ask(
     return wording.format(row=row + 1, column=column + 1, name=corpus.names[target]), answer
 
 
-class Pictures:
-    """Draws samples as PNG files; each item is painted once per cell size."""
+class CellGrids:
+    """A `DemoCorpus` of square pictures with k x k cells, k in `details`.
 
-    def __init__(self, corpus: CellCorpus, image_size: int) -> None:
-        self._paint = lru_cache(maxsize=None)(corpus.paint)
-        self._size = image_size
+    Raises:
+        InputError: a grid side that does not go with the size of the pictures.
+    """
 
-    def draw(self, sample: CellSample) -> bytes:
-        """The PNG file of a sample's grid."""
+    def __init__(
+        self,
+        corpus: CellCorpus,
+        image_size: int | None = None,
+        details: Sequence[int] | None = None,
+    ) -> None:
+        self._corpus = corpus
+        self._size = corpus.image_size if image_size is None else image_size
+        self._details = corpus.details if details is None else tuple(details)
+        _check_details(self._details, self._size)
+        self.settings: dict[str, Any] = {"image_size": self._size, "details": self._details}
+        self.levels = len(self._details)
+        self.names = self.glyph_names = corpus.names
+        self._paint_cell = lru_cache(maxsize=None)(corpus.paint)  # once per item and size
+
+    def samples(self, split: Split, num_samples: int, seed: int) -> Iterator[DemoSample]:
+        drawn = draw_samples(self._corpus, split, num_samples, self._details, seed)
+        for sample in drawn:
+            cells = list(sample.layout)
+            metadata = {"detail": f"k={sample.k}", "question": sample.kind, "cells": cells}
+            paint = partial(self._paint, sample)
+            yield DemoSample(sample.question, sample.answer, metadata, paint)
+
+    def texts(self, num_samples: int, seed: int) -> Iterator[tuple[str, ...]]:
+        for sample in self.samples("train", num_samples, seed):
+            yield sample.question, sample.answer
+
+    def _paint(self, sample: CellSample) -> Painting:
         side = self._size // sample.k
-        cells = [self._paint(item, side) for item in sample.layout]
+        cells = [self._paint_cell(item, side) for item in sample.layout]
         canvas = Image.new(cells[0].mode, (self._size, self._size))
-        for number, cell in enumerate(cells):
+        glyphs = []
+        for number, (item, cell) in enumerate(zip(sample.layout, cells, strict=True)):
             row, column = divmod(number, sample.k)
-            canvas.paste(cell, (column * side, row * side))
-        buffer = BytesIO()
-        canvas.save(buffer, "png")
-        return buffer.getvalue()
+            left, top = column * side, row * side
+            canvas.paste(cell, (left, top))
+            name = self._corpus.names[self._corpus.labels[item]]
+            glyphs.append(Glyph(name, left, top, left + side, top + side))
+        return Painting(canvas, glyphs)
+
+
+def _check_details(details: Sequence[int], image_size: int) -> None:
+    if not details or len(set(details)) != len(details):
+        raise InputError(f"the grid sides are {list(details)}; give one or more different ones.")
+    for k in details:
+        if not 1 <= k <= 9 or image_size % k or image_size < 4 * k:
+            raise InputError(
+                f"a grid side of {k} does not go with an image size of {image_size}: it has to be "
+                "1 to 9, divide the image size, and leave at least 4 px for a cell."
+            )

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -10,9 +11,11 @@ from tqdm import tqdm
 
 from data_pipeline.errors import InputError
 from data_pipeline.files import file_lock
-from data_pipeline.prepare.cells import CellCorpus, CellSample, Pictures, Split, draw_samples
-from data_pipeline.prepare.digits import digits_corpus
+from data_pipeline.prepare.cells import CellGrids
+from data_pipeline.prepare.demo_sample import DemoCorpus, DemoSample, Split
+from data_pipeline.prepare.digits import digits_corpus, scans_corpus
 from data_pipeline.prepare.grid import grid_corpus
+from data_pipeline.prepare.pages import Pages
 from data_pipeline.prepare.shard_writer import (
     SampleWriter,
     ShardLimits,
@@ -23,7 +26,8 @@ from data_pipeline.prepare.shard_writer import (
 if TYPE_CHECKING:
     from data_pipeline.settings import PrepareSettings  # which load torch
 
-CORPORA = {"digits": digits_corpus, "grid": grid_corpus}
+DemoFormat = Literal["digits", "scans", "grid", "pages"]
+CELL_CORPORA = {"digits": digits_corpus, "scans": scans_corpus, "grid": grid_corpus}
 
 # Text that the chat template adds, so that it costs few tokens too.
 CHAT_TEXTS = ("system\n", "user\n", "assistant\n", "You are a helpful assistant.", "\n")
@@ -34,13 +38,13 @@ SMALLEST_VOCAB, VOCAB_STEP, LARGEST_VOCAB = 320, 16, 640
 
 
 def prepare_demo(
-    format: Literal["digits", "grid"],
+    format: DemoFormat,
     out: Path,
     *,
     train_samples: int,
     eval_samples: int,
     seed: int = 0,
-    image_size: int = 32,
+    image_size: int | None = None,
     details: Sequence[int] | None = None,
     limits: ShardLimits | None = None,
     overwrite: bool = False,
@@ -50,8 +54,9 @@ def prepare_demo(
     The content is a pure function of the arguments. Either all of it is written or nothing.
 
     Args:
-        image_size: side of the square images in pixels; every k has to divide it.
-        details: grid sides k; None for the corpus' own (digits 1, 2; grid 1, 2, 4).
+        image_size: side of square images in pixels, which every k has to divide; None for the
+            corpus' own (32; scans 60). Pages have several sizes.
+        details: grid sides k; None for the corpus' own (digits 1, 2; scans 1 to 5; grid 1, 2, 4).
         limits: how large a shard gets.
         overwrite: replace what an earlier call wrote to `out`.
 
@@ -61,31 +66,42 @@ def prepare_demo(
     Raises:
         InputError: a setting that cannot work, or an `out` that may not be written.
     """
-    corpus = CORPORA[format]()
-    details = corpus.details if details is None else tuple(details)
+    demo = demo_corpus(format, image_size, details)
     num_samples: dict[Split, int] = {"train": train_samples, "eval": eval_samples}
-    _check_settings(details, image_size, num_samples, seed)
-    pictures = Pictures(corpus, image_size)
-    report: dict[str, Any] = {
-        "format": format,
-        "seed": seed,
-        "image_size": image_size,
-        "details": details,
-    }
+    _check_settings(demo, num_samples, seed)
+    report: dict[str, Any] = {"format": format, "seed": seed, **demo.settings}
     with staged_output(out, overwrite=overwrite) as staged:
         for split, total in num_samples.items():
-            samples = draw_samples(corpus, split, total, details, seed)
+            samples = demo.samples(split, total, seed)
             progress = tqdm(samples, desc=split, total=total, unit="sample", disable=None)
             with SampleWriter(staged / split, limits or ShardLimits()) as writer:
                 for number, sample in enumerate(progress):
-                    _write_sample(writer, f"{split}-{number:06d}", sample, pictures.draw(sample))
+                    _write_sample(writer, f"{split}-{number:06d}", sample)
             report[split] = {"samples": writer.num_samples, "images": writer.num_images}
-        report["vocab_size"] = train_tokenizer(corpus, seed, staged / "tokenizer.model")
+        # Of the corpus' own levels, so that all its choices of levels have one vocabulary.
+        report["vocab_size"] = train_tokenizer(
+            demo_corpus(format), seed, staged / "tokenizer.model"
+        )
         write_report(staged, report)
     return report
 
 
-def train_tokenizer(corpus: CellCorpus, seed: int, out: Path) -> int:
+def demo_corpus(
+    format: DemoFormat, image_size: int | None = None, details: Sequence[int] | None = None
+) -> DemoCorpus:
+    """The corpus of a format; None is its own default.
+
+    Raises:
+        InputError: settings that it cannot have, or a package that it needs.
+    """
+    if format == "pages":
+        if image_size is not None or details is not None:
+            raise InputError("pages have their own sizes and levels of detail; give neither")
+        return Pages()
+    return CellGrids(CELL_CORPORA[format](), image_size, details)
+
+
+def train_tokenizer(demo: DemoCorpus, seed: int, out: Path) -> int:
     """Train the smallest sentencepiece model in which every word of the corpus is one token.
 
     A cell of an answer is one token, its leading space included. Returns the vocabulary size.
@@ -94,10 +110,10 @@ def train_tokenizer(corpus: CellCorpus, seed: int, out: Path) -> int:
     from data_pipeline.tokenizer import load_tokenizer, train_sentencepiece
 
     texts: list[str] = []
-    for sample in draw_samples(corpus, "train", TOKENIZER_SAMPLES, corpus.details, seed):
-        texts += [*CHAT_TEXTS, sample.question, sample.answer]
+    for sample in demo.texts(TOKENIZER_SAMPLES, seed):
+        texts += [*CHAT_TEXTS, *sample]
     # Every name with and without a space in front, however seldom the samples hold it.
-    texts += [f"{name} {name}" for name in corpus.names] * (TOKENIZER_SAMPLES // 10)
+    texts += [f"{name} {name}" for name in demo.names] * (TOKENIZER_SAMPLES // 10)
     words = {word for text in set(texts) for word in re.findall(r" ?(?:[A-Za-z]+|[0-9])", text)}
     split_up: list[str] = []
     for vocab_size in range(SMALLEST_VOCAB, LARGEST_VOCAB + 1, VOCAB_STEP):
@@ -109,38 +125,25 @@ def train_tokenizer(corpus: CellCorpus, seed: int, out: Path) -> int:
     raise RuntimeError(f"with {LARGEST_VOCAB} tokens these words still fall to pieces: {split_up}")
 
 
-def _write_sample(writer: SampleWriter, name: str, sample: CellSample, image: bytes) -> None:
+def _write_sample(writer: SampleWriter, name: str, sample: DemoSample) -> None:
     question = [{"type": "image", "image": "0.png"}, {"type": "text", "text": sample.question}]
     messages = [
         {"role": "user", "content": question},
         {"role": "assistant", "content": [{"type": "text", "text": sample.answer}]},
     ]
-    metadata = {
-        "detail": f"k={sample.k}",
-        "question": sample.kind,
-        "cells": list(sample.layout),
-    }
-    writer.write(name, messages, {"0.png": image}, metadata)
+    buffer = BytesIO()
+    sample.paint().image.save(buffer, "png")
+    writer.write(name, messages, {"0.png": buffer.getvalue()}, sample.metadata)
 
 
-def _check_settings(
-    details: Sequence[int], image_size: int, num_samples: Mapping[Split, int], seed: int
-) -> None:
-    if not details or len(set(details)) != len(details):
-        raise InputError(f"the grid sides are {list(details)}; give one or more different ones.")
-    for k in details:
-        if not 1 <= k <= 9 or image_size % k or image_size < 4 * k:
-            raise InputError(
-                f"a grid side of {k} does not go with an image size of {image_size}: it has to be "
-                "1 to 9, divide the image size, and leave at least 4 px for a cell."
-            )
+def _check_settings(demo: DemoCorpus, num_samples: Mapping[Split, int], seed: int) -> None:
     for split, number in num_samples.items():
         if number < 1:
             raise InputError(f"the number of {split} samples is {number}; it must be at least 1.")
-    if num_samples["eval"] % len(details):
+    if num_samples["eval"] % demo.levels:
         raise InputError(
             f"the number of eval samples is {num_samples['eval']}; it must be a multiple of "
-            f"{len(details)}, so that every grid side gets the same number."
+            f"{demo.levels}, so that every level of detail gets the same number."
         )
     if seed < 0:
         raise InputError(f"the seed is {seed}; it must not be negative.")

@@ -1,10 +1,12 @@
-"""Demo corpus "digits": grids of real handwritten digits, the 8 x 8 scans of scikit-learn."""
+"""Demo corpora "digits" and "scans": grids of handwritten digits, scikit-learn's 8 x 8 scans."""
+
+from dataclasses import replace
 
 import numpy as np
 from PIL import Image
 
 from data_pipeline.errors import InputError
-from data_pipeline.prepare.cells import CellCorpus
+from data_pipeline.prepare.cells import QUESTION_CYCLE, CellCorpus
 
 # Not the run's seed: whatever is drawn, the held-out scans stay the same ones.
 SPLIT_SEED = 20
@@ -47,4 +49,17 @@ def digits_corpus() -> CellCorpus:
         items={"train": np.sort(order[num_held_out:]), "eval": np.sort(order[:num_held_out])},
         labels=scans.target,
         paint=paint,
+    )
+
+
+def scans_corpus() -> CellCorpus:
+    """The same scans at five densities: 1 to 25 in pictures of one size.
+
+    Evaluation asks for a cell or a row: all of a dense grid is seldom right to the last digit.
+    """
+    return replace(
+        digits_corpus(),
+        details=(1, 2, 3, 4, 5),
+        image_size=60,
+        cycles={"train": QUESTION_CYCLE, "eval": ("cell", "row")},
     )
