@@ -333,6 +333,20 @@ def test_what_is_said_of_drawn_counts_is_the_record() -> None:
     assert f"after {ended['step']} steps the loss was {losses}" in prose()
 
 
+def test_what_is_said_of_token_budgets_is_the_record() -> None:
+    record = json.loads((ROOT / "training/results/token_budgets.json").read_text())
+    routing, pages = record["routing"], prose()
+    assert f"{routing['trained_on']} samples" in pages
+    assert f"{routing['reported_on']} reported" in pages
+    for found in routing["budgets"]:
+        fixed, mix, router, oracle = (f"{100 * p['accuracy']:.1f}" for p in found["policies"])
+        gain = {name: f"{100 * value:+.1f}" for name, value in found["router_over_fixed"].items()}
+        over = f"{gain['difference']} ({gain['low']} to {gain['high']})"
+        count = found["policies"][0]["name"].split()[1]
+        row = f"| {found['budget']:g} | {count}: {fixed} | {mix} | {router} | {over} | {oracle} |"
+        assert row in pages
+
+
 @pytest.mark.parametrize(
     ("record", "label"),
     [("digits", "digits"), ("digits_seed1", "digits, seed 1"), ("grid", "grid")],

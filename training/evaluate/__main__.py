@@ -91,8 +91,7 @@ def _run(
     if means or options.train_router:
         share = options.router_share if options.train_router else None
         asked = RoutingSettings(
-            *(means, share, options.router, out),
-            *(options.batch_tokens, options.resamples, options.seed),
+            *(means, share, options.router, out, options.resamples, options.seed),
         )
         routing = Routing(loaded, held_out, counts, asked, ranks)
     rows, latencies = evaluate_counts(loaded, held_out, counts, settings, ranks)

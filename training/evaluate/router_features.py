@@ -14,20 +14,20 @@ from training.generate import LoadedModel
 
 
 def measure_features(
-    loaded: LoadedModel, held_out: HeldOut, samples: Sequence[int], batch_tokens: int, ranks: Ranks
+    loaded: LoadedModel, held_out: HeldOut, side: int, ranks: Ranks
 ) -> dict[int, Floats]:
-    """Features float64 [F] of those samples that can be used; all ranks must call this.
+    """Features float64 [F] of the samples that can be used; all ranks must call this.
 
-    The tower runs once for a sample, as it does for its answer, whatever the count.
+    The tower runs once for a sample, as it does for its answer, whatever the count; `side` is any n
+    that the model gives.
     """
-    wanted = set(samples)
     own: dict[int, Floats] = {}
-    batches = held_out.batches(1, batch_tokens)[ranks.rank :: ranks.world_size]
-    for sample in (sample for batch in batches for sample in batch if sample in wanted):
+    for sample in held_out.samples.tolist()[ranks.rank :: ranks.world_size]:
         example = held_out.read(sample)
         if example.bad is None:
             sizes = held_out.mixture.image_sizes(sample)
-            own[sample] = np.concatenate([_pooled(loaded, example), _plain(example, sizes)])
+            pooled = _pooled(loaded, example, side)
+            own[sample] = np.concatenate([pooled, _plain(example, sizes)])
     return {sample: row for part in gather(own) for sample, row in part.items()}
 
 
@@ -47,7 +47,7 @@ def _identity(held_out: HeldOut, sample: int) -> int:
 
 
 @torch.inference_mode()
-def _pooled(loaded: LoadedModel, example: Example) -> Floats:
+def _pooled(loaded: LoadedModel, example: Example, side: int) -> Floats:
     """Mean and deviation over the patches of all tiles, [2 C]; zeros for text."""
     width = int(loaded.config.vision_config.hidden_size)
     if not example.num_tiles:
@@ -60,7 +60,7 @@ def _pooled(loaded: LoadedModel, example: Example) -> Floats:
     base = loaded.model.base_model
     pixels = torch.from_numpy(np.concatenate(example.tiles))
     with base.projector.register_forward_pre_hook(keep):
-        base.image_features(pixels.to(loaded.device), [1] * len(pixels))
+        base.image_features(pixels.to(loaded.device), [side] * len(pixels))
     patches = found[0].flatten(0, 1).double()  # [tiles * patches, C]
     return torch.cat([patches.mean(dim=0), patches.std(dim=0, correction=0)]).cpu().numpy()
 

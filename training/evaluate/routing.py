@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import isqrt
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,6 @@ class RoutingSettings:
     train_share: float | None
     path: Path | None
     out: Path
-    batch_tokens: int
     resamples: int
     seed: int
 
@@ -78,11 +78,8 @@ class Routing:
         Args:
             rows: count -> sample -> row, on rank 0.
         """
-        held_out, settings = self._held_out, self._settings
-        samples = held_out.samples.tolist()
-        features = measure_features(
-            self._loaded, held_out, samples, settings.batch_tokens, self._ranks
-        )
+        side = isqrt(self._counts[0])
+        features = measure_features(self._loaded, self._held_out, side, self._ranks)
         found: dict[str, Any] = {}
         from_main(lambda: found.update(self._report(rows, features)))
         return found
