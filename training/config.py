@@ -36,13 +36,23 @@ class BackboneSettings(Settings):
     """Folder or hub name of the weights; null starts from random weights."""
 
 
+class ProjectorSettings(Settings):
+    """How a tile's patches become n x n tokens."""
+
+    method: Literal["pool", "unshuffle", "query"] = "pool"
+    """See `training.model.hub.METHODS`."""
+    num_tokens: int | None = Field(None, gt=0)
+    """Tokens per tile of unshuffle, which makes one number only; null: that of data.tokens."""
+
+
 class ModelSettings(Settings):
     """The three parts of the model."""
 
     vision: BackboneSettings
     llm: BackboneSettings
+    projector: ProjectorSettings = ProjectorSettings()
     pool: str = "adaptive"
-    """How patches become tokens: a mode in `kernels.POOL_MODES`."""
+    """The windows of methods that pool: a mode in `kernels.POOL_MODES`."""
     projector_hidden_ratio: int = Field(3, gt=0)
     pretrained: PathText | None = None
     """An exported or imported model folder that all three parts start from; instead of theirs."""
@@ -350,6 +360,37 @@ class RunConfig(Settings):
                 f"data.tiling.tile_size is {self.data.tiling.tile_size} but "
                 f"model.vision.config.image_size is {image_size}; make them equal"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _method_makes_the_counts(self) -> "RunConfig":
+        projector, counts = self.model.projector, self.data.tokens.counts
+        if projector.method != "unshuffle":
+            return self
+        fixed = projector.num_tokens or counts[0]
+        if counts != [fixed]:
+            raise ValueError(
+                f"model.projector.method is unshuffle, which makes one number of tokens, but "
+                f"data.tokens.counts is {counts} and model.projector.num_tokens "
+                f"{projector.num_tokens}: give data.tokens.counts=[{fixed}] "
+                "data.tokens.probabilities=[1], or another method"
+            )
+        filled = projector.model_copy(update={"num_tokens": fixed})
+        self.model = self.model.model_copy(update={"projector": filled})
+        return self
+
+    @model_validator(mode="after")
+    def _kernels_have_the_method(self) -> "RunConfig":
+        method, train = self.model.projector.method, self.train
+        for key, value, others in (
+            ("projector_impl", train.projector_impl, "auto"),
+            ("projector_backward", train.projector_backward, "save"),
+        ):
+            if method != "pool" and value in ("triton", "recompute"):
+                raise ValueError(
+                    f"train.{key} is {value}, which only the method pool has, but "
+                    f"model.projector.method is {method}: set train.{key}={others}"
+                )
         return self
 
 

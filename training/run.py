@@ -20,7 +20,7 @@ from data_pipeline.stats.placed import Placed
 from data_pipeline.storage import Storage
 from data_pipeline.tokenizer import load_tokenizer
 from training.checkpoint.pruning import Best
-from training.config import DataSettings, RunConfig
+from training.config import DataSettings, ProjectorSettings, RunConfig
 from training.distributed import Ranks, from_main
 from training.engine_interface import Engine
 from training.evaluate.in_training import Evaluation, evaluate
@@ -47,8 +47,9 @@ class Run:
         data = config.data
         self.named_bad: set[str] = set()
         train = config.train
+        pools = config.model.projector.method == "pool"  # the others are plain PyTorch
         self.projector_impl, self.projector_obstacle = choose_projector(
-            train.projector_impl, ranks, DTYPES[train.precision]
+            train.projector_impl if pools else "torch", ranks, DTYPES[train.precision]
         )
         if data.prepare:
             from_main(lambda: prepare_corpus(data))
@@ -82,6 +83,9 @@ class Run:
         config = self.config
         # Where pretrained weights came from no longer matters once a checkpoint holds them.
         sources: Any = {"vision": {"pretrained"}, "llm": {"pretrained"}, "pretrained": True}
+        model = config.model.model_dump(mode="json", exclude=sources)
+        if config.model.projector == ProjectorSettings():
+            del model["projector"]  # checkpoints of before it was a setting have none
         return {
             "seed": config.seed,
             "data": self.mixture.fingerprint(),
@@ -91,7 +95,7 @@ class Run:
             "data.tiling": config.data.tiling.model_dump(mode="json"),
             "data.tokens": config.data.tokens.fingerprint(),
             "data.pack": config.data.pack.model_dump(mode="json"),
-            "model": config.model.model_dump(mode="json", exclude=sources),
+            "model": model,
             "train.precision": config.train.precision,
             "trained modules": [
                 name if m.trains_whole else f"{name}: {m.train}"
@@ -130,9 +134,11 @@ class Run:
             f"of at most {config.data.pack.max_tokens} tokens per rank and step, "
             f"{len(self.mixture)} samples, token counts {config.data.tokens.describe()}"
         )
+        method = config.model.projector.method
         self.say(
             f"precision: {config.train.precision}; projector: {self.projector_impl}, "
             f"{config.train.projector_backward} for backward"
+            + (f"; tokens by {method}" if method != "pool" else "")
         )
         if self.projector_obstacle:
             self.say(

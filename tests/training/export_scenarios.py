@@ -1,14 +1,22 @@
 """What the export tests run on every rank: a small run, with what it evaluated sample by sample."""
 
+import io
 import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from data_pipeline.batch import IGNORE
+from data_pipeline.chat import ChatSettings
+from data_pipeline.index import load_index
 from data_pipeline.loader import PackedBatch
 from data_pipeline.plan import PlanState
+from data_pipeline.tokenizer import load_tokenizer
 from tests.training.scenarios import full_parameters, one_step, tiny_config
 from training import checkpoint
 from training.config import save_config
@@ -42,6 +50,15 @@ def train_and_evaluate(
     batches.close()
     with checkpoint.Saver(out / "checkpoints", config.checkpoint, ranks) as saver:
         saver.save(engine, checkpoint.Progress(steps), run.fingerprints, wait=True)
+    with recorded() as outcomes:
+        run.evaluate(engine, steps, log)
+    log.close()
+    return full_parameters(engine), outcomes
+
+
+@contextmanager
+def recorded() -> Iterator[dict[tuple[int, int], Outcome]]:
+    """What this rank's evaluations meanwhile find, by (held-out sample, token count)."""
     outcomes: dict[tuple[int, int], Outcome] = {}
     scoring: Any = sys.modules[evaluate.__module__]
     real = scoring.score_answers
@@ -53,11 +70,53 @@ def train_and_evaluate(
 
     scoring.score_answers = recording
     try:
-        run.evaluate(engine, steps, log)
+        yield outcomes
     finally:
         scoring.score_answers = real
-    log.close()
-    return full_parameters(engine), outcomes
+
+
+def generated(
+    folder: Path, corpus: Path, asked: Iterable[tuple[int, int]]
+) -> dict[tuple[int, int], Outcome]:
+    """What a user's greedy decoding of an exported folder finds for these samples and counts."""
+    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=False).eval()
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+    tokenizer = load_tokenizer(corpus / "tokenizer.model")
+    index = load_index([str(corpus / "eval")], tokenizer, ChatSettings(system=""))
+    outcomes = {}
+    for sample, count in asked:
+        *prompt, answer = index.read_sample(sample)["messages"]
+        expected = tokenizer.encode("".join(part["text"] for part in answer["content"]))
+        expected = [*expected, tokenizer.end_of_turn_id]
+        images = [Image.open(io.BytesIO(data)) for data in index.read_images(sample)]
+        inputs = processor.apply_chat_template(
+            _with_images(prompt, images),
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            num_image_tokens=count,
+        )
+        with torch.no_grad():
+            output = model.generate(**inputs, max_new_tokens=len(expected))
+        found = output[0, inputs["input_ids"].shape[1] :].tolist()
+        same = [a == b for a, b in zip(found, expected, strict=False)]
+        leading = len(same) if all(same) else same.index(False)
+        outcomes[sample, count] = (found == expected, leading)
+    return outcomes
+
+
+def _with_images(messages: list[dict[str, Any]], images: list[Image.Image]) -> list[dict[str, Any]]:
+    remaining = iter(images)
+    return [
+        {
+            **turn,
+            "content": [
+                {"type": "image", "image": next(remaining)} if part["type"] == "image" else part
+                for part in turn["content"]
+            ],
+        }
+        for turn in messages
+    ]
 
 
 def _outcomes(

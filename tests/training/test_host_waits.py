@@ -22,7 +22,8 @@ from tests.training.test_model import (
     make_samples,
 )
 from training.model import PackedTokenFlex, TokenAdaptiveProjector
-from training.model.hub.modeling_tokenflex import TokenFlexProjector, _insert
+from training.model.hub import TokenFlexProjector
+from training.model.hub.modeling_tokenflex import _insert
 from training.model.pack_inputs import model_inputs
 
 # Ops whose result has a shape, or is a number, that only the device knows.

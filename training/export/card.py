@@ -111,11 +111,10 @@ def card(
     )
     vision, text = config.vision_config, config.text_config
     architecture = (
-        f"A vision-language model that reads an image tile as n x n tokens, n from 1 to {side} "
-        f"([TokenFLEX](https://arxiv.org/abs/2504.03154)): fewer are faster. "
+        f"A vision-language model that reads an image tile as {_how_many(config)}. "
         f"{vision.model_type} ({vision.num_hidden_layers} layers of {vision.hidden_size}, "
-        f"tiles of {config.tile_size} pixels, {side} x {side} patches), a token-adaptive projector "
-        f"({config.pool} pooling), {text.model_type} ({text.num_hidden_layers} layers of "
+        f"tiles of {config.tile_size} pixels, {side} x {side} patches), {_projector(config)}, "
+        f"{text.model_type} ({text.num_hidden_layers} layers of "
         f"{text.hidden_size}, context {getattr(text, 'max_position_embeddings', 'unknown')})."
     )
     sections = {
@@ -123,8 +122,7 @@ def card(
         "How to use": _USE.format(
             default=default, version=__version__, oldest=OLDEST, newest=NEWEST
         ),
-        "Tokens per image": f"{counts} `num_image_tokens` may be any square n * n up to {side**2}; "
-        f"without it: {default}.\n\n{_known(config)}{UNKNOWN_COUNTS}",
+        "Tokens per image": _tokens_per_image(config, counts, default),
         "Accuracy": accuracy,
         "Training": training,
         "Data": data,
@@ -136,6 +134,30 @@ def card(
         for title, text in sections.items()
     ]
     return front + "\n" + "\n\n".join(body) + "\n"
+
+
+def _how_many(config: TokenFlexConfig) -> str:
+    if config.projector_num_tokens is not None:
+        return f"{config.projector_num_tokens} tokens"
+    side = min(config.patch_grid)
+    paper = "[TokenFLEX](https://arxiv.org/abs/2504.03154)"
+    return f"n x n tokens, n from 1 to {side} ({paper}): fewer are faster"
+
+
+def _projector(config: TokenFlexConfig) -> str:
+    if config.projector_method == "pool":
+        return f"a token-adaptive projector ({config.pool} pooling)"
+    return f"a projector of the method `{config.projector_method}`"
+
+
+def _tokens_per_image(config: TokenFlexConfig, counts: str, default: int) -> str:
+    if config.projector_num_tokens is not None:
+        return f"{counts} This model makes {default} tokens of a tile and no other number."
+    most = min(config.patch_grid) ** 2
+    return (
+        f"{counts} `num_image_tokens` may be any square n * n up to {most}; without it: {default}."
+        f"\n\n{_known(config)}{UNKNOWN_COUNTS}"
+    )
 
 
 def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:

@@ -28,6 +28,7 @@ from data_pipeline.balance.cost import (
 )
 from data_pipeline.tokenizer import Tokenizer
 from training.config import RunConfig, TrainSettings
+from training.flops.method_flops import gate_flops, method_work
 from training.model.build import model_config
 from training.model.hub import TokenFlexConfig
 
@@ -67,8 +68,7 @@ class PackCost:
         height, width = config.patch_grid
         self._patches = height * width
         self._positions = self._patches + config.vision_family.leading_tokens
-        self._widths = (config.vision_config.hidden_size, config.text_config.hidden_size)
-        self._inner = config.projector_hidden_ratio * self._widths[0]
+        self._config = config
         self._train, self._chunks, self._masked = train, loss_chunks, masked
 
     @classmethod
@@ -88,9 +88,9 @@ class PackCost:
             tile_sides: n of each tile; without any, the model runs a blank one.
             supervised: tokens with a label.
         """
-        sides = list(tile_sides) or [1]
+        sides = list(tile_sides) or [self._config.smallest_side]
         vision = self._vision(len(sides))
-        projector = self._projector(sum(n * n for n in sides))
+        projector = self._projector(sides)
         if not tile_sides:
             vision, projector = (PartFlops(0.0, part.hardware) for part in (vision, projector))
         return {
@@ -135,15 +135,13 @@ class PackCost:
             extra += product - 2.0 * stack.last * positions + attention
         return PartFlops(stack.layers * model, stack.layers * extra)
 
-    def _projector(self, rows: int) -> PartFlops:
+    def _projector(self, sides: Sequence[int]) -> PartFlops:
         modules = self._train.modules
         below, trains = modules.vision_model.train, modules.projector.train
-        vision, text = self._widths
-        gates, out = 4.0 * rows * self._inner * vision, 2.0 * rows * self._inner * text
-        if not (below or trains):
-            return PartFlops(gates + out)
-        again = gates * (self._train.projector_backward == "recompute")
-        return PartFlops((gates + out) * (2 + trains), again)
+        model, again = method_work(self._config, sides).flops(below, trains)
+        if self._train.projector_backward == "recompute" and (below or trains):
+            again += gate_flops(self._config, sides)
+        return PartFlops(model, again)
 
     def _loss(self, supervised: int) -> PartFlops:
         product = 2.0 * self._head * supervised

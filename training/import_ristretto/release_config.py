@@ -75,6 +75,7 @@ def check_expressible(config: TokenFlexConfig, source: Path) -> None:
     """InputError for a model that the release's code would compute differently, or not at all."""
     kind = config.text_config.model_type
     found = {
+        "projector_method": (config.projector_method, "pool"),
         "pool": (config.pool, "resize"),
         "projector_hidden_ratio": (config.projector_hidden_ratio, _HIDDEN_RATIO),
         "image_mean": (config.image_mean, [0.5] * 3),

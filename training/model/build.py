@@ -42,6 +42,14 @@ _WITHOUT_EFFECT = frozenset(
     ]
 )
 
+# What makes the projector: the setting below `model` -> the key of the model's configuration.
+_PROJECTOR = {
+    "projector.method": "projector_method",
+    "projector.num_tokens": "projector_num_tokens",
+    "pool": "pool",
+    "projector_hidden_ratio": "projector_hidden_ratio",
+}
+
 
 def model_config(settings: ModelSettings, vocab_size: int, image_token_id: int) -> TokenFlexConfig:
     """The transformers configuration of a run's model.
@@ -57,6 +65,8 @@ def model_config(settings: ModelSettings, vocab_size: int, image_token_id: int) 
         return TokenFlexConfig(
             vision_config=settings.vision.config,
             text_config=llm,
+            projector_method=settings.projector.method,
+            projector_num_tokens=settings.projector.num_tokens,
             pool=settings.pool,
             projector_hidden_ratio=settings.projector_hidden_ratio,
             image_token_id=image_token_id,
@@ -87,8 +97,9 @@ def build_model(
     else:
         with torch.device("meta") if on_meta else nullcontext():
             model = _random(full, dtype)
-    model.projector.backward_mode = config.train.projector_backward
-    model.projector.impl = config.train.projector_impl
+    if settings.projector.method == "pool":
+        model.projector.backward_mode = config.train.projector_backward
+        model.projector.impl = config.train.projector_impl
     parts = pretrained and not settings.pretrained
     if settings.vision.pretrained and parts:
         model.vision_model = _pretrained("vision", settings.vision, model, on_meta)
@@ -129,10 +140,10 @@ def _whole(
             f"model.pretrained={path} is of model_type {kind}, not an exported model; weights of "
             "one part are for model.vision.pretrained and model.llm.pretrained"
         )
-    keys = ("pool", "projector_hidden_ratio", "image_token_id", "image_mean", "image_std")
+    keys = ("image_token_id", "image_mean", "image_std")
     different = [
         f"{key} is {getattr(found, key)!r} there and {getattr(config, key)!r} here"
-        for key in keys
+        for key in (*_PROJECTOR.values(), *keys)
         if getattr(found, key) != getattr(config, key)
     ]
     for part in ("vision_config", "text_config"):
@@ -201,8 +212,8 @@ def section_differences(found: ModelSettings, wanted: ModelSettings) -> dict[str
     """
     there, here = (model_config(settings, 1, 0) for settings in (found, wanted))
     different = {
-        f"model.{key}": f"{key} is {getattr(there, key)!r} there and {getattr(here, key)!r} here"
-        for key in ("pool", "projector_hidden_ratio")
+        f"model.{name}": f"{key} is {getattr(there, key)!r} there and {getattr(here, key)!r} here"
+        for name, key in _PROJECTOR.items()
         if getattr(there, key) != getattr(here, key)
     }
     for name, part in (("vision", "vision_config"), ("llm", "text_config")):

@@ -21,7 +21,7 @@ from training.model.hub.generation_tokenflex import find_cache
 from training.model.hub.language_model_tokenflex import decoder_and_head, trainer_names
 from training.model.language_models import check_isolation, check_logits
 from training.model.loss import Supervision, chunked_cross_entropy, find_supervision
-from training.model.packed_projector import TokenAdaptiveProjector
+from training.model.packed_projector import TRAINED_METHODS
 from training.model.segments import PackedSegments, find_segments
 from training.profiling.step_phases import phase
 
@@ -53,8 +53,8 @@ class PackedTokenFlex(TokenFlexModel, TokenFlexGenerationMixin):
 
     _auto_class = None  # what this saves needs no code of ours beside it
     _keys_to_ignore_on_load_unexpected = None
-    _no_split_modules = ["TokenAdaptiveProjector"]  # noqa: RUF012 - transformers' own style
-    _projector_class = TokenAdaptiveProjector
+    _no_split_modules = [method.__name__ for method in TRAINED_METHODS.values()]  # noqa: RUF012
+    _token_methods = TRAINED_METHODS
 
     def __init__(self, config: TokenFlexConfig) -> None:
         try:
@@ -181,6 +181,13 @@ class PackedTokenFlex(TokenFlexModel, TokenFlexGenerationMixin):
         with phase("vision"):
             return super().image_features(pixel_values, tile_sides, rows)
 
+    def to_tokens(
+        self, patches: Tensor, tile_sides: Sequence[int] | Tensor, rows: int | None
+    ) -> Tensor:
+        """As in the class that users load."""
+        with phase("projector"):
+            return super().to_tokens(patches, tile_sides, rows)
+
     def _insert_images(
         self,
         input_ids: Tensor,
@@ -198,7 +205,7 @@ class PackedTokenFlex(TokenFlexModel, TokenFlexGenerationMixin):
             _check_count(image_positions, 0)
             size = self.config.tile_size
             blank = torch.zeros(1, 3, size, size, dtype=torch.uint8, device=inputs_embeds.device)
-            return inputs_embeds + 0 * self.image_features(blank, [1]).sum()
+            return inputs_embeds + 0 * self.image_features(blank, [self.config.smallest_side]).sum()
         features = self.image_features(pixel_values, tile_sides).to(inputs_embeds.dtype)
         _check_count(image_positions, len(features))
         return insert_features(inputs_embeds, image_positions, features)

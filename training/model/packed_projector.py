@@ -6,8 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from kernels import token_adaptive_projector
-from training.model.hub import TokenFlexProjector
-from training.profiling.step_phases import phase
+from training.model.hub import METHODS, TokenFlexProjector, TokenMethod
 
 # Name in the released checkpoint, below `projector.mlp.` -> name here, below `projector.`; the
 # shapes are the same.
@@ -44,21 +43,24 @@ class TokenAdaptiveProjector(TokenFlexProjector):
 
         rows: not needed, the op is in a compiled graph as it is.
         """
-        with phase("projector"):
-            return token_adaptive_projector(
-                patches,
-                tile_sides,
-                self.norm_weight,
-                self.norm_bias,
-                self.w1,
-                self.b1,
-                self.w2,
-                self.b2,
-                self.w3,
-                self.b3,
-                grid=self.grid,
-                pool=self.pool,
-                backward=self.backward_mode,
-                impl=self.impl,
-                eps=self.eps,
-            )
+        return token_adaptive_projector(
+            patches,
+            tile_sides,
+            self.norm_weight,
+            self.norm_bias,
+            self.w1,
+            self.b1,
+            self.w2,
+            self.b2,
+            self.w3,
+            self.b3,
+            grid=self.grid,
+            pool=self.pool,
+            backward=self.backward_mode,
+            impl=self.impl,
+            eps=self.eps,
+        )
+
+
+# Of the methods of making tokens this one is the kernels'; the others train as users load them.
+TRAINED_METHODS: dict[str, type[TokenMethod]] = {**METHODS, "pool": TokenAdaptiveProjector}

@@ -61,7 +61,8 @@ def check_node(report: RankReport, config: RunConfig) -> torch.device:
 
     within(15, "device", check, report)
     if devices[-1].type == "cuda":
-        impl = config.train.projector_impl
+        pools = config.model.projector.method == "pool"
+        impl = config.train.projector_impl if pools else "torch"
         what = "trial launch of a Triton kernel"
         within(15, what, lambda: check_projector(report, devices[-1], impl), report)
     if os.environ.get("LOCAL_RANK", "0") == "0":

@@ -46,8 +46,9 @@ def start(run: Run, saver: checkpoint.Saver, monitor: Monitor) -> tuple[Engine, 
     new_tokens = settle_new_tokens(run, manifest, stage)
     pretrained = not (saved or stage)
     engine: Engine = build_engine(run.config, run.tokenizer, run.ranks, pretrained, new_tokens)
-    projector: Any = engine.module.projector
-    projector.impl = run.projector_impl  # what every rank can run
+    if run.config.model.projector.method == "pool":
+        projector: Any = engine.module.projector
+        projector.impl = run.projector_impl  # what every rank can run
     progress = Progress()
     if saved and manifest:
         progress = checkpoint.load(engine, saved, run.fingerprints, lambda *_: place)

@@ -30,6 +30,7 @@ ON_RESUME = {
     "data.loader": HERE,
     "data.storage": HERE,
     "model": REFUSED,
+    "model.projector": REFUSED,
     "model.pretrained": ORIGIN,
     "model.vision.pretrained": ORIGIN,
     "model.llm.pretrained": ORIGIN,

@@ -29,8 +29,9 @@ class PartMaker:
         full = model_config(config.model, pack.vocab_size, 0)
         with torch.device("meta"):
             self.model: Any = PackedTokenFlex._from_config(full, dtype=DTYPES[dtype])
-        self.model.projector.backward_mode = config.train.projector_backward
-        self.model.projector.impl = config.train.projector_impl
+        if full.projector_method == "pool":
+            self.model.projector.backward_mode = config.train.projector_backward
+            self.model.projector.impl = config.train.projector_impl
         self.full, self.pack, self.dtype, self.train = full, pack, dtype, config.train
         self.decoder: Any = decoder_and_head(self.model.language_model)[0]
         self.width = full.text_config.hidden_size
@@ -53,6 +54,11 @@ class PartMaker:
 
     def projector(self) -> StepPart:
         """The projector op, on all tiles."""
+        if (method := self.full.projector_method) != "pool":
+            raise InputError(
+                f"--what projector: model.projector.method is {method}, and the part is the op of "
+                "the method pool. Leave projector out of --what"
+            )
         projector, modules, sides = self.model.projector, self.train.modules, self.pack.sides
         tiles, rows = self._tiles("projector"), sum(n * n for n in sides)
         height, width = self.full.patch_grid

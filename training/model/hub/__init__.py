@@ -21,8 +21,11 @@ from .configuration_tokenflex import TokenFlexConfig
 from .generation_tokenflex import TokenFlexGenerationMixin
 from .modeling_tokenflex import TokenFlexForConditionalGeneration, TokenFlexModel
 from .projector_tokenflex import TokenFlexProjector
+from .token_method_tokenflex import TokenMethod
+from .token_methods_tokenflex import METHODS
 
 __all__ = [
+    "METHODS",
     "TokenFlexConfig",
     "TokenFlexForConditionalGeneration",
     "TokenFlexGenerationMixin",
@@ -30,6 +33,7 @@ __all__ = [
     "TokenFlexModel",
     "TokenFlexProcessor",
     "TokenFlexProjector",
+    "TokenMethod",
     "chatml_template",
 ]
 

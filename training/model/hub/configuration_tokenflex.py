@@ -3,16 +3,22 @@
 # First: it names the release that is needed, where the rest could not be imported.
 from .releases_tokenflex import OLDEST  # noqa: F401  # isort: skip
 
+import math
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto import CONFIG_MAPPING
 
 from .pooling_tokenflex import POOL_MODES
+from .token_methods_tokenflex import DEFAULT_METHOD, METHODS, check_method
 from .vision_family_tokenflex import VisionFamily
 from .vision_towers_tokenflex import DEFAULT_FAMILY, vision_family
 
 if TYPE_CHECKING:  # older releases copy from a folder only the files that are named here
+    from .projector_tokenflex import TokenFlexProjector  # noqa: F401
+    from .query_tokens_tokenflex import QueryProjector  # noqa: F401
+    from .token_method_tokenflex import TokenMethod  # noqa: F401
+    from .unshuffle_tokenflex import UnshuffleProjector  # noqa: F401
     from .vision_clip_tokenflex import CLIP  # noqa: F401
     from .vision_siglip_tokenflex import SIGLIP  # noqa: F401
 
@@ -23,7 +29,9 @@ class TokenFlexConfig(PreTrainedConfig):
     vision_config: the config of a vision tower of a known family (see `vision_towers_tokenflex`),
         or its dict. What does not change the patches is off: a head that pools them, for example.
     text_config: the config of any causal language model, or its dict with `model_type`.
-    pool: how patches become n x n tokens, "adaptive" or "resize" (see `pooling_tokenflex`).
+    projector_method: how patches become tokens, one of `token_methods_tokenflex`.
+    projector_num_tokens: tokens per tile, for a method that makes one number only; else None.
+    pool: the windows of methods that pool, "adaptive" or "resize" (see `pooling_tokenflex`).
     projector_hidden_ratio: hidden width of the projector in multiples of the vision width; 3 in
         the released model.
     image_token_id: the id of <IMG_CONTEXT>, whose positions receive the image features.
@@ -40,6 +48,8 @@ class TokenFlexConfig(PreTrainedConfig):
     text_config: Any = None
     pool: str = "adaptive"
     projector_hidden_ratio: int = 3
+    projector_method: str = DEFAULT_METHOD
+    projector_num_tokens: int | None = None
     image_token_id: int = -1
     image_mean: Any = None
     image_std: Any = None
@@ -70,6 +80,7 @@ class TokenFlexConfig(PreTrainedConfig):
                 "give three numbers each (red, green, blue), std above 0"
             )
         self.vision_family.check(self.vision_config)
+        check_method(self.projector_method, self.pool, self.projector_num_tokens, self.patch_grid)
 
     @property
     def vision_family(self) -> VisionFamily:
@@ -85,6 +96,12 @@ class TokenFlexConfig(PreTrainedConfig):
     def patch_grid(self) -> tuple[int, int]:
         """(rows, columns) of the vision tower's patches for one tile."""
         return self.vision_family.patch_grid(self.vision_config)
+
+    @property
+    def smallest_side(self) -> int:
+        """The least n of a tile, which a blank one gets: 1, unless there is but one."""
+        fixed = METHODS[self.projector_method].fixed
+        return math.isqrt(self.projector_num_tokens or 0) if fixed else 1
 
     def check_image_token(self) -> None:
         """Raise ValueError unless the language model has the image token."""

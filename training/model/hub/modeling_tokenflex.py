@@ -30,10 +30,14 @@ from .generation_tokenflex import (
     encoded_features,
 )
 from .language_model_tokenflex import EARLIER_NAMES, decoder_and_head
-from .projector_tokenflex import TokenFlexProjector, as_list, in_graph
+from .token_method_tokenflex import TokenMethod, as_list, in_graph
+from .token_methods_tokenflex import METHODS
 
 if TYPE_CHECKING:  # older releases copy from a folder only the files that are named here
     from .pooling_tokenflex import pool_patches  # noqa: F401
+    from .projector_tokenflex import TokenFlexProjector  # noqa: F401
+    from .query_tokens_tokenflex import QueryProjector  # noqa: F401
+    from .unshuffle_tokenflex import UnshuffleProjector  # noqa: F401
     from .vision_clip_tokenflex import CLIP  # noqa: F401
     from .vision_family_tokenflex import VisionFamily  # noqa: F401
     from .vision_siglip_tokenflex import SIGLIP  # noqa: F401
@@ -55,7 +59,7 @@ class TokenFlexPreTrainedModel(PreTrainedModel):
     main_input_name = "input_ids"
     input_modalities = ["image", "text"]  # noqa: RUF012 - transformers' own style
     supports_gradient_checkpointing = True
-    _no_split_modules = ["TokenFlexProjector"]  # noqa: RUF012
+    _no_split_modules = [method.__name__ for method in METHODS.values()]  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -66,7 +70,7 @@ class TokenFlexPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, TokenFlexProjector):
+        if isinstance(module, TokenMethod):
             # transformers guards torch.nn.init here, so that loaded weights are left alone.
             module.reset_parameters(getattr(self.config.text_config, "initializer_range", 0.02))
 
@@ -99,7 +103,7 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
 
     # The head of a folder with one, which a base model is loaded without.
     _keys_to_ignore_on_load_unexpected: list[str] | None = [r"^lm_head\."]  # noqa: RUF012
-    _projector_class: type[TokenFlexProjector] = TokenFlexProjector
+    _token_methods: Mapping[str, type[TokenMethod]] = METHODS
 
     def __init__(
         self, config: TokenFlexConfig, take_head: Callable[[nn.Module], None] | None = None
@@ -110,12 +114,13 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
         # Without the dtype a sub-model would follow the dtype its own config was saved with.
         dtype = torch.get_default_dtype()
         self.vision_model = config.vision_family.build(config.vision_config, dtype)
-        self.projector = self._projector_class(
+        self.projector = self._token_methods[config.projector_method](
             config.vision_config.hidden_size,
             config.projector_hidden_ratio * config.vision_config.hidden_size,
             config.text_config.hidden_size,
             config.patch_grid,
             config.pool,
+            num_tokens=config.projector_num_tokens,
         )
         causal = AutoModelForCausalLM.from_config(config.text_config, dtype=dtype)
         self.language_model, head = self._language_model_and_head(causal)
@@ -208,7 +213,7 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
     ) -> Tensor:
         """Tiles, uint8 [T, 3, tile_size, tile_size], to their tokens, [sum of n^2, D], in order.
 
-        rows: see `TokenFlexProjector.forward`.
+        rows: see `TokenMethod.forward`.
 
         Raises ValueError for tiles of another kind and unless there is one side per tile.
         """
@@ -230,7 +235,14 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
         std = channels(tuple(self.config.image_std), pixel_values.device)
         pixels = ((pixel_values.float() / 255 - mean) / std).to(self.vision_model.dtype)
         patches = self.config.vision_family.patches(self.vision_model, pixels)
-        return self.projector(patches, tile_sides, rows)
+        return self.to_tokens(patches, tile_sides, rows)
+
+    def to_tokens(
+        self, patches: Tensor, tile_sides: Sequence[int] | Tensor, rows: int | None
+    ) -> Tensor:
+        """Patches [T, H*W, C] to [sum of n^2, D]; see `TokenMethod.forward`."""
+        tokens: Tensor = self.projector(patches, tile_sides, rows)
+        return tokens
 
     def image_positions(self, input_ids: Tensor | None, inputs_embeds: Tensor) -> Tensor:
         """bool [B, L]: which positions are <IMG_CONTEXT>."""
