@@ -139,6 +139,9 @@ SMALLER: dict[str, str | None] = {
     "make gpu-record": f"{MAKE} -n gpu-record",  # tests/training/test_gpu_record.py
     'make gpu-record ARGS="--within-s 580"': f"{MAKE} -n gpu-record",
     "python -m training.gpu_record --rehearse --list": "",
+    f"{DEMO} model.projector.method=query train.steps=20 output_dir=runs/query": (
+        f"{DEMO} model.projector.method=query output_dir=runs/query {SMALL}"
+    ),
     "python -m kernels.profile --shape T=64,n=12,pool=resize --out runs/pooling": "",
     "python -m data_pipeline.prepare --format folder captioned/ data/captions --overwrite": "",
     'make pretrain ARGS="train.steps=20 output_dir=runs/metric"': (

@@ -39,7 +39,7 @@ class BackboneSettings(Settings):
 class ProjectorSettings(Settings):
     """How a tile's patches become n x n tokens."""
 
-    method: Literal["pool", "unshuffle", "query"] = "pool"
+    method: Literal["pool", "unshuffle", "query", "pool_query", "select", "merge"] = "pool"
     """See `training.model.hub.METHODS`."""
     num_tokens: int | None = Field(None, gt=0)
     """Tokens per tile of unshuffle, which makes one number only; null: that of data.tokens."""

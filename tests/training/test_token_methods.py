@@ -131,7 +131,79 @@ def expected_pool(module: Any, patches: Tensor, n: int) -> Tensor:
     return head(module, F.adaptive_avg_pool2d(maps, n).flatten(2).transpose(1, 2))
 
 
-EXPECTED = {"pool": expected_pool, "unshuffle": expected_unshuffle, "query": expected_query}
+def expected_pool_query(module: Any, patches: Tensor, n: int) -> Tensor:
+    """Tile after tile, with an m x m grid of anchors: 1 of 1, 1 of 4, 4 of 9, 4 of 16, ..."""
+    m = {1: 1, 2: 1, 3: 2, 4: 2, 5: 3, 6: 4}[n]
+    count = max(1, n * n - m * m)
+    found = []
+    for tile in patches:
+        anchors, places = (
+            F.adaptive_avg_pool2d(x.T.unflatten(1, GRID), m).flatten(1).T for x in (tile, sines())
+        )
+        read = normed(module, "key_norm", anchors)
+        queries = module.queries[:count]
+        asked = normed(module, "query_norm", queries)
+        queries = queries + multihead(module, "anchor")(asked, read + places, read)[0]
+        read = normed(module, "key_norm", tile)
+        asked = normed(module, "read_norm", queries)
+        seen = multihead(module, "patch")(asked, read + sines(), read)[0]
+        found.append(torch.cat([anchors[: n * n - count], seen]))
+    return head(module, torch.stack(found))
+
+
+def expected_select(module: Any, patches: Tensor, n: int) -> Tensor:
+    """A tile, a patch and a number at a time."""
+    places = [(row, column) for row in range(GRID[0]) for column in range(GRID[1])]
+    diagonal = math.hypot(GRID[0] - 1, GRID[1] - 1)
+    rows = []
+    for tile in patches.detach():
+        apart = [patch - tile.mean(0) for patch in tile]
+        order = sorted(range(len(apart)), key=lambda i: -float(apart[i].norm()))
+        chosen = order[: (n * n + 1) // 2]
+        while len(chosen) < n * n:
+            far = {}
+            for i in set(order) - set(chosen):
+                between = []
+                for j in chosen:
+                    cosine = float(apart[i] @ apart[j] / (apart[i].norm() * apart[j].norm()))
+                    between.append((1 - cosine) / 2 + math.dist(places[i], places[j]) / diagonal)
+                far[i] = min(between)
+            chosen.append(max(far, key=lambda i: far[i]))
+        rows.append(tile[sorted(chosen)])
+    return head(module, torch.stack(rows))
+
+
+def expected_merge(module: Any, patches: Tensor, n: int) -> Tensor:
+    """ToMe with sizes: tokens are (mean, how many patches), merged pair by pair in a list."""
+    rows = []
+    for tile in patches.detach():
+        tokens = [(patch, 1) for patch in tile]
+        while len(tokens) > n * n:
+            best = []
+            for i in range(0, len(tokens), 2):
+                like = [
+                    (float(F.cosine_similarity(tokens[i][0], tokens[j][0], dim=0)), j)
+                    for j in range(1, len(tokens), 2)
+                ]
+                best.append((*max(like), i))
+            gone = sorted(best, reverse=True)[: min(len(tokens) - n * n, len(tokens) // 2)]
+            for _, j, i in gone:
+                (a, size_a), (b, size_b) = tokens[i], tokens[j]
+                tokens[j] = ((a * size_a + b * size_b) / (size_a + size_b), size_a + size_b)
+            merged = {i for *_, i in gone}
+            tokens = [token for i, token in enumerate(tokens) if i not in merged]
+        rows.append(torch.stack([mean for mean, _ in tokens]))
+    return head(module, torch.stack(rows))
+
+
+EXPECTED = {
+    "pool": expected_pool,
+    "unshuffle": expected_unshuffle,
+    "query": expected_query,
+    "pool_query": expected_pool_query,
+    "select": expected_select,
+    "merge": expected_merge,
+}
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from training.model.hub import TokenFlexConfig
+from training.model.hub.query_tokens_tokenflex import split_side
 
 
 class Product(NamedTuple):
@@ -17,17 +18,23 @@ class Product(NamedTuple):
 
 @dataclass(frozen=True)
 class MethodWork:
-    """products: with weights. attention: width * pairs of a query and a key."""
+    """What the tiles of a pack need.
+
+    products: with weights. attention: width * pairs of a query and a key. sums: FLOPs of products
+    of patches with what has no gradient. choice: FLOPs that decide what is summed.
+    """
 
     products: tuple[Product, ...]
     attention: float = 0.0
+    sums: float = 0.0
+    choice: float = 0.0
 
     def flops(self, below: bool, trains: bool) -> tuple[float, float]:
         """Of the model, forward and backward, and what backward computes again.
 
         below: whether the patches need a gradient. trains: whether the weights do.
         """
-        total = 0.0
+        total = self.choice + self.sums * (1 + below)
         for weights, rows, of_patches in self.products:
             through = trains or (below and of_patches)  # norms lie before all products
             total += 2.0 * weights * rows * (1 + through + trains)
@@ -72,6 +79,41 @@ def _query(config: TokenFlexConfig, sides: Sequence[int]) -> MethodWork:
     return MethodWork(products, config.vision_config.hidden_size * pairs)
 
 
+def _pool_query(config: TokenFlexConfig, sides: Sequence[int]) -> MethodWork:
+    width = config.vision_config.hidden_size
+    square, patches = float(width) ** 2, config.patch_grid[0] * config.patch_grid[1]
+    split = [split_side(n) for n in sides]
+    queries, anchors = sum(count for _, count in split), sum(m * m for m, _ in split)
+    products = (
+        Product(square, sum(count for _, count in set(split)), of_patches=False),
+        Product(3 * square, queries),
+        Product(2 * square, anchors + len(sides) * patches),
+        *_swiglu(config, sides),
+    )
+    pairs = sum(float(count) * (m * m + patches) for m, count in split)
+    return MethodWork(products, width * pairs)
+
+
+def _select(config: TokenFlexConfig, sides: Sequence[int]) -> MethodWork:
+    width, patches = config.vision_config.hidden_size, config.patch_grid[0] * config.patch_grid[1]
+    covered = sum(1 < n * n < patches for n in sides)
+    return MethodWork(_swiglu(config, sides), choice=2.0 * covered * patches**2 * width)
+
+
+def _merge(config: TokenFlexConfig, sides: Sequence[int]) -> MethodWork:
+    width, patches = config.vision_config.hidden_size, config.patch_grid[0] * config.patch_grid[1]
+    choice = 0.0
+    for n in sides:
+        size = patches
+        while size > n * n:
+            fewer = min(size - n * n, size // 2)
+            choice += 2.0 * width * (size // 2) * (size - size // 2)
+            size -= fewer
+            choice += 2.0 * width * size * patches * (size > n * n)
+    sums = 2.0 * width * _tokens(sides) * patches
+    return MethodWork(_swiglu(config, sides), sums=sums, choice=choice)
+
+
 def _swiglu(config: TokenFlexConfig, sides: Sequence[int]) -> tuple[Product, ...]:
     width, text = config.vision_config.hidden_size, config.text_config.hidden_size
     inner, rows = config.projector_hidden_ratio * width, _tokens(sides)
@@ -86,4 +128,7 @@ _WORK: dict[str, Callable[[TokenFlexConfig, Sequence[int]], MethodWork]] = {
     "pool": _pool,
     "unshuffle": _unshuffle,
     "query": _query,
+    "pool_query": _pool_query,
+    "select": _select,
+    "merge": _merge,
 }

@@ -15,8 +15,10 @@ from .vision_family_tokenflex import VisionFamily
 from .vision_towers_tokenflex import DEFAULT_FAMILY, vision_family
 
 if TYPE_CHECKING:  # older releases copy from a folder only the files that are named here
+    from .merge_tokens_tokenflex import MergeProjector  # noqa: F401
     from .projector_tokenflex import TokenFlexProjector  # noqa: F401
     from .query_tokens_tokenflex import QueryProjector  # noqa: F401
+    from .select_tokens_tokenflex import SelectProjector  # noqa: F401
     from .token_method_tokenflex import TokenMethod  # noqa: F401
     from .unshuffle_tokenflex import UnshuffleProjector  # noqa: F401
     from .vision_clip_tokenflex import CLIP  # noqa: F401

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .pooling_tokenflex import pool_patches
 from .token_method_tokenflex import TokenMethod, by_side, norm_rows
 
 _HEAD_SIZE = 64
@@ -73,7 +74,7 @@ class QueryProjector(TokenMethod):
             return attention(queries[: n * n].expand(len(keys), -1, -1), keys, values)
 
         read = by_side(attend, sides, keys, values)
-        return F.linear(read, weights.out_weight, weights.out_bias)
+        return out_projection(read, weights)
 
     def normed(self, rows: Tensor, name: str) -> Tensor:
         """LayerNorm with the parameters of this name."""
@@ -87,9 +88,67 @@ class QueryProjector(TokenMethod):
         return in_projection(keys, weights, 1), in_projection(patches, weights, 2)
 
 
+class PoolQueryProjector(QueryProjector):
+    """Pooled anchors keep the layout; queries that have read them look for what those leave out.
+
+    After the public description of PARCEL (arXiv 2605.30126); the split and the depth are choices
+    made here. Of a tile's k tokens the first m x m are anchors, m^2 at most k / 2. The others are
+    the first k - m^2 of the queries: each adds to itself what it reads in the anchors, then reads
+    the patches. A tile of one token has an anchor, too, which its query reads.
+    """
+
+    pools = True
+
+    def make_parameters(self) -> None:
+        """Also the attention to the anchors, and the norm of queries that have read them."""
+        super().make_parameters()
+        width = self.widths[0]
+        self.read_norm_weight = nn.Parameter(torch.empty(width))
+        self.read_norm_bias = nn.Parameter(torch.empty(width))
+        self.make_attention("anchor")
+
+    def tokens(self, patches: Tensor, sides: list[int]) -> Tensor:
+        """Anchors, then what the queries read: [sum of n^2, C]."""
+        return by_side(self._make, sides, patches, *self.read(patches, self.attention("patch")))
+
+    def _make(self, n: int, patches: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        to_anchors, to_patches = self.attention("anchor"), self.attention("patch")
+        side, count = split_side(n)
+        anchors = self._pooled(patches, side)
+        normed = self.normed(anchors, "key_norm")
+        places = self._pooled(sine_positions(self.grid, patches)[None], side)
+        queries = self.queries[:count]
+        asked = in_projection(self.normed(queries, "query_norm"), to_anchors, 0)
+        read = attention(
+            asked.expand(len(patches), -1, -1),
+            in_projection(normed + places, to_anchors, 1),
+            in_projection(normed, to_anchors, 2),
+        )
+        queries = queries + out_projection(read, to_anchors)
+        asked = in_projection(self.normed(queries, "read_norm"), to_patches, 0)
+        found = out_projection(attention(asked, keys, values), to_patches)
+        return torch.cat([anchors[:, : n * n - count], found], 1)
+
+    def _pooled(self, patches: Tensor, side: int) -> Tensor:
+        """[t, side^2, C]"""
+        rows = pool_patches(patches, [side] * len(patches), self.grid, self.pool)
+        return rows.unflatten(0, (len(patches), -1)).to(patches.dtype)
+
+
+def split_side(n: int) -> tuple[int, int]:
+    """(side of the anchors, number of queries) of a tile of n x n tokens; one query at least."""
+    side = max(1, math.isqrt(n * n // 2))
+    return side, max(1, n * n - side**2)
+
+
 def in_projection(rows: Tensor, weights: AttentionWeights, part: int) -> Tensor:
     """The queries (part 0), keys (1) or values (2) of rows [..., C]."""
     return F.linear(rows, weights.in_weight.chunk(3)[part], weights.in_bias.chunk(3)[part])
+
+
+def out_projection(rows: Tensor, weights: AttentionWeights) -> Tensor:
+    """What an attention gives, of what its heads have read."""
+    return F.linear(rows, weights.out_weight, weights.out_bias)
 
 
 def attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:

@@ -2,8 +2,10 @@
 
 import math
 
+from .merge_tokens_tokenflex import MergeProjector
 from .projector_tokenflex import TokenFlexProjector
-from .query_tokens_tokenflex import QueryProjector
+from .query_tokens_tokenflex import PoolQueryProjector, QueryProjector
+from .select_tokens_tokenflex import SelectProjector
 from .token_method_tokenflex import TokenMethod
 from .unshuffle_tokenflex import UnshuffleProjector
 
@@ -11,6 +13,9 @@ METHODS: dict[str, type[TokenMethod]] = {
     "pool": TokenFlexProjector,
     "unshuffle": UnshuffleProjector,
     "query": QueryProjector,
+    "pool_query": PoolQueryProjector,
+    "select": SelectProjector,
+    "merge": MergeProjector,
 }
 DEFAULT_METHOD = "pool"
 
