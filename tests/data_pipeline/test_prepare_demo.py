@@ -132,7 +132,7 @@ def test_demo_pictures_show_the_cells(demo: tuple[str, Path]) -> None:
                 scan = scans().images[item] * 255 / 16
                 grey = Image.fromarray(cell[..., 0].astype(np.float32))
                 small = np.asarray(grey.resize((8, 8), Image.Resampling.BOX))
-                # More where 8 does not divide the side; 95 % of pairs of scans are over 35 apart.
+                # More of it where 8 does not divide the side; most scans are over 35 apart.
                 assert np.abs(small - scan).mean() < {"digits": 15, "scans": 25}[format]
 
 
