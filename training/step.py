@@ -42,10 +42,14 @@ def train_step(
     for group in engine.param_groups:
         group["lr"] = factor * group["peak_lr"]
     for number, pack in enumerate(batch.packs, start=1):
-        output = engine(**model_inputs(pack, run.ranks.device, run.loss_chunks))
+        moved = run.copies.take(pack)
+        if number < len(batch.packs):
+            run.copies.begin(batch.packs[number])
+        output = engine(**model_inputs(pack, run.ranks.device, run.loss_chunks, moved))
         with phase("backward"):
             engine.backward(output.loss * scale, last=number == len(batch.packs))
         meter.add(pack, output.token_losses)
+    run.copies.begin(batch.following())
     meter.counts["store_retries"] = batch.store_retries
     with phase("metrics"):  # here the host waits for the GPU
         metrics = meter.reduce()
