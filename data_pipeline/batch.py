@@ -75,15 +75,16 @@ class PackedBatch:
 
     def to(self, device: torch.device | str) -> "PackedBatch":
         """A copy with the tensors on a device, without waiting for pinned ones to arrive."""
-        moved = {name: t.to(device, non_blocking=True) for name, t in self._tensors().items()}
+        moved = {name: t.to(device, non_blocking=True) for name, t in self.tensors().items()}
         return replace(self, **moved)  # type: ignore[arg-type]
 
     def pin_memory(self) -> "PackedBatch":
         """A copy in page-locked memory, from which `to` does not block; needs CUDA."""
-        pinned = {name: t.pin_memory() for name, t in self._tensors().items()}
+        pinned = {name: t.pin_memory() for name, t in self.tensors().items()}
         return replace(self, **pinned)  # type: ignore[arg-type]
 
-    def _tensors(self) -> dict[str, torch.Tensor]:
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All that `to` moves, by name."""
         return {name: v for name, v in vars(self).items() if isinstance(v, torch.Tensor)}
 
 

@@ -59,6 +59,7 @@ class StepBatch:
     plan: the step's plan, of all ranks.
     wait_s: seconds that the consumer waited for the step.
     store_retries: requests to stores tried again since the step before.
+    following: the next step's first pack, if it is built by now.
     """
 
     packs: list[PackedBatch]
@@ -66,6 +67,7 @@ class StepBatch:
     plan: StepPlan
     wait_s: float = 0.0
     store_retries: int = 0
+    following: Callable[[], PackedBatch | None] = lambda: None
 
 
 class StepLoader:
@@ -127,6 +129,7 @@ class StepLoader:
                 batch.store_retries = self._builder.mixture.store_retries - self._retries
                 self._retries += batch.store_retries
                 bad_rate.count(batch.packs)
+                batch.following = lambda: pending[0].first() if pending else None
                 yield batch
         finally:
             for pool in (planning, workers):
@@ -157,6 +160,12 @@ class _PendingStep:
     packs: list[Future[PackedBatch]]
     state: PlanState
     plan: StepPlan
+
+    def first(self) -> PackedBatch | None:
+        """The first pack, if it is built and nothing went wrong."""
+        future = self.packs[0]
+        built = future.done() and not future.cancelled() and future.exception() is None
+        return future.result() if built else None
 
     def result(self) -> StepBatch:
         return StepBatch([pack.result() for pack in self.packs], self.state, self.plan)

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import (
     Field,
     ValidationError,
+    ValidationInfo,
     ValidatorFunctionWrapHandler,
     field_validator,
     model_validator,
@@ -108,8 +109,15 @@ class StageModules(Settings):
 
 
 _Beta = Annotated[float, Field(ge=0, lt=1)]
-RecomputedModule = Literal["vision_model", "language_model"]
-RECOMPUTED: tuple[RecomputedModule, ...] = get_args(RecomputedModule)
+_Layered = Literal["vision_model", "language_model"]
+LAYERED: tuple[_Layered, ...] = get_args(_Layered)
+"""The modules that consist of layers."""
+
+
+def _chosen_modules(setting: bool | list[_Layered]) -> tuple[str, ...]:
+    if isinstance(setting, bool):
+        return LAYERED if setting else ()
+    return tuple(name for name in LAYERED if name in setting)
 
 
 class ConsistencySettings(Settings):
@@ -120,7 +128,7 @@ class ConsistencySettings(Settings):
 
 
 class TrainSettings(Length, extra="forbid"):
-    """Optimisation: AdamW, linear warm-up, cosine decay, clipping."""
+    """Optimisation: AdamW, linear warm-up, a decay, clipping."""
 
     steps: int = Field(0, gt=0)
     """Or `epochs`; 0, which cannot be given, until a start has counted how many steps those are."""
@@ -133,6 +141,11 @@ class TrainSettings(Length, extra="forbid"):
     consistency: ConsistencySettings = ConsistencySettings()
     warmup_fraction: float = Field(0.03, ge=0, lt=1)
     min_lr_fraction: float = Field(0.0, ge=0, le=1)
+    schedule: Literal["cosine", "linear", "wsd"] = "cosine"
+    """How learning rates fall after the warm-up: along a cosine or a line from there to the end; or
+    not until the last `decay_fraction` of the steps, and then along a line."""
+    decay_fraction: float = Field(0.1, gt=0, le=1)
+    """Of wsd alone."""
     weight_decay: float = Field(0.0, ge=0)
     betas: tuple[_Beta, _Beta] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)
@@ -143,7 +156,7 @@ class TrainSettings(Length, extra="forbid"):
     device: Literal["auto", "cpu"] = "auto"
     """auto: the GPUs, or the CPU of a machine without; GPUs that PyTorch does not see are an error,
     unless the CPU is asked for."""
-    gradient_checkpointing: bool | list[RecomputedModule] = False
+    gradient_checkpointing: bool | list[_Layered] = False
     """Whose layers keep their inputs only and are computed again in backward: all, or of
     [vision_model, language_model]. Of the projector that is `projector_backward`."""
     projector_backward: Literal["save", "recompute"] = "save"
@@ -151,34 +164,51 @@ class TrainSettings(Length, extra="forbid"):
     projector_impl: Literal["auto", "triton", "torch"] = "auto"
     """What runs the projector; auto: the Triton kernels where every rank can launch them, else
     PyTorch."""
+    decoder_impl: Literal["transformers", "liger"] = "transformers"
+    """Whose norms, rotary positions and SwiGLU the language model has; liger: Triton kernels."""
+    compile_layers: bool | list[_Layered] = False
+    """Whose layers `torch.compile` compiles: all, or of [vision_model, language_model]."""
+    copy_ahead: bool = True
+    """Copy the next pack to the GPU while this one is computed, for the room of one pack more."""
+    flash_attention: Literal["torch", "fa3"] = "torch"
+    """Which FlashAttention runs in bf16 on a GPU: PyTorch's own, or FlashAttention 3."""
     log_every: int = Field(10, gt=0)
     """Print every this many steps; every step is recorded."""
     loss_chunk_tokens: int = Field(4096, gt=0)
     """Most tokens per slice of the logits; a pack's loss runs in ceil(max_tokens / this) slices."""
 
-    @field_validator("gradient_checkpointing", mode="wrap")
+    @field_validator("gradient_checkpointing", "compile_layers", mode="wrap")
     @classmethod
-    def _switch_or_modules(cls, value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+    def _switch_or_modules(
+        cls, value: Any, check: ValidatorFunctionWrapHandler, info: ValidationInfo
+    ) -> Any:
         try:
             return check(value)
         except ValidationError as error:
-            raise ValueError(
-                f"expected true, false or a list of {', '.join(RECOMPUTED)}; of the projector "
-                "that is train.projector_backward=recompute"
-            ) from error
+            text = f"expected true, false or a list of {', '.join(LAYERED)}"
+            if info.field_name == "gradient_checkpointing":
+                text += "; of the projector that is train.projector_backward=recompute"
+            raise ValueError(text) from error
 
     @property
     def recomputed(self) -> tuple[str, ...]:
         """The modules whose layers are computed again in backward."""
-        chosen = self.gradient_checkpointing
-        if isinstance(chosen, bool):
-            return RECOMPUTED if chosen else ()
-        return tuple(name for name in RECOMPUTED if name in chosen)
+        return _chosen_modules(self.gradient_checkpointing)
+
+    @property
+    def compiled(self) -> tuple[str, ...]:
+        """The modules whose layers are compiled."""
+        return _chosen_modules(self.compile_layers)
 
     @model_validator(mode="after")
     def _ends(self) -> "TrainSettings":
         if not self.steps and self.epochs is None:
             raise ValueError("give steps, or epochs: where the run ends")
+        if self.schedule == "wsd" and self.warmup_fraction + self.decay_fraction > 1:
+            raise ValueError(
+                f"warmup_fraction ({self.warmup_fraction}) and decay_fraction "
+                f"({self.decay_fraction}) are more than the whole run; lower one"
+            )
         return self
 
 
@@ -191,8 +221,10 @@ class DeepSpeedSettings(Settings):
 
     offload_optimizer: Literal["none", "cpu"] = "none"
     offload_params: Literal["none", "cpu"] = "none"
-    param_persistence_threshold: int = Field(100_000, ge=0)
-    """Parameters of fewer elements stay whole on every rank."""
+    prefetch: Literal["fixed", "model"] = "fixed"
+    """How far ahead weights are gathered: as DeepSpeed presets it, or from the model's sizes."""
+    param_persistence_threshold: int | None = Field(None, ge=0)
+    """Parameters of fewer elements stay whole on every rank; null: 100,000, or as `prefetch`."""
     extra: dict[str, Any] = Field({})
     """The engine checks them before it starts."""
 

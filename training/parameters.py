@@ -8,7 +8,7 @@ from typing import Any, Literal
 from torch import nn
 
 from data_pipeline.text_table import text_table
-from training.config import RECOMPUTED, ModuleSettings, StageModules, TrainSettings
+from training.config import LAYERED, ModuleSettings, StageModules, TrainSettings
 
 Shape = Callable[[nn.Parameter], tuple[int, ...]]
 """Gives a parameter's shape as a whole, however an engine has partitioned it."""
@@ -44,7 +44,7 @@ def recompute_activations(model: Any, modules: Sequence[str]) -> None:
     """
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.disable_input_require_grads()
-    for name in set(RECOMPUTED).difference(modules):
+    for name in set(LAYERED).difference(modules):
         for module in getattr(model, name).modules():
             if hasattr(module, "gradient_checkpointing"):
                 module.gradient_checkpointing = False
@@ -80,7 +80,9 @@ def parameter_groups(
 
 @dataclass(frozen=True)
 class Schedule:
-    """The factor on every peak learning rate: linear warm-up, then cosine decay to a fraction.
+    """The factor on every peak learning rate: linear warm-up, then a decay to a fraction.
+
+    schedule: along a cosine, a line, or (wsd) a line in the last `decay_fraction` of the steps.
 
     A run that was changed on its way keeps the schedule `before`. Then `how` says what follows:
     `constant` holds the last factor of it once it has ended; `decay` leaves it after `start` steps,
@@ -93,11 +95,19 @@ class Schedule:
     how: Literal["whole", "constant", "decay"] = "whole"
     start: int = 0
     before: "Schedule | None" = None
+    schedule: str = "cosine"
+    decay_fraction: float = 0.1
 
     @classmethod
     def of(cls, train: TrainSettings) -> "Schedule":
         """That of a run from its beginning."""
-        return cls(train.steps, train.warmup_fraction, train.min_lr_fraction)
+        return cls(
+            train.steps,
+            train.warmup_fraction,
+            train.min_lr_fraction,
+            schedule=train.schedule,
+            decay_fraction=train.decay_fraction,
+        )
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "Schedule":
@@ -127,9 +137,14 @@ class Schedule:
         warmup = math.ceil(self.warmup_fraction * steps)
         if step < warmup:
             return low + (1 - low) * (step + 1) / warmup
-        progress = (step - warmup) / max(1, steps - warmup)
-        cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-        return self.min_lr_fraction + (1 - self.min_lr_fraction) * cosine
+        if self.schedule == "wsd":
+            warmup = max(warmup, steps - math.ceil(self.decay_fraction * steps))
+        progress = min(1.0, max(0, step - warmup) / max(1, steps - warmup))
+        if self.schedule == "cosine":
+            left = 0.5 * (1 + math.cos(math.pi * progress))
+        else:
+            left = 1 - progress
+        return self.min_lr_fraction + (1 - self.min_lr_fraction) * left
 
 
 def module_table(model: nn.Module, modules: StageModules, shape: Shape = _own_shape) -> str:

@@ -32,6 +32,7 @@ from training.model.projector_choice import choose_projector
 from training.parameters import Schedule, module_table
 from training.precision import has_fast_bf16
 from training.side_outputs import SideFiles, attempt
+from training.speed.device_copies import PackCopies
 
 
 class Run:
@@ -44,6 +45,7 @@ class Run:
         self.config, self.ranks = config, ranks
         self.files = files or SideFiles(background=False)
         self.schedule = Schedule.of(config.train)
+        self.copies = PackCopies(ranks.device, config.train.copy_ahead)
         data = config.data
         self.named_bad: set[str] = set()
         train = config.train

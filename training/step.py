@@ -42,11 +42,16 @@ def train_step(
     for group in engine.param_groups:
         group["lr"] = factor * group["peak_lr"]
     for number, pack in enumerate(batch.packs, start=1):
+        moved = run.copies.take(pack)
+        if number < len(batch.packs):
+            run.copies.begin(batch.packs[number])
         weight = run.config.consistency_weight
-        output = engine(**model_inputs(pack, run.ranks.device, run.loss_chunks, weight))
+        inputs = model_inputs(pack, run.ranks.device, run.loss_chunks, weight, moved)
+        output = engine(**inputs)
         with phase("backward"):
             engine.backward(output.loss * scale, last=number == len(batch.packs))
         meter.add(pack, output.token_losses, output.divergences)
+    run.copies.begin(batch.following())
     meter.counts["store_retries"] = batch.store_retries
     with phase("metrics"):  # here the host waits for the GPU
         metrics = meter.reduce()

@@ -32,6 +32,7 @@ from training.metrics import Loggers, MetricsLog, StepMeter, check_loggers
 from training.precision import settle_precision
 from training.profiling import explain_out_of_memory
 from training.run import Run
+from training.speed import check_machine, check_settings
 from training.start import start
 from training.step import shared_denominator, train_step
 from training.zero3.extra import check_extra
@@ -44,6 +45,7 @@ def train(config: RunConfig, ranks: Ranks, stop: StopRequest | None = None) -> i
     Returns an exit code: a run that was asked to stop has saved, and can be started again.
     """
     config = settle_precision(config, ranks)
+    check_machine(config, ranks)
     # The saver first: it locks the folder that the monitor writes to.
     with (
         explain_out_of_memory(config, ranks),
@@ -158,6 +160,7 @@ def main(argv: list[str] | None = None) -> int:
         config = load_config(args.config, args.overrides)
         check_extra(config)
         check_loggers(config)
+        check_settings(config)
         if args.dry_run:
             if rank_from_environment()[0] == 0:
                 dry_run(config)

@@ -656,6 +656,26 @@ def slow_loader(corpus: Corpus, builder: SlowBuilder, **settings: float) -> Step
     return StepLoader(corpus.planner(), builder, LoaderSettings(**settings))  # type: ignore[arg-type]
 
 
+def test_the_following_pack_is_known_once_it_is_built(corpus: Corpus) -> None:
+    builder, gate = SlowBuilder(corpus.builder()), threading.Event()
+    build = builder.build
+
+    def held(pack: PackPlan) -> PackedBatch:
+        if builder.begun >= PACKS_PER_STEP:  # of the second step
+            gate.wait(30)
+        return build(pack)
+
+    builder.build = held  # type: ignore[method-assign]
+    steps = slow_loader(corpus, builder, threads=1).steps()
+    batch = next(steps)
+    assert batch.following() is None  # nobody waits for it
+    gate.set()
+    wait_until(lambda: batch.following() is not None)
+    following = batch.following()
+    assert next(steps).packs[0] is following
+    steps.close()
+
+
 def test_an_error_in_a_thread_reaches_the_consumer(corpus: Corpus) -> None:
     builder = SlowBuilder(corpus.builder(), fail_at=2 * PACKS_PER_STEP + 2)
     steps = slow_loader(corpus, builder, threads=1).steps()

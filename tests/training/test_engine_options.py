@@ -84,6 +84,33 @@ def test_what_may_be_set_reaches_the_engine() -> None:
     assert made["zero_optimization"]["stage"] == 3 and "timers" not in made
 
 
+def test_the_models_sizes_decide_what_nobody_sets() -> None:
+    def zero(*more: str, extra: str = "{}") -> dict[str, Any]:
+        config = run_config(extra, "deepspeed.param_persistence_threshold=null", *more)
+        found: dict[str, Any] = deepspeed_config(config, 1)["zero_optimization"]
+        return found
+
+    bucket, persistent, live = (
+        f"stage3_{name}"
+        for name in ("prefetch_bucket_size", "param_persistence_threshold", "max_live_parameters")
+    )
+    assert zero()[persistent] == 100_000 and bucket not in zero()
+    widths = ("model.llm.config.hidden_size=128", "model.vision.config.hidden_size=64")
+    asked = ("deepspeed.prefetch=model", "model.llm.config.vocab_size=500", *widths)
+    made = zero(*asked)
+    llm = load_config(DIGITS, list(widths)).model.llm.config
+    heads, groups = int(llm["num_attention_heads"]), int(llm["num_key_value_heads"])
+    layer = 2 * 128 * (128 // heads) * (heads + groups) + 3 * 128 * int(llm["intermediate_size"])
+    assert (made[bucket], made[persistent]) == (14_745, 1280)
+    assert made[live] == made["stage3_max_reuse_distance"] == 128 * 500 + 2 * layer
+    own = zero(
+        *asked,
+        "deepspeed.param_persistence_threshold=100000",
+        extra=f"{{zero_optimization: {{{bucket}: 7}}}}",
+    )
+    assert (own[bucket], own[persistent]) == (7, 100_000)
+
+
 class Recorder(dict):
     """A configuration that notes what it is asked for."""
 

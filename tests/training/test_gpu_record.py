@@ -10,13 +10,16 @@ from pathlib import Path
 
 import pytest
 
+from data_pipeline.errors import InputError
 from training import exit_codes
+from training.gpu_record import speed_options
 from training.gpu_record.__main__ import main
 from training.gpu_record.fused_products import compared
 from training.gpu_record.record_stages import ROOT, Places, Stage, all_stages
 from training.gpu_record.shapes import SHAPES
 from training.gpu_record.stage_runs import DONE, FAILED, PARTIAL, GpuRecord, run_stages
 from training.health import StopRequest
+from training.speed import check_settings
 
 NEVER = float("inf")
 
@@ -54,6 +57,8 @@ def test_every_stage_is_rehearsed_end_to_end(tmp_path: Path) -> None:
         assert all(path.exists() for path in stage.files)
         assert {"command", "commit", "machine", "versions", "date"} <= found[stage.name].keys()
     _check_training(json.loads((places.training / "train_rehearsal.json").read_text()))
+    worth = json.loads((places.training / "speed_options.json").read_text())
+    assert worth["options"]["recompute_tower"]["speed"] > 0
     fused = json.loads((places.kernels / "fused_gemms.json").read_text())
     assert fused["cases"][0]["ms"].keys() == {"cublas", "fused", "auto", "cublas again"}
     # Again: nothing is left to do.
@@ -216,6 +221,35 @@ def test_a_fused_product_is_faster_only_beyond_the_noise() -> None:
     ms = {"cublas": 1.0, "cublas again": 1.1, "fused": 0.95, "auto": 0.8}
     assert compared(ms)["faster"] == ["auto"]
     assert compared(ms | {"cublas again": 1.0})["faster"] == ["fused", "auto"]
+
+
+def test_a_setting_is_faster_only_beyond_the_noise() -> None:
+    def run(tokens_per_s: float, memory_gib: float = 10.0) -> dict[str, float]:
+        return {"tokens_per_s": tokens_per_s, "memory_gib": memory_gib}
+
+    runs = {"base": run(100.0), "base_again": run(104.0), "liger": run(110.0, 8.0)}
+    runs |= {"compile": run(107.0), "prefetch": run(96.0), "fa3": run(99.0)}
+    found = speed_options.compared(runs)
+    assert found["noise"] == pytest.approx(0.04)
+    verdicts = {name: option["verdict"] for name, option in found["options"].items()}
+    expected = {"liger": "faster", "compile": "the same", "prefetch": "slower", "fa3": "slower"}
+    assert verdicts == expected
+    assert found["options"]["liger"]["memory"] == 0.8
+    assert found["not_measured"] == ["no_copy_ahead", "recompute_decoder", "recompute_tower"]
+    alone = speed_options.compared({"base": run(100.0), "liger": run(200.0)})
+    assert "unknown" in alone["options"]["liger"]["verdict"]
+    with pytest.raises(InputError, match="base_again"):
+        speed_options.compared({"liger": run(1.0)})
+
+
+@pytest.mark.parametrize("name", speed_options.OPTIONS)
+def test_every_setting_for_speed_has_a_run_of_its_own(name, tmp_path) -> None:
+    config = SHAPES["1.5b"].config(tmp_path, "mixed", speed_options.OPTIONS[name])
+    check_settings(config)  # of the shape that is measured none is refused
+    stages = all_stages(Places.of("NVIDIA H100 80GB HBM3", tmp_path), rehearse=False)
+    (stage,) = [stage for stage in stages if stage.name == f"speed_{name}"]
+    for setting in speed_options.OPTIONS[name]:
+        assert stage.command[stage.command.index(setting) - 1] == "--set"
 
 
 def test_rows_of_tests_are_kept_and_those_passed_left_out(tmp_path) -> None:

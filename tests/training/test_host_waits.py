@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from data_pipeline.batch import IGNORE, PackedBatch
 from kernels import registration
@@ -21,10 +22,14 @@ from tests.training.test_model import (
     make_model,
     make_samples,
 )
+from training.config import LAYERED
 from training.model import PackedTokenFlex, TokenAdaptiveProjector
+from training.model.attention import ATTENTION_NAME, packed_attention
 from training.model.hub import TokenFlexProjector
 from training.model.hub.modeling_tokenflex import _insert
 from training.model.pack_inputs import model_inputs
+from training.speed import compiled_layers
+from training.speed.device_copies import PackCopies
 
 # Ops whose result has a shape, or is a number, that only the device knows.
 WAITING = (
@@ -170,15 +175,33 @@ def test_the_exported_model_inserts_features_in_one_graph(monkeypatch: pytest.Mo
     assert operations.waits == []
 
 
+def test_compiled_layers_run_where_no_value_can_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TokenAdaptiveProjector, "forward", TokenFlexProjector.forward)
+    monkeypatch.setattr(compiled_layers, "BACKEND", "aot_eager")
+    model, batch = make_model().to("meta"), packed_batch(SAMPLES)
+    compiled_layers.compile_layers(model, LAYERED)
+    try:
+        train(model, model_inputs(batch, torch.device("meta")))
+    finally:
+        ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, packed_attention)
+        torch.compiler.reset()
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-def test_a_step_on_a_gpu_never_waits_for_it() -> None:
-    model, batch = make_model().to("cuda", torch.bfloat16), packed_batch(SAMPLES).pin_memory()
+@pytest.mark.parametrize("modules", [(), LAYERED], ids=["as it is", "compiled"])
+def test_a_step_on_a_gpu_never_waits_for_it(modules: tuple[str, ...]) -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    model, batch = make_model().to(device, torch.bfloat16), packed_batch(SAMPLES).pin_memory()
+    if modules:
+        compiled_layers.compile_layers(model, modules)
+    copies = PackCopies(device)
     for _ in range(2):  # the first compiles kernels and fills caches
-        expected = train(model, model_inputs(batch, torch.device("cuda"), loss_chunks=2))
+        expected = train(model, model_inputs(batch, device, loss_chunks=2))
     torch.cuda.set_sync_debug_mode("error")
     try:
-        loss = train(model, model_inputs(batch, torch.device("cuda"), loss_chunks=2))
+        copies.begin(batch)
+        loss = train(model, model_inputs(batch, device, 2, moved=copies.take(batch)))
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(loss, expected)

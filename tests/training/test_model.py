@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicCache
 
 from data_pipeline.errors import InputError
 from kernels import token_adaptive_projector
-from training.config import RECOMPUTED
+from training.config import LAYERED
 from training.model import (
     RELEASED_NAMES,
     PackedTokenFlex,
@@ -379,7 +379,7 @@ def test_gradient_checkpointing_changes_no_gradient(model):
     assert_same_gradients(gradients(other), expected)
 
 
-@pytest.mark.parametrize("chosen", [[], ["vision_model"], ["language_model"], list(RECOMPUTED)])
+@pytest.mark.parametrize("chosen", [[], ["vision_model"], ["language_model"], list(LAYERED)])
 def test_only_the_chosen_layers_are_computed_again(model, chosen):
     batch = make_batch(SAMPLES)
     model(**batch).loss.backward()
@@ -387,7 +387,7 @@ def test_only_the_chosen_layers_are_computed_again(model, chosen):
     other = copy.deepcopy(model).train()
     other.zero_grad()
     calls: list[str] = []
-    recompute_activations(other, RECOMPUTED)
+    recompute_activations(other, LAYERED)
     recompute_activations(other, chosen)  # says of every module what it does
     layers = {"vision_model": other.vision_model, "language_model": other.language_model}
     for name, part in layers.items():

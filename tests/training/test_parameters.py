@@ -1,6 +1,8 @@
 """Freezing, parameter groups, the learning-rate schedule."""
 
 import math
+from dataclasses import asdict, replace
+from typing import Any
 
 import pytest
 import torch
@@ -73,6 +75,39 @@ def test_schedule_warms_up_linearly_and_decays_as_a_cosine() -> None:
     assert factors[60] == pytest.approx(0.1 + 0.9 * 0.5)  # half-way down
     assert factors[85] == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(0.75 * math.pi)))
     assert min(factors[10:]) == factors[-1] > 0.1
+
+
+def factors_of(**changes: Any) -> list[float]:
+    schedule = Schedule.of(TrainSettings(steps=110, warmup_fraction=10 / 110, **changes))
+    return [schedule.factor(step) for step in range(schedule.steps)]
+
+
+def test_a_line_and_a_plateau_beside_the_cosine() -> None:
+    cosine, line = factors_of(), factors_of(schedule="linear", min_lr_fraction=0.2)
+    assert cosine == factors_of(schedule="cosine", decay_fraction=0.7)
+    assert line[:11] == pytest.approx(cosine[:11])
+    assert line[60] == pytest.approx(0.2 + 0.8 * 0.5) and line[-1] == pytest.approx(0.2 + 0.8 / 100)
+    wsd = factors_of(schedule="wsd", decay_fraction=0.2, min_lr_fraction=0.2)  # its last 22 steps
+    assert wsd[:10] == cosine[:10] and set(wsd[10:89]) == {1.0}
+    assert wsd[88:] == pytest.approx([0.2 + 0.8 * (22 - step) / 22 for step in range(22)])
+    with pytest.raises(ValueError, match=r"warmup_fraction .* decay_fraction .* lower one"):
+        TrainSettings(steps=9, schedule="wsd", warmup_fraction=0.3, decay_fraction=0.8)
+
+
+def test_a_run_of_a_plateau_is_made_longer_without_a_leap() -> None:
+    train = TrainSettings(steps=100, schedule="wsd", warmup_fraction=0.1, decay_fraction=0.2)
+    longer = train.model_copy(update={"steps": 200})
+    saved = Schedule.of(train)
+    stretched = saved.changed(longer, "stretch", 80)
+    assert saved.factor(79) == stretched.factor(80) == stretched.factor(159) == 1.0
+    assert stretched.factor(160) == 1.0 > stretched.factor(161)
+    again = saved.changed(longer, "decay", 100)  # from its end: up again, a plateau, a decay
+    assert [again.factor(step) for step in range(100)] == [saved.factor(s) for s in range(100)]
+    assert again.factor(109) == pytest.approx(1.0) and again.factor(179) == 1.0
+    assert again.factor(199) < 0.1
+    assert Schedule.from_dict(asdict(again)) == again
+    older = {k: v for k, v in asdict(saved).items() if k not in ("schedule", "decay_fraction")}
+    assert Schedule.from_dict(older) == replace(saved, schedule="cosine", decay_fraction=0.1)
 
 
 def test_table_names_modules_sizes_rates_and_dtypes() -> None:

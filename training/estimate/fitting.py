@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from training.config import RECOMPUTED, RunConfig
+from training.config import LAYERED, RunConfig
 from training.estimate.rank_memory import MemoryModel
 from training.estimate.speed import Cluster
 from training.zero3.fake import OFFLOAD_OPTIMIZER
@@ -40,7 +40,7 @@ def remedies(memory: MemoryModel, config: RunConfig, cluster: Cluster) -> list[s
     """Changes of which each alone would make the config fit."""
     ranks, fits = cluster.ranks, room(cluster)
     within = memory.within.total()
-    less = None if config.train.recomputed == RECOMPUTED else memory.other
+    less = None if config.train.recomputed == LAYERED else memory.other
     recompute, offload = "train.gradient_checkpointing=true", OFFLOAD_OPTIMIZER
     found = []
     if less is not None and memory.on(ranks, less).peak <= fits:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from training.config import RECOMPUTED, RunConfig
+from training.config import LAYERED, RunConfig
 from training.estimate.packs import PackShape, covering, fake_inputs
 from training.estimate.trial import StepMemory, Trial, fake_trial
 from training.parameters import recompute_activations
@@ -155,4 +155,4 @@ def _slopes(pack: PackShape, bytes_now: int, step: Any) -> tuple[float, float]:
 
 
 def _switch_checkpointing(trial: Trial, recomputed: tuple[str, ...]) -> None:
-    recompute_activations(trial.engine.module, () if recomputed == RECOMPUTED else RECOMPUTED)
+    recompute_activations(trial.engine.module, () if recomputed == LAYERED else LAYERED)

@@ -7,7 +7,7 @@ from typing import Any
 from data_pipeline.errors import InputError
 from data_pipeline.plotting import BLUE, picture
 from data_pipeline.text_table import text_table
-from training.config import RECOMPUTED, RunConfig
+from training.config import LAYERED, RunConfig
 from training.estimate.fitting import RESERVED, largest_that_fits, remedies, room
 from training.estimate.rank_memory import MemoryModel
 from training.estimate.speed import Cluster, StepTime, step_time
@@ -90,7 +90,7 @@ def _numbers(estimate: Estimate) -> list[int]:
 
 def checkpointing_ways(recomputed: tuple[str, ...]) -> tuple[str, str]:
     """The activation checkpointing that is set, and the other way that `other` stands for."""
-    if recomputed == RECOMPUTED:
+    if recomputed == LAYERED:
         return "with activation checkpointing", "without"
     some = f" but of {recomputed[0]}" if recomputed else ""
     return f"without activation checkpointing{some}", "with it for all layers" if some else "with"

@@ -5,6 +5,8 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from training.gpu_record.speed_options import BASE, OPTIONS
+
 ROOT = Path(__file__).parents[2]
 LIMIT_S = 470  # under eight minutes, with what it takes to end a stage
 TINY = "T=2,n=1/2,p=.5/.5,grid=2x2,C=16,F=32,D=16,dtype=bf16"
@@ -110,6 +112,25 @@ def all_stages(places: Places, rehearse: bool) -> list[Stage]:
             goes_on=False,
         )
 
+    def option(name: str) -> Stage:
+        out, shape = training / f"speed_{name}.json", "rehearsal" if rehearse else "1.5b"
+        settings = OPTIONS.get(name, ())
+        return Stage(
+            f"speed_{name}",
+            f"ZeRO-3 training, {shape}, {' '.join(settings) or 'for comparison'}",
+            _module(
+                *("training.gpu_record.training_speed", shape, "--counts", "mixed"),
+                *(word for setting in settings for word in ("--set", setting)),
+                *("--out", out, "--work", places.work),
+            ),
+            150,
+            (out,),
+            otherwise=("--offload",),
+            goes_on=False,
+        )
+
+    measured = (BASE[0], "recompute_tower") if rehearse else (BASE[0], *OPTIONS, BASE[1])
+    worth = training / "speed_options.json"
     return [
         Stage(
             "gpu_tests",
@@ -137,5 +158,13 @@ def all_stages(places: Places, rehearse: bool) -> list[Stage]:
             {"TOKENFLEX_TILES": str(tiles)} | interpreted,
         ),
         profile("profile", "the projector, every provider and case", 240, *tiny),
+        *map(option, measured),
+        Stage(
+            "speed_options",
+            "what each setting for speed is worth, from the runs before",
+            _module("training.gpu_record.speed_options", "--runs", training, "--out", worth),
+            20,
+            (worth,),
+        ),
         experiment(),
     ]

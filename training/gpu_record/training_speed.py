@@ -1,6 +1,7 @@
 """One training stage: a model from random weights, mixed token counts against one, step by step.
 
     python -m training.gpu_record.training_speed SHAPE --out FILE.json --work FOLDER [--offload]
+    python -m training.gpu_record.training_speed SHAPE ... --counts mixed --set KEY=VALUE
 
 The trainer's own data, model, ZeRO-3 engine and step on one GPU, without checkpoints. The file is
 written after every step. Where the GPU's memory does not suffice the exit code is that of
@@ -37,6 +38,7 @@ from training.profiling import StepProfiler, phase
 from training.profiling.phase_table import phase_times, read_trace
 from training.record.run_record import PACKAGES
 from training.run import Run
+from training.speed import check_machine, check_settings, make_faster
 from training.step import shared_denominator, train_step
 from training.zero3.engine import build_engine
 from training.zero3.process_group import init_distributed, quiet_libraries
@@ -48,17 +50,22 @@ KEPT = (
 )
 
 
-def measure(shape: Shape, work: Path, more: tuple[str, ...], out: Path) -> None:
-    """Train with both kinds of counts, and write what was measured to `out` after every step."""
+def measure(
+    shape: Shape, work: Path, more: tuple[str, ...], out: Path, kinds: tuple[str, ...] = COUNTS
+) -> None:
+    """Train with these kinds of counts, and write what was measured to `out` after every step."""
     shape.prepare(work)
-    config = shape.config(work, COUNTS[0], more)
+    config = shape.config(work, kinds[0], more)
+    check_settings(config)
     ranks = init_distributed(config.faults.startup_timeout_s, config.train.device == "cpu")
-    configs = [shape.config(work, counts, more) for counts in COUNTS]
+    check_machine(config, ranks)
+    configs = [shape.config(work, counts, more) for counts in kinds]
     runs = [Run(settle_precision(config, ranks), ranks) for config in configs]
     began = time.perf_counter()
     engine = build_engine(runs[0].config, runs[0].tokenizer, ranks, pretrained=False)
     projector: Any = engine.module.projector
     projector.impl = runs[0].projector_impl
+    make_faster(engine.module, runs[0].config)
     engine.train()
     sizes = [engine.shape(parameter) for parameter in engine.module.parameters()]
     found: dict[str, Any] = {
@@ -71,9 +78,10 @@ def measure(shape: Shape, work: Path, more: tuple[str, ...], out: Path) -> None:
         "projector_obstacle": runs[0].projector_obstacle,
         "runs": {},
     }
-    for counts, run in zip(COUNTS, runs, strict=True):
+    for counts, run in zip(kinds, runs, strict=True):
         _train(shape, run, engine, found["runs"].setdefault(counts, {}), lambda: _write(out, found))
-    found["mixed_over_fixed"] = _ratios(*(found["runs"][counts] for counts in COUNTS))
+    if kinds == COUNTS:
+        found["mixed_over_fixed"] = _ratios(*(found["runs"][counts] for counts in COUNTS))
     _write(out, found | {"complete": True})
 
 
@@ -172,12 +180,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=path_argument, required=True, help="JSON file to write")
     parser.add_argument("--work", type=path_argument, required=True, help="folder for the corpus")
     parser.add_argument("--offload", action="store_true", help="the optimizer in host memory")
+    parser.add_argument("--counts", choices=COUNTS, help="only these; both without it")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting; repeat"
+    )
     args = parser.parse_args(argv)
+    more = (*((OFFLOAD_OPTIMIZER,) if args.offload else ()), *args.set)
+    kinds = (args.counts,) if args.counts else COUNTS
     quiet_libraries()
     try:
-        measure(
-            SHAPES[args.shape], args.work, (OFFLOAD_OPTIMIZER,) if args.offload else (), args.out
-        )
+        measure(SHAPES[args.shape], args.work, more, args.out, kinds)
     except torch.OutOfMemoryError as error:
         print(f"error: out of GPU memory: {str(error).splitlines()[0]}", file=sys.stderr)
         return exit_codes.OUT_OF_MEMORY

@@ -13,15 +13,17 @@ def model_inputs(
     device: torch.device,
     loss_chunks: int = 1,
     consistency_weight: float | None = None,
+    moved: PackedBatch | None = None,
 ) -> dict[str, Any]:
     """Arguments of `PackedTokenFlex.forward` for one pack (batch size 1).
 
     Whatever the model would have to wait for the device to find comes from the loader. cu_seqlens
     stay on the host, where attention without FlashAttention reads them. consistency_weight: of the
-    students' divergences; None: there are no teachers.
+    students' divergences; None: there are no teachers. moved: the batch on the device, where it has
+    been copied already.
     """
     cu_seqlens = batch.cu_seqlens
-    batch = batch.to(device)
+    batch = moved or batch.to(device)
     return {
         "input_ids": batch.input_ids[None],
         "position_ids": batch.position_ids[None],

@@ -27,13 +27,18 @@ def choose_projector(setting: str, ranks: Ranks, dtype: torch.dtype) -> tuple[st
             impl = implementation(setting, ranks.device, dtype)
         except ValueError as error:
             raise InputError(f"train.projector_impl: {error}") from error
-    where = f"node {os.environ.get('SLURMD_NODENAME') or socket.gethostname()}, rank {ranks.rank}"
-    found = _in_words([(where, text) for where, text in gather((where, obstacle)) if text])
+    found = obstacles_of_ranks(obstacle, ranks)
     if found and setting == "triton":
         raise InputError(
             f"train.projector_impl is 'triton', but {found}; mend that, or set it to auto"
         )
     return ("torch" if found else impl), found
+
+
+def obstacles_of_ranks(obstacle: str, ranks: Ranks) -> str:
+    """What keeps ranks from something, in words; "" where nothing does on any (collective)."""
+    where = f"node {os.environ.get('SLURMD_NODENAME') or socket.gethostname()}, rank {ranks.rank}"
+    return _in_words([(where, text) for where, text in gather((where, obstacle)) if text])
 
 
 def _in_words(obstacles: list[tuple[str, str]]) -> str:

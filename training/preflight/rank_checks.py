@@ -18,6 +18,7 @@ from data_pipeline.tokenizer import load_tokenizer
 from kernels import triton_obstacle
 from training import distributed
 from training.config import RunConfig
+from training.speed import obstacles
 
 GIB = 1 << 30
 # Large enough that bandwidth, not latency, decides.
@@ -65,6 +66,8 @@ def check_node(report: RankReport, config: RunConfig) -> torch.device:
         impl = config.train.projector_impl if pools else "torch"
         what = "trial launch of a Triton kernel"
         within(15, what, lambda: check_projector(report, devices[-1], impl), report)
+    for setting, obstacle in obstacles(config, devices[-1]):
+        report.problems += [f"{setting}: {obstacle}"] if obstacle else []
     if os.environ.get("LOCAL_RANK", "0") == "0":
         folder = config.output_dir
         within(5, f"output_dir {folder}", lambda: check_folder(report, folder), report)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 
 from data_pipeline.errors import InputError
-from training.config import OFFLOAD_OPTIMIZER, RECOMPUTED, RunConfig
+from training.config import LAYERED, OFFLOAD_OPTIMIZER, RunConfig
 from training.distributed import Ranks
 from training.side_outputs import attempt
 
@@ -53,7 +53,7 @@ def remedies(phase: str, config: RunConfig) -> list[str]:
     """Settings that lower the peak of a phase and are not used yet, the cheapest first."""
     train, pack = config.train, config.data.pack
     recompute = ["train.gradient_checkpointing=true"]
-    vision, decoder = (recompute if m not in train.recomputed else [] for m in RECOMPUTED)
+    vision, decoder = (recompute if m not in train.recomputed else [] for m in LAYERED)
     gates = ["train.projector_backward=recompute"] if train.projector_backward == "save" else []
     tiles = [f"a smaller data.pack.max_tiles (now {pack.max_tiles})"]
     tokens = [f"a smaller data.pack.max_tokens (now {pack.max_tokens})"]

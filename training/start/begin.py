@@ -13,6 +13,7 @@ from training.health import Monitor
 from training.health.loss_guard import WINDOW
 from training.metrics import read_metrics
 from training.run import Run
+from training.speed import make_faster
 from training.start.changes import check_origin, describe_changes, origin_of
 from training.start.earlier_stage import earlier_stage, take_weights
 from training.start.epochs import settle_end
@@ -49,6 +50,7 @@ def start(run: Run, saver: checkpoint.Saver, monitor: Monitor) -> tuple[Engine, 
     if run.config.model.projector.method == "pool":
         projector: Any = engine.module.projector
         projector.impl = run.projector_impl  # what every rank can run
+    make_faster(engine.module, run.config)
     progress = Progress()
     if saved and manifest:
         progress = checkpoint.load(engine, saved, run.fingerprints, lambda *_: place)

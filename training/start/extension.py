@@ -6,7 +6,7 @@ from training.config import TrainSettings
 from training.parameters import Schedule
 from training.run import Run
 
-SETTINGS = ("steps", "warmup_fraction", "min_lr_fraction")
+SETTINGS = ("steps", "schedule", "warmup_fraction", "min_lr_fraction", "decay_fraction")
 CHOICES = {
     "stretch": "as if it had been so from the start",
     "constant": "the schedule as it was, then its last rate",

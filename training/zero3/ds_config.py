@@ -3,6 +3,9 @@
 from typing import Any
 
 from training.config import RunConfig
+from training.zero3.model_sizes import prefetch_of_model
+
+_PERSISTENT = 100_000  # elements, as DeepSpeed's own
 
 
 def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
@@ -13,9 +16,13 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
     settings = config.deepspeed
     zero: dict[str, Any] = {
         "stage": 3,
-        "stage3_param_persistence_threshold": settings.param_persistence_threshold,
+        "stage3_param_persistence_threshold": _PERSISTENT,
         "contiguous_gradients": True,
     }
+    if settings.prefetch == "model":
+        zero |= prefetch_of_model(config)
+    if settings.param_persistence_threshold is not None:
+        zero["stage3_param_persistence_threshold"] = settings.param_persistence_threshold
     if settings.offload_optimizer != "none":
         zero["offload_optimizer"] = {"device": settings.offload_optimizer, "pin_memory": True}
     if settings.offload_params != "none":

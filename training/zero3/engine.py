@@ -17,6 +17,7 @@ from training.engine_interface import Engine
 from training.model.build import build_model
 from training.model.new_rows import train_new_rows
 from training.parameters import freeze, parameter_groups, recompute_activations
+from training.speed.compiled_layers import layers_of
 from training.zero3.compatibility import fix_zero3_initialization
 from training.zero3.ds_config import deepspeed_config
 from training.zero3.elastic import load_resharded
@@ -24,6 +25,7 @@ from training.zero3.extra import refusals
 from training.zero3.frozen import frozen_hashes
 from training.zero3.initial_weights import load_weights
 from training.zero3.snapshot import HostBuffers, snapshot_bytes, take_snapshot
+from training.zero3.whole_layers import gather_whole
 
 
 class Zero3Engine(Engine):
@@ -151,6 +153,7 @@ def build_engine(
             train_new_rows(model, new_tokens, _rows)
         if config.train.recomputed:
             recompute_activations(model, config.train.recomputed)
+        gather_whole(layers_of(model, config.train.compiled))
         optimizer = _optimizer(model, config, ranks)
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
     return Zero3Engine(engine)

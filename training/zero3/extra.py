@@ -33,7 +33,7 @@ OWNED = {
     "optimizer": _OPTIMIZER,
     "zero_allow_untested_optimizer": _OPTIMIZER,
     "zero_force_ds_cpu_optimizer": _OFFLOAD,
-    "scheduler": "set train.warmup_fraction and train.min_lr_fraction instead",
+    "scheduler": "set train.schedule, train.warmup_fraction and train.min_lr_fraction instead",
     "fp16": _PRECISION,
     "bf16": _PRECISION,
     "bfloat16": _PRECISION,
