@@ -16,13 +16,14 @@ from pydantic import (
 )
 
 from data_pipeline.backbone_config import BackboneConfig
-from data_pipeline.config_file import Settings, load_settings
+from data_pipeline.config_file import KeyProblems, Settings, load_settings
 from data_pipeline.files import write_atomically
 from data_pipeline.loss_weighting import LossWeighting
 from data_pipeline.paths import FilePath, PathText
 from data_pipeline.settings import DataSettings, Length, Seed
 from data_pipeline.yaml_text import write_yaml
 from kernels import POOL_MODES
+from training.adapters.adapter_settings import StageAdapters
 
 __all__ = ["DataSettings", "RunConfig", "load_config", "save_config"]
 
@@ -90,12 +91,6 @@ class StageModules(Settings):
     projector: ModuleSettings = ModuleSettings()
     language_model: LanguageModelSettings = LanguageModelSettings()
 
-    @model_validator(mode="after")
-    def _something_trains(self) -> "StageModules":
-        if not any(module.train for _, module in self):
-            raise ValueError("every module is frozen; set train: true for at least one")
-        return self
-
 
 _Beta = Annotated[float, Field(ge=0, lt=1)]
 RecomputedModule = Literal["vision_model", "language_model"]
@@ -111,6 +106,7 @@ class TrainSettings(Length, extra="forbid"):
     """On resume with another schedule: as if it had been so from the start; the old one, then its
     last rate; or a warm-up from the rate reached and a decay over the steps left."""
     modules: StageModules = StageModules()
+    adapters: StageAdapters = StageAdapters()
     loss_weighting: LossWeighting = "sqrt"
     """How much a supervised token counts: 1, 1/n, 1/sqrt(n); see `data_pipeline.loss_weighting`."""
     warmup_fraction: float = Field(0.03, ge=0, lt=1)
@@ -161,6 +157,21 @@ class TrainSettings(Length, extra="forbid"):
     def _ends(self) -> "TrainSettings":
         if not self.steps and self.epochs is None:
             raise ValueError("give steps, or epochs: where the run ends")
+        return self
+
+    @model_validator(mode="after")
+    def _something_trains(self) -> "TrainSettings":
+        if not (self.adapters.given or any(module.train for _, module in self.modules)):
+            text = "every module is frozen; set train: true for at least one, or give it adapters"
+            raise KeyProblems([("modules", text)])
+        return self
+
+    @model_validator(mode="after")
+    def _adapters_lie_beside_what_is_frozen(self) -> "TrainSettings":
+        text = "it trains as a whole: set train.modules.{0}.train=false, or leave its adapters out"
+        whole = [name for name in self.adapters.given if getattr(self.modules, name).trains_whole]
+        if whole:
+            raise KeyProblems([(f"adapters.{name}", text.format(name)) for name in whole])
         return self
 
 

@@ -82,6 +82,7 @@ class Run:
         config = self.config
         # Where pretrained weights came from no longer matters once a checkpoint holds them.
         sources: Any = {"vision": {"pretrained"}, "llm": {"pretrained"}, "pretrained": True}
+        adapters = config.train.adapters.shapes()
         return {
             "seed": config.seed,
             "data": self.mixture.fingerprint(),
@@ -98,6 +99,7 @@ class Run:
                 for name, m in config.train.modules
                 if m.train
             ],
+            **({"train.adapters": adapters} if adapters else {}),
         }
 
     def new_window(self, place: PlanState, saved: dict[str, Any]) -> PlanState | None:
@@ -123,7 +125,7 @@ class Run:
     def announce(self, engine: Engine) -> None:
         """Say what trains, on what, and what the data left out."""
         config = self.config
-        self.say(module_table(engine.module, config.train.modules, engine.shape))
+        self.say(module_table(engine.module, config.train, engine.shape))
         accumulation = config.data.pack.packs_per_step // self.ranks.world_size
         self.say(
             f"world size {self.ranks.world_size} ({self.ranks.device.type}), {accumulation} packs "

@@ -39,7 +39,9 @@ def export(
     with new_folder(out) as temporary:
         run = open_run(path, config, tokenizer)
         form = _form(run, DTYPES[dtype or run.precision])
-        weights = checkpoint_weights(run.checkpoint, run.manifest.world_size, form.dtype)
+        weights = checkpoint_weights(
+            run.checkpoint, run.manifest.world_size, form.dtype, run.manifest.adapters
+        )
         card = run_card(run, form.config, form.num_image_tokens)
         form.write(temporary, weights, card, max_bytes)
     return run

@@ -7,6 +7,9 @@ pooling, the embedding and the optimizer are not. A product with W weights over 
     gradient of its input  2 W N, where anything below it trains
     gradient of W          2 W N, where W trains
 
+and so does each of an adapter's two matrices, beside one whose W does not train. Those of the
+projector cost what is counted once a pack, as `extra`, and the gradients of its whole matrices.
+
 Attention costs 4 * width for each pair of a query and a key it sees forward, twice that backward:
 every sample for itself, in the language model n (n + 1) / 2 pairs of n tokens, in the tower all.
 `model` is that. `extra` is what the hardware does besides: layers, logits and gates that are
@@ -28,6 +31,7 @@ from data_pipeline.balance.cost import (
 )
 from data_pipeline.tokenizer import Tokenizer
 from training.config import RunConfig, TrainSettings
+from training.flops.adapter_cost import AdapterCost, adapter_costs
 from training.model.build import model_config
 from training.model.hub import TokenFlexConfig
 
@@ -70,6 +74,7 @@ class PackCost:
         self._widths = (config.vision_config.hidden_size, config.text_config.hidden_size)
         self._inner = config.projector_hidden_ratio * self._widths[0]
         self._train, self._chunks, self._masked = train, loss_chunks, masked
+        self._adapters = adapter_costs(config, train.adapters)
 
     @classmethod
     def of(cls, config: RunConfig, tokenizer: Tokenizer, loss_chunks: int) -> "PackCost":
@@ -106,8 +111,9 @@ class PackCost:
             2.0 * self._patch * self._patches * tiles * (1 + trains)
         )  # pixels have no gradient
         positions = float(self._positions)
+        backward = trains or bool(self._adapters["vision_model"].weights)
         return PartFlops(patches) + self._stack(
-            self._tower, positions * tiles, positions**2 * tiles, trains, trains, "vision_model"
+            self._tower, positions * tiles, positions**2 * tiles, backward, trains, "vision_model"
         )
 
     def _layers(self, lengths: npt.NDArray[np.float64]) -> PartFlops:
@@ -130,20 +136,27 @@ class PackCost:
         attention = 4.0 * stack.width * pairs
         model = product * (1 + backward + trains) + attention * (1 + 2 * backward)
         extra = 2.0 * stack.width * pairs * backward
+        adapters, again = self._adapters[module], 0.0
+        small = 2.0 * adapters.weights * positions
         if backward and module in self._train.recomputed:
             # It ends where all that was dropped is there again: before a layer's last product.
-            extra += product - 2.0 * stack.last * positions + attention
-        return PartFlops(stack.layers * model, stack.layers * extra)
+            extra += product - 2.0 * stack.last * positions * (not adapters.last) + attention
+            again = small - 2.0 * adapters.last * positions
+        beside = PartFlops(3 * small, again + adapters.fixed)
+        return PartFlops(stack.layers * model, stack.layers * extra) + beside
 
     def _projector(self, rows: int) -> PartFlops:
-        modules = self._train.modules
-        below, trains = modules.vision_model.train, modules.projector.train
+        trains, adapters = self._train.modules.projector.train, self._adapters["projector"]
+        tower = self._train.modules.vision_model.train, self._adapters["vision_model"].weights
         vision, text = self._widths
         gates, out = 4.0 * rows * self._inner * vision, 2.0 * rows * self._inner * text
-        if not (below or trains):
+        passes = any(tower) or trains
+        if not (passes or adapters.fixed):
             return PartFlops(gates + out)
+        model = gates * (1 + passes + (trains or adapters.gates))
+        model += out * (2 + (trains or adapters.out))
         again = gates * (self._train.projector_backward == "recompute")
-        return PartFlops((gates + out) * (2 + trains), again)
+        return PartFlops(model, again + adapters.fixed)
 
     def _loss(self, supervised: int) -> PartFlops:
         product = 2.0 * self._head * supervised

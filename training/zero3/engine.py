@@ -1,6 +1,6 @@
 """DeepSpeed ZeRO-3 as an engine: around the model, and behind the trainer's interface."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from data_pipeline.errors import InputError
 from data_pipeline.tokenizer import Tokenizer
+from training.adapters import StageAdapters, add_adapters
 from training.config import RunConfig
 from training.distributed import Ranks
 from training.engine_interface import Engine
@@ -115,8 +116,15 @@ class Zero3Engine(Engine):
         rng: dict[str, Any] = state["rng"]
         return rng
 
-    def load_weights(self, path: Path, world_size: int, vocabulary: int = 0) -> list[str]:
-        return load_weights(self.deepspeed, path, world_size, vocabulary)
+    def load_weights(
+        self,
+        path: Path,
+        world_size: int,
+        vocabulary: int = 0,
+        adapters: StageAdapters | None = None,
+        apart: Collection[str] = (),
+    ) -> list[str]:
+        return load_weights(self.deepspeed, path, world_size, vocabulary, adapters, apart)
 
 
 def _whole_shape(parameter: Any) -> tuple[int, ...]:
@@ -144,9 +152,10 @@ def build_engine(
         # Alive while the model is built: transformers then builds and loads it under zero.Init.
         hf_config = HfDeepSpeedConfig(ds_config)
         model = build_model(config, tokenizer, pretrained)
-        del hf_config
         model.train()  # from_pretrained leaves evaluation mode, in which nothing is checkpointed
         freeze(model, config.train.modules)
+        add_adapters(model, config.train.adapters, config.seed)
+        del hf_config  # by which PEFT knows that a matrix is to be gathered
         if new_tokens:
             train_new_rows(model, new_tokens, _rows)
         if config.train.recomputed:
