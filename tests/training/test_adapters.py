@@ -92,7 +92,8 @@ def test_a_merged_matrix_is_the_sum_of_the_paper() -> None:
     for kind, scale in (({}, 5 / 3), ({"use_rslora": True}, 5 / 3**0.5)):
         adapter = StageAdapters(language_model=RANKED | kind).given["language_model"]
         expected = w.double() + scale * b.double() @ a.double()
-        torch.testing.assert_close(merged(w, pieces, adapter).double(), expected, rtol=1e-6, atol=1e-6)
+        found = merged(w, pieces, adapter).double()
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
     adapter = StageAdapters(language_model=RANKED | {"use_dora": True}).given["language_model"]
     expected = length[:, None].double() * wide / wide.norm(dim=1, keepdim=True)
     found = merged(w, {**pieces, "lora_magnitude_vector": length}, adapter)
