@@ -16,6 +16,7 @@ from pydantic import (
 )
 
 from data_pipeline.backbone_config import BackboneConfig
+from data_pipeline.backbone_folder import as_before, with_architecture
 from data_pipeline.config_file import KeyProblems, Settings, load_settings
 from data_pipeline.files import write_atomically
 from data_pipeline.loss_weighting import LossWeighting
@@ -32,9 +33,15 @@ class BackboneSettings(Settings):
     """A vision tower or language model: its architecture, and weights to start from."""
 
     config: BackboneConfig
-    """The transformers configuration: `model_type` and its fields (needed to build offline)."""
+    """The transformers configuration, `model_type` and its fields; left out: that of the weights.
+    """
     pretrained: PathText | None = None
     """Folder or hub name of the weights; null starts from random weights."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_the_weights(cls, section: Any) -> Any:
+        return with_architecture(section)
 
 
 class ModelSettings(Settings):
@@ -353,8 +360,14 @@ class RunConfig(Settings):
             )
         return self
 
+    @model_validator(mode="before")
+    @classmethod
+    def _architectures_of_before(cls, settings: Any) -> Any:
+        return as_before(settings)
+
     @model_validator(mode="after")
     def _tiles_fit_the_tower(self) -> "RunConfig":
+        self.data.fit_tiles_to(self.model.vision.config)
         image_size = self.model.vision.config.get("image_size")
         if image_size != self.data.tiling.tile_size:
             raise ValueError(

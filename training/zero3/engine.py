@@ -1,6 +1,7 @@
 """DeepSpeed ZeRO-3 as an engine: around the model, and behind the trainer's interface."""
 
 from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +152,7 @@ def build_engine(
     with refusals(config.deepspeed.extra):
         # Alive while the model is built: transformers then builds and loads it under zero.Init.
         hf_config = HfDeepSpeedConfig(ds_config)
-        model = build_model(config, tokenizer, pretrained)
+        model = build_model(config, tokenizer, pretrained, whole=_whole)
         model.train()  # from_pretrained leaves evaluation mode, in which nothing is checkpointed
         freeze(model, config.train.modules)
         add_adapters(model, config.train.adapters, config.seed)
@@ -170,6 +171,12 @@ def _rows(parameter: nn.Parameter, ids: Tensor) -> Tensor:
 
     with GatheredParameters([parameter]):
         return parameter.detach()[ids.to(parameter.device)].clone()
+
+
+def _whole(parameter: nn.Parameter) -> AbstractContextManager[Any]:
+    from deepspeed.runtime.zero import GatheredParameters
+
+    return GatheredParameters([parameter], modifier_rank=0)  # type: ignore[no-any-return]
 
 
 def _optimizer(model: torch.nn.Module, config: RunConfig, ranks: Ranks) -> torch.optim.Optimizer:
