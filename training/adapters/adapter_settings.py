@@ -67,7 +67,7 @@ class AdapterSettings(Settings):
 
     def shape(self) -> dict[str, Any]:
         """What the saved state of an adapter depends on."""
-        return self.model_dump(mode="json", exclude={"lr", "dropout", "load_in_4bit"})
+        return self.model_dump(mode="json", exclude={"lr", "dropout"})
 
 
 class ProjectorAdapterSettings(AdapterSettings):
@@ -91,6 +91,9 @@ class ProjectorAdapterSettings(AdapterSettings):
                     "with their adapters; leave it out there, or train the whole projector"
                 )
         return self
+
+    def shape(self) -> dict[str, Any]:
+        return self.model_dump(mode="json", exclude={"lr"})
 
     @property
     def matrices(self) -> list[str]:
