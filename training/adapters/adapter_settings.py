@@ -45,8 +45,8 @@ class AdapterSettings(Settings):
         if asked:
             raise ValueError(
                 "a frozen part in 4 bits (QLoRA) cannot be partitioned and saved by this trainer; "
-                "without it the frozen part is kept in bf16, shared out over all GPUs, and with "
-                "deepspeed.offload_params=cpu it lies in host memory; set it to false"
+                "without it the frozen part is kept in bf16, shared out over all GPUs, or with "
+                "offload_params=cpu of the engine in host memory; set it to false"
             )
         return asked
 

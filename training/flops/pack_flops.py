@@ -31,7 +31,7 @@ from data_pipeline.balance.cost import (
 )
 from data_pipeline.tokenizer import Tokenizer
 from training.config import RunConfig, TrainSettings
-from training.flops.adapter_cost import AdapterCost, adapter_costs
+from training.flops.adapter_cost import adapter_costs
 from training.model.build import model_config
 from training.model.hub import TokenFlexConfig
 
