@@ -27,8 +27,8 @@ from training.train import train
 TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
 TOWER |= {"num_attention_heads": 2, "image_size": 24, "patch_size": 4}
 DECODERS: dict[str, dict[str, Any]] = {
-    "qwen2": {"tie_word_embeddings": True},
-    "llama": {"tie_word_embeddings": False},
+    "qwen2": {"tie_word_embeddings": True, "num_key_value_heads": 2},
+    "llama": {"tie_word_embeddings": False, "num_key_value_heads": 4},
     "gpt_neox": {"tie_word_embeddings": False, "rotary_pct": 0.5},
 }
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}

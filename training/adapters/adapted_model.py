@@ -70,7 +70,7 @@ def _adapt_layers(part: nn.Module, settings: AdapterSettings, key: str) -> None:
 
     if isinstance(named, list):
         _check_targets(part, named, key)
-    inject_adapter_in_model(config, part, ADAPTER)
+    inject_adapter_in_model(config, part, ADAPTER, low_cpu_mem_usage=True)
     for name, layer in adapted_layers(part):
         if not _is_linear(layer.base_layer):
             kind = type(layer.base_layer).__name__
@@ -78,6 +78,22 @@ def _adapt_layers(part: nn.Module, settings: AdapterSettings, key: str) -> None:
                 f"{key}: {name} is a {kind}, and adapters are for Linear layers; name these in its "
                 "target_modules"
             )
+        _fill(layer, config)
+
+
+def _fill(layer: Any, config: Any) -> None:
+    """Give an adapter its first values: PEFT makes it without, as estimates have no memory either.
+
+    They are drawn on the CPU in fp32, and are then where and what the frozen matrix is.
+    """
+    base, pair = layer.base_layer.weight, (layer.lora_A[ADAPTER], layer.lora_B[ADAPTER])
+    for small in pair:
+        small.weight = nn.Parameter(torch.empty(small.weight.shape))
+    layer.reset_lora_parameters(ADAPTER, True)
+    for small in pair:
+        small.weight = nn.Parameter(small.weight.detach().to(base.device, base.dtype))
+    if variant := layer.lora_variant.get(ADAPTER):  # DoRA: the lengths of the matrix's rows
+        variant.init(layer, adapter_name=ADAPTER, config=config)
 
 
 def _check_targets(part: nn.Module, named: list[str], key: str) -> None:
