@@ -6,7 +6,7 @@ from pydantic import Field, field_validator, model_validator
 
 from data_pipeline.config_file import Settings
 
-ALL_LINEAR = "all-linear"
+ALL_LINEAR: Literal["all-linear"] = "all-linear"
 MATRICES = ("w1", "w2", "w3")
 """Those of the projector."""
 

@@ -1,4 +1,4 @@
-"""A run's adapters as a folder that PEFT loads beside the base: `adapter/` of the exported one."""
+"""A run's adapters as a folder that PEFT loads beside the base, which is the folder around it."""
 
 from collections.abc import Sequence
 from pathlib import Path
