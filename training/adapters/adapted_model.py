@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -70,7 +71,9 @@ def _adapt_layers(part: nn.Module, settings: AdapterSettings, key: str) -> None:
 
     if isinstance(named, list):
         _check_targets(part, named, key)
-    inject_adapter_in_model(config, part, ADAPTER, low_cpu_mem_usage=True)
+    is_meta = next(part.parameters()).device.type == "meta"
+    with _where_they_are_made():
+        inject_adapter_in_model(config, part, ADAPTER, low_cpu_mem_usage=is_meta)
     for name, layer in adapted_layers(part):
         if not _is_linear(layer.base_layer):
             kind = type(layer.base_layer).__name__
@@ -78,22 +81,29 @@ def _adapt_layers(part: nn.Module, settings: AdapterSettings, key: str) -> None:
                 f"{key}: {name} is a {kind}, and adapters are for Linear layers; name these in its "
                 "target_modules"
             )
-        _fill(layer, config)
+        _move(layer)
 
 
-def _fill(layer: Any, config: Any) -> None:
-    """Give an adapter its first values: PEFT makes it without, as estimates have no memory either.
+@contextmanager
+def _where_they_are_made() -> Iterator[None]:
+    """PEFT leaves adapters on the CPU, in fp32: it moves modules, which estimates cannot."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
-    They are drawn on the CPU in fp32, and are then where and what the frozen matrix is.
-    """
-    base, pair = layer.base_layer.weight, (layer.lora_A[ADAPTER], layer.lora_B[ADAPTER])
-    for small in pair:
-        small.weight = nn.Parameter(torch.empty(small.weight.shape))
-    layer.reset_lora_parameters(ADAPTER, True)
-    for small in pair:
-        small.weight = nn.Parameter(small.weight.detach().to(base.device, base.dtype))
-    if variant := layer.lora_variant.get(ADAPTER):  # DoRA: the lengths of the matrix's rows
-        variant.init(layer, adapter_name=ADAPTER, config=config)
+    name = "_move_adapter_to_device_of_base_layer"
+    own = getattr(BaseTunerLayer, name)
+    setattr(BaseTunerLayer, name, lambda *_, **__: None)
+    try:
+        yield
+    finally:
+        setattr(BaseTunerLayer, name, own)
+
+
+def _move(layer: Any) -> None:
+    """Put an adapter where its frozen matrix is, and as that is."""
+    base = layer.base_layer.weight
+    for pieces in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector):
+        for small in pieces.values():
+            small.weight = nn.Parameter(small.weight.detach().to(base.device, base.dtype))
 
 
 def _check_targets(part: nn.Module, named: list[str], key: str) -> None:
