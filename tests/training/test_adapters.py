@@ -18,6 +18,7 @@ from training.adapters import (
     plain_name,
 )
 from training.config import RECOMPUTED, TrainSettings, load_config
+from training.export.adapter_folder import check_adapters
 from training.model import PackedTokenFlex
 from training.parameters import freeze, module_table, parameter_groups, recompute_activations
 
@@ -166,6 +167,16 @@ def test_dropout_is_of_training_only() -> None:
 def test_layers_that_have_no_adapter_are_named(part: str, asked: list[str], expected: str) -> None:
     with pytest.raises(InputError, match=expected):
         adapted(settings(**{part: RANKED | {"target_modules": asked}}))
+
+
+def test_what_is_no_one_adapter_of_peft_is_named() -> None:
+    run = Path("runs/lora")
+    check_adapters(StageAdapters(vision_model={"r": 2}, language_model={"r": 3}), run)
+    with pytest.raises(InputError, match=r"no adapters of vision_model or language_model"):
+        check_adapters(StageAdapters(projector=RANKED), run)
+    mixed = StageAdapters(vision_model=RANKED, language_model=RANKED | {"use_dora": True})
+    with pytest.raises(InputError, match=r"with and without use_dora.*leave --adapter out"):
+        check_adapters(mixed, run)
 
 
 def test_without_peft_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

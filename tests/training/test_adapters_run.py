@@ -34,8 +34,9 @@ LORA = (
 )
 DORA = (
     *(*FROZEN[:2], "train.modules.language_model.train=new_tokens", "train.precision=bf16"),
-    "train.adapters.language_model={r: 3, use_dora: true, lr: 1.0e-2, target_modules: [o_proj]}",
-    "train.adapters.vision_model={r: 2, use_rslora: true, lr: 1.0e-2}",
+    "train.adapters.language_model="
+    "{r: 3, use_dora: true, use_rslora: true, lr: 1.0e-2, target_modules: [o_proj]}",
+    "train.adapters.vision_model={r: 2, use_dora: true, use_rslora: true, lr: 1.0e-2}",
     "train.adapters.projector={r: 2, lr: 1.0e-2, target_modules: [w1, w3]}",
 )
 PIXELS = torch.arange(3 * 32 * 32, dtype=torch.uint8).view(1, 3, 32, 32)
@@ -64,6 +65,10 @@ def tensors(out: Path, step: int, apart: tuple[str, ...] = ()) -> dict[str, Tens
         saved.name: torch.cat([*saved.pieces()]).view(saved.shape)
         for saved in saved_tensors(path, manifest.world_size, manifest.adapters, apart)
     }
+
+
+def assert_near(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6, check_dtype=False)
 
 
 @pytest.fixture(scope="module", params=[LORA, DORA], ids=["LoRA fp32", "DoRA and rows, bf16"])
@@ -181,7 +186,7 @@ def test_a_later_stage_with_others_begins_from_the_merged_weights(
     assert code == 0 and "adapters of language_model are merged" in said, code
     expected, found = tensors(stage.out, 4), tensors(tmp_path / "next", 1)
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6), name
+        assert_near(found[name], value)
     near = 1e-4 if stage.has_dropout else 3e-2
     assert evaluated(tmp_path / "next") == pytest.approx(evaluated(stage.out), rel=near)
 

@@ -118,6 +118,8 @@ def test_two_lines_give_a_model(
     inputs["pixel_values"] = inputs["pixel_values"][:, :, :24, :24]
     model.train()(**inputs).loss.backward()
     for name, value in model.named_parameters():
+        if "post_layernorm" in name and tower == "clip_vision_model":
+            continue  # it is of the class token alone
         assert value.grad is not None and torch.isfinite(value.grad).all(), name
     assert model.get_output_embeddings().weight.grad[known:].any(1).all()
 

@@ -87,15 +87,12 @@ def _adapt_layers(part: nn.Module, settings: AdapterSettings, key: str) -> None:
 @contextmanager
 def _where_they_are_made() -> Iterator[None]:
     """PEFT leaves adapters on the CPU, in fp32: it moves modules, which estimates cannot."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    name = "_move_adapter_to_device_of_base_layer"
-    own = getattr(BaseTunerLayer, name)
-    setattr(BaseTunerLayer, name, lambda *_, **__: None)
+    own = nn.Module.to
+    nn.Module.to = lambda module, *_, **__: module  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
-        setattr(BaseTunerLayer, name, own)
+        nn.Module.to = own  # type: ignore[method-assign]
 
 
 def _move(layer: Any) -> None:

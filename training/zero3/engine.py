@@ -176,7 +176,7 @@ def _rows(parameter: nn.Parameter, ids: Tensor) -> Tensor:
 def _whole(parameter: nn.Parameter) -> AbstractContextManager[Any]:
     from deepspeed.runtime.zero import GatheredParameters
 
-    return GatheredParameters([parameter], modifier_rank=0)  # type: ignore[no-any-return]
+    return GatheredParameters([parameter], modifier_rank=0)
 
 
 def _optimizer(model: torch.nn.Module, config: RunConfig, ranks: Ranks) -> torch.optim.Optimizer:
