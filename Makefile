@@ -50,9 +50,9 @@ $(VENV)/remote-installed: tests/requirements-remote.txt $(VENV)/installed
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt -r $<
 	touch $@
 
-# What only some tests need, on top of the packages of $(VENV): gradio; lmms-eval's evaluator; TRL
-# and PEFT; W&B, MLflow and trackio; Liger's kernels; the oldest and the newest transformers that an
-# exported model is for.
+# What only some tests need, on top of the packages of $(VENV): gradio; lmms-eval's evaluator; TRL;
+# W&B, MLflow and trackio; Liger's kernels; the oldest and the newest transformers that an exported
+# model is for.
 EXTRAS := $(VENV)-demo $(VENV)-lmms $(VENV)-trl $(VENV)-loggers $(VENV)-liger \
   $(VENV)-transformers-oldest $(VENV)-transformers-newest
 extras: $(EXTRAS:=/installed)

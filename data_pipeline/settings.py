@@ -1,10 +1,11 @@
 """The settings of the data: the `data` section of a config, and what of it the tools read."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from data_pipeline.backbone_config import BackboneConfig
+from data_pipeline.backbone_folder import with_architecture
 from data_pipeline.chat import ChatSettings
 from data_pipeline.config_file import Settings
 from data_pipeline.draw import TokenCountSettings
@@ -60,6 +61,12 @@ class DataSettings(Settings):
             raise ValueError("give each of the datasets a weight, or none of them")
         return self
 
+    def fit_tiles_to(self, tower: dict[str, Any]) -> None:
+        """Make tiles as large as the tower's images, unless their size is given."""
+        size = tower.get("image_size")
+        if isinstance(size, int) and "tile_size" not in self.tiling.model_fields_set:
+            self.tiling = self.tiling.model_copy(update={"tile_size": size})
+
     @property
     def sources(self) -> dict[str, DatasetSettings]:
         """The datasets by name, also where `shards` is given."""
@@ -67,9 +74,14 @@ class DataSettings(Settings):
 
 
 class Architecture(Settings, extra="ignore"):
-    """Of a backbone, its architecture."""
+    """Of a backbone, its architecture: given, or that of its pretrained weights."""
 
     config: BackboneConfig
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_the_weights(cls, section: Any) -> Any:
+        return with_architecture(section)
 
 
 class BackboneArchitectures(Settings, extra="ignore"):
@@ -95,3 +107,8 @@ class DataConfig(Settings, extra="ignore"):
     data: DataSettings
     model: BackboneArchitectures
     train: Length = Length()
+
+    @model_validator(mode="after")
+    def _tiles_of_the_tower(self) -> "DataConfig":
+        self.data.fit_tiles_to(self.model.vision.config)
+        return self

@@ -178,9 +178,15 @@ SMALLER: dict[str, str | None] = {
     ),
     "python -m training.evaluate runs/model data/digits/eval --num-image-tokens 4 16": None,
     "slurm/pretrain.sh --dry-run --signal=B:USR1@300 training/configs/digits.yaml": "",
-    f"{DEMO} train.modules.vision_model.train=false train.steps=20 output_dir=runs/frozen": (
-        f"{DEMO} train.modules.vision_model.train=false output_dir=runs/frozen {SMALL}"
+    f"{DEMO} train.modules.language_model.train=false "
+    "'train.adapters.language_model={r: 8, lr: 2.0e-3}' train.steps=20 output_dir=runs/lora": (
+        f"{DEMO} train.modules.language_model.train=false "
+        f"'train.adapters.language_model={{r: 8, lr: 2.0e-3}}' output_dir=runs/lora {SMALL}"
     ),
+    "python -m training.export runs/lora runs/lora-model": "",
+    "python -m training.export runs/lora runs/lora-base --adapter": "",
+    # tests/training/test_estimate.py
+    "python -m training.estimate training/configs/stage3_lora.yaml --gpus 1": None,
 }
 
 

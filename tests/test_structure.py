@@ -30,7 +30,7 @@ DATA_PIPELINE = (
         "pretrained_source",
         "cli",
     ),
-    *("config_file", "backbone_config", "draw"),
+    *("config_file", "backbone_config", "backbone_folder", "draw"),
     *("walk", "processor", "media_claims", "tokenizer", "captions"),
     *(
         "tiling",

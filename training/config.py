@@ -17,13 +17,15 @@ from pydantic import (
 )
 
 from data_pipeline.backbone_config import BackboneConfig
-from data_pipeline.config_file import Settings, load_settings
+from data_pipeline.backbone_folder import as_before, with_architecture
+from data_pipeline.config_file import KeyProblems, Settings, load_settings
 from data_pipeline.files import write_atomically
 from data_pipeline.loss_weighting import LossWeighting
 from data_pipeline.paths import FilePath, PathText
 from data_pipeline.settings import DataSettings, Length, Seed
 from data_pipeline.yaml_text import write_yaml
 from kernels import POOL_MODES
+from training.adapters.adapter_settings import StageAdapters
 
 __all__ = ["DataSettings", "RunConfig", "load_config", "save_config"]
 
@@ -32,9 +34,15 @@ class BackboneSettings(Settings):
     """A vision tower or language model: its architecture, and weights to start from."""
 
     config: BackboneConfig
-    """The transformers configuration: `model_type` and its fields (needed to build offline)."""
+    """The transformers configuration, `model_type` and its fields; left out: that of the weights.
+    """
     pretrained: PathText | None = None
     """Folder or hub name of the weights; null starts from random weights."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_the_weights(cls, section: Any) -> Any:
+        return with_architecture(section)
 
 
 class ProjectorSettings(Settings):
@@ -101,12 +109,6 @@ class StageModules(Settings):
     projector: ModuleSettings = ModuleSettings()
     language_model: LanguageModelSettings = LanguageModelSettings()
 
-    @model_validator(mode="after")
-    def _something_trains(self) -> "StageModules":
-        if not any(module.train for _, module in self):
-            raise ValueError("every module is frozen; set train: true for at least one")
-        return self
-
 
 _Beta = Annotated[float, Field(ge=0, lt=1)]
 _Layered = Literal["vision_model", "language_model"]
@@ -136,6 +138,7 @@ class TrainSettings(Length, extra="forbid"):
     """On resume with another schedule: as if it had been so from the start; the old one, then its
     last rate; or a warm-up from the rate reached and a decay over the steps left."""
     modules: StageModules = StageModules()
+    adapters: StageAdapters = StageAdapters()
     loss_weighting: LossWeighting = "sqrt"
     """How much a supervised token counts: 1, 1/n, 1/sqrt(n); see `data_pipeline.loss_weighting`."""
     consistency: ConsistencySettings = ConsistencySettings()
@@ -209,6 +212,21 @@ class TrainSettings(Length, extra="forbid"):
                 f"warmup_fraction ({self.warmup_fraction}) and decay_fraction "
                 f"({self.decay_fraction}) are more than the whole run; lower one"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _something_trains(self) -> "TrainSettings":
+        if not (self.adapters.given or any(module.train for _, module in self.modules)):
+            text = "every module is frozen; set train: true for at least one, or give it adapters"
+            raise KeyProblems([("modules", text)])
+        return self
+
+    @model_validator(mode="after")
+    def _adapters_lie_beside_what_is_frozen(self) -> "TrainSettings":
+        text = "it trains as a whole: set train.modules.{0}.train=false, or leave its adapters out"
+        whole = [name for name in self.adapters.given if getattr(self.modules, name).trains_whole]
+        if whole:
+            raise KeyProblems([(f"adapters.{name}", text.format(name)) for name in whole])
         return self
 
 
@@ -413,8 +431,14 @@ class RunConfig(Settings):
             )
         return self
 
+    @model_validator(mode="before")
+    @classmethod
+    def _architectures_of_before(cls, settings: Any) -> Any:
+        return as_before(settings)
+
     @model_validator(mode="after")
     def _tiles_fit_the_tower(self) -> "RunConfig":
+        self.data.fit_tiles_to(self.model.vision.config)
         image_size = self.model.vision.config.get("image_size")
         if image_size != self.data.tiling.tile_size:
             raise ValueError(
@@ -452,6 +476,12 @@ class RunConfig(Settings):
                     f"train.{key} is {value}, which only the method pool has, but "
                     f"model.projector.method is {method}: set train.{key}={others}"
                 )
+        if method != "pool" and train.adapters.projector:
+            raise ValueError(
+                "train.adapters.projector stands beside the matrices of the method pool, but "
+                f"model.projector.method is {method}: leave these adapters out, or train the "
+                "projector (train.modules.projector.train=true)"
+            )
         return self
 
 

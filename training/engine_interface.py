@@ -6,7 +6,8 @@ import by name:
 
     extra.check_extra               InputError for settings of the engine that cannot be used
     engine.build_engine             the model of a run, partitioned, and its optimizer: an `Engine`;
-                                    rows of new tokens are put into it (`model/new_rows.py`)
+                                    rows of new tokens (`model/new_rows.py`) and adapters
+                                    (`adapters/`) are put into it
     process_group.init_distributed  join the process group; returns this process's `Ranks`
     process_group.quiet_libraries   hide the start-up chatter of its libraries
     fake.join_fake_group            for estimates: be in a group whose other ranks do not exist
@@ -17,17 +18,20 @@ import by name:
     fake.OFFLOAD_OPTIMIZER          the setting that moves the optimizer there
     pickles.scan_pickle             InputError for a shard that would run code when it is opened
     saved_tensors.saved_tensors     the weights in the shards, for export: needs no engine; rows of
-                                    new tokens in their places
+                                    new tokens in their places, adapters merged
     saved_tensors.SavedTensor       one of them
     PACKAGE                         its package: for records, and to tell who waits in a collective
 
 Nothing else outside such a folder knows which engine runs.
 """
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor, nn
+
+from training.adapters import StageAdapters
 
 
 class Engine(Protocol):
@@ -107,7 +111,14 @@ class Engine(Protocol):
             InputError: if it is of another model, or cannot be loaded by as many ranks.
         """
 
-    def load_weights(self, path: Path, world_size: int, vocabulary: int = 0) -> list[str]:
+    def load_weights(
+        self,
+        path: Path,
+        world_size: int,
+        vocabulary: int = 0,
+        adapters: StageAdapters | None = None,
+        apart: Collection[str] = (),
+    ) -> list[str]:
         """Take only the weights of a verified checkpoint; other modules may have been frozen.
 
         Args:
@@ -115,6 +126,8 @@ class Engine(Protocol):
             world_size: the number of ranks that saved it.
             vocabulary: tensors of as many rows here may have fewer there, whose places are the
                 first; the other rows stay as they are. 0: none may.
+            adapters: those it was saved with, which are merged into their matrices.
+            apart: parts of the model whose adapters are the same here: they are taken as they are.
 
         Returns:
             What of it differs, in words: tensors that this model has not, or with more rows.

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from torch import nn
 
 from data_pipeline.text_table import text_table
+from training.adapters import piece_of
 from training.config import LAYERED, ModuleSettings, StageModules, TrainSettings
 
 Shape = Callable[[nn.Parameter], tuple[int, ...]]
@@ -55,12 +56,13 @@ def parameter_groups(
 ) -> list[dict]:
     """AdamW groups of the trainable parameters: per module, with and without weight decay.
 
-    Norms and biases (fewer than two dimensions) are not decayed. `peak_lr` is what the schedule
-    scales; the groups' order is fixed, so that checkpoints match.
+    Those of a module's adapters follow its own. Norms and biases (fewer than two dimensions) are
+    not decayed. `peak_lr` is what the schedule scales; the groups' order is fixed, so that
+    checkpoints match.
     """
     groups = []
-    for name, module, settings in parts(model, train.modules):
-        trainable = [p for p in module.parameters() if p.requires_grad]
+    for name, lr, parameters in _rates(model, train):
+        trainable = [p for p in parameters if p.requires_grad]
         for suffix, decay, chosen in (
             ("decay", train.weight_decay, [p for p in trainable if len(shape(p)) >= 2]),
             ("no_decay", 0.0, [p for p in trainable if len(shape(p)) < 2]),
@@ -70,12 +72,32 @@ def parameter_groups(
                     {
                         "params": chosen,
                         "name": f"{name}.{suffix}",
-                        "lr": settings.lr,
-                        "peak_lr": settings.lr,
+                        "lr": lr,
+                        "peak_lr": lr,
                         "weight_decay": decay,
                     }
                 )
     return groups
+
+
+def _rates(
+    model: nn.Module, train: TrainSettings
+) -> Iterator[tuple[str, float, list[nn.Parameter]]]:
+    """(name, peak learning rate, parameters) of every module, and of its adapters behind it."""
+    for name, module, settings in parts(model, train.modules):
+        own, small = split_adapters(module)
+        yield name, settings.lr, own
+        if small:
+            yield f"{name}.adapters", train.adapters.given[name].lr, small
+
+
+def split_adapters(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """A module's own parameters, and those of its adapters."""
+    own: list[nn.Parameter] = []
+    small: list[nn.Parameter] = []
+    for name, parameter in module.named_parameters():
+        (small if piece_of(name) else own).append(parameter)
+    return own, small
 
 
 @dataclass(frozen=True)
@@ -147,14 +169,13 @@ class Schedule:
         return self.min_lr_fraction + (1 - self.min_lr_fraction) * left
 
 
-def module_table(model: nn.Module, modules: StageModules, shape: Shape = _own_shape) -> str:
+def module_table(model: nn.Module, train: TrainSettings, shape: Shape = _own_shape) -> str:
     """A table of module, parameters, trainable parameters, peak learning rate and dtype."""
     rows = [("module", "parameters", "trainable", "peak lr", "dtype")]
-    for name, module, settings in parts(model, modules):
-        parameters = list(module.parameters())
+    for name, lr, parameters in _rates(model, train):
         trainable = sum(math.prod(shape(p)) for p in parameters if p.requires_grad)
         dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in parameters})
-        lr = f"{settings.lr:.1e}" if settings.train else "frozen"
         total = sum(math.prod(shape(p)) for p in parameters)
-        rows.append((name, f"{total:,}", f"{trainable:,}", lr, ", ".join(dtypes)))
+        rate = f"{lr:.1e}" if trainable else "frozen"
+        rows.append((name, f"{total:,}", f"{trainable:,}", rate, ", ".join(dtypes)))
     return text_table(rows, left=(0, 4))

@@ -90,6 +90,7 @@ class Run:
         model = config.model.model_dump(mode="json", exclude=sources)
         if config.model.projector == ProjectorSettings():
             del model["projector"]  # checkpoints of before it was a setting have none
+        adapters = config.train.adapters.shapes()
         return {
             "seed": config.seed,
             "data": self.mixture.fingerprint(),
@@ -106,6 +107,7 @@ class Run:
                 for name, m in config.train.modules
                 if m.train
             ],
+            **({"train.adapters": adapters} if adapters else {}),
         }
 
     def new_window(self, place: PlanState, saved: dict[str, Any]) -> PlanState | None:
@@ -131,7 +133,7 @@ class Run:
     def announce(self, engine: Engine) -> None:
         """Say what trains, on what, and what the data left out."""
         config = self.config
-        self.say(module_table(engine.module, config.train.modules, engine.shape))
+        self.say(module_table(engine.module, config.train, engine.shape))
         accumulation = config.data.pack.packs_per_step // self.ranks.world_size
         self.say(
             f"world size {self.ranks.world_size} ({self.ranks.device.type}), {accumulation} packs "

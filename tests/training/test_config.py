@@ -27,6 +27,7 @@ def test_the_presets_are_those_the_readme_names() -> None:
         "stage1_align",
         "stage2_pretrain",
         "stage3_finetune",
+        "stage3_lora",
         "ristretto_3b",
     }
 

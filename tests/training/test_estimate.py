@@ -266,3 +266,19 @@ def test_weights_are_compared_by_name_without_being_read(
     save_file({k: v for k, v in weights.items() if k != name}, file, metadata={"format": "pt"})
     with pytest.raises(InputError, match=r"model\.vision\.pretrained.*lacks .*fc1\.weight"):
         build_model(config, tokenizer, on_meta=True)
+
+
+@pytest.mark.multiprocess
+def test_the_7b_preset_with_adapters_fits_one_gpu_of_80_gb(tmp_path: Path) -> None:
+    """As `python -m training.estimate` says: exit code 2 where it does not fit."""
+    preset, out = "training/configs/stage3_lora.yaml", tmp_path / "estimate.json"
+    command = [sys.executable, "-m", "training.estimate", preset, "--gpus", "1", "--gpu", "h100"]
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [*command, "--quick", "--json", str(out)], capture_output=True, text=True, env=env
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text())["memory"]["device"]
+    # 8 G frozen weights in bf16, and 180 M that train: adapters of rank 64 and the projector.
+    assert found["parameters"] == pytest.approx(16.4e9, rel=0.05)
+    assert found["optimizer"] == pytest.approx(8 * 182e6, rel=0.05)

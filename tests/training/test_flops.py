@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from training.adapters import add_adapters
 from training.config import TrainSettings
 from training.flops import PackCost, peak_flops
 from training.metrics.rank_times import RankTimes
@@ -85,6 +86,7 @@ def run(config: TokenFlexConfig, train: TrainSettings, sides: list[int], chunks:
     freeze(model, train.modules)
     if train.modules.language_model.train == "new_tokens":
         train_new_rows(model, [7, 9])
+    add_adapters(model, train.adapters, seed=0)
     if train.recomputed:
         recompute_activations(model, train.recomputed)
     with FlopCounterMode(display=False, custom_mapping=ON_CPU) as counter:
@@ -156,12 +158,56 @@ def test_the_projector_is_counted_in_both_modes(pool: str, backward: str) -> Non
     assert_counted(config_of(pool=pool), settings(projector_backward=backward), MANY, 1)
 
 
+LORA: dict[str, Any] = {"r": 12}
+FROZEN_BOTH = ("vision_model", "language_model")
+
+
+@pytest.mark.parametrize(
+    ("frozen", "adapters", "train"),
+    [
+        pytest.param(FROZEN_BOTH, {"language_model": LORA}, {}, id="language model"),
+        pytest.param(FROZEN_BOTH, {"language_model": LORA}, CHECKPOINTED, id="checkpointing"),
+        pytest.param(
+            FROZEN_BOTH,
+            {"language_model": LORA | {"target_modules": ["q_proj", "up_proj"]}},
+            CHECKPOINTED,
+            id="some layers, checkpointing",
+        ),
+        pytest.param(FROZEN_BOTH, {"language_model": LORA | {"use_dora": True}}, {}, id="DoRA"),
+        pytest.param(("projector",), {"projector": LORA}, {}, id="projector"),
+        pytest.param(
+            ("projector",),
+            {"projector": LORA | {"target_modules": ["w3"]}},
+            {},
+            id="a matrix of it",
+        ),
+        pytest.param(
+            (*FROZEN_BOTH, "projector"),
+            {"vision_model": LORA, "projector": LORA, "language_model": LORA},
+            CHECKPOINTED,
+            id="everywhere",
+        ),
+    ],
+)
+def test_adapters_and_what_they_lie_beside_are_counted(
+    frozen: tuple[str, ...], adapters: dict[str, Any], train: dict[str, Any]
+) -> None:
+    """The tower's lowest products need no gradient of their input, which is not left out."""
+    near = 0.03 if "vision_model" in adapters else 0.01
+    config, stage = config_of(), settings(*frozen, adapters=adapters, **train)
+    found = PackCost(config, stage, 1, masked=True).pack(LENGTHS, MANY, SUPERVISED)
+    expected = run(config, stage, MANY, 1)
+    assert sum(part.hardware for part in found.values()) == pytest.approx(expected, rel=near)
+
+
+SUPERVISED = sum((i % 3 == 1) for i in range(sum(LENGTHS)))
+
+
 def assert_counted(
     config: TokenFlexConfig, train: TrainSettings, sides: list[int], chunks: int
 ) -> None:
     cost = PackCost(config, train, chunks, masked=True)
-    supervised = sum((i % 3 == 1) for i in range(sum(LENGTHS)))
-    found = cost.pack(LENGTHS, sides, supervised)
+    found = cost.pack(LENGTHS, sides, SUPERVISED)
     expected = run(config, train, sides, chunks)
     assert sum(part.hardware for part in found.values()) == pytest.approx(expected, rel=0.01)
 

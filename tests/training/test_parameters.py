@@ -63,7 +63,7 @@ def test_beside_rows_of_new_tokens_the_language_model_is_frozen() -> None:
     groups = {group["name"]: group for group in parameter_groups(model, train)}
     assert groups["language_model.decay"]["params"] == [model.language_model.new_rows.weight]
     assert "language_model.no_decay" not in groups
-    assert module_table(model, train.modules).splitlines()[3].split()[2:4] == ["1", "2.0e-05"]
+    assert module_table(model, train).splitlines()[3].split()[2:4] == ["1", "2.0e-05"]
 
 
 def test_schedule_warms_up_linearly_and_decays_as_a_cosine() -> None:
@@ -112,8 +112,8 @@ def test_a_run_of_a_plateau_is_made_longer_without_a_leap() -> None:
 
 def test_table_names_modules_sizes_rates_and_dtypes() -> None:
     model = Tiny().to(torch.bfloat16)
-    modules = settings(vision_model=ModuleSettings(train=False)).modules
-    freeze(model, modules)
-    lines = module_table(model, modules).splitlines()
+    train = settings(vision_model=ModuleSettings(train=False))
+    freeze(model, train.modules)
+    lines = module_table(model, train).splitlines()
     assert lines[1].split() == ["vision_model", "9", "0", "frozen", "bfloat16"]
     assert lines[2].split() == ["projector", "16", "16", "1.0e-05", "bfloat16"]

@@ -28,7 +28,13 @@ from training.start.changes import (
 # A value of another type stands for another value.
 pytestmark = pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")
 ROOT = Path(__file__).parents[2]
-CONFIG = load_config(ROOT / "training/configs/digits.yaml", ["data.datasets={}"])
+PARTS = ("vision_model", "projector", "language_model")
+ADAPTERS = [
+    text
+    for part in PARTS
+    for text in (f"train.modules.{part}.train=false", f"train.adapters.{part}={{r: 4}}")
+]
+CONFIG = load_config(ROOT / "training/configs/digits.yaml", ["data.datasets={}", *ADAPTERS])
 
 
 def leaves(model: BaseModel, prefix: str = "") -> Iterator[tuple[str, BaseModel, str]]:

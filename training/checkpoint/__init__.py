@@ -15,7 +15,7 @@ from training.checkpoint.folder_layout import (
     read_manifest,
     step_of,
 )
-from training.checkpoint.progress import Progress
+from training.checkpoint.progress import Progress, new_rng_state, restore_rng
 from training.checkpoint.pruning import best
 from training.checkpoint.resume import load, place_of, setting_changes
 from training.checkpoint.saver import Saver
@@ -33,9 +33,11 @@ __all__ = [
     "finished",
     "load",
     "manifest_hash",
+    "new_rng_state",
     "place_of",
     "read_manifest",
     "refuse_later",
+    "restore_rng",
     "setting_changes",
     "step_of",
     "verify_files",

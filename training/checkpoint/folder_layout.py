@@ -16,6 +16,7 @@ from typing import Any
 
 from data_pipeline.errors import InputError
 from data_pipeline.files import move_into_place, write_atomically
+from training.adapters import StageAdapters
 
 TEMPORARY = "tmp-"
 BAD = "bad-"
@@ -40,6 +41,11 @@ class Manifest:
     files: dict[str, dict[str, Any]]
     frozen: dict[str, str]
     run: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def adapters(self) -> StageAdapters:
+        """Those that it was saved with, as far as its state depends on their settings."""
+        return StageAdapters.model_validate(self.fingerprints.get("train.adapters", {}))
 
     @property
     def total_bytes(self) -> int:

@@ -21,6 +21,7 @@ from data_pipeline.mixture import DatasetSettings
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer
 from kernels.gpu_datasheets import find_gpu
 from training import checkpoint
+from training.adapters import add_adapters
 from training.config import RunConfig
 from training.estimate import report
 from training.estimate.estimation import estimate_run
@@ -139,8 +140,9 @@ def _weights(config: RunConfig, tokenizer: Tokenizer, say: Callable[[str], None]
     """The model without values; pretrained weights by their names and shapes."""
     model = build_model(config, tokenizer, on_meta=True)
     freeze(model, config.train.modules)
+    add_adapters(model, config.train.adapters, config.seed)
     check_pretrained_tokenizer(config, tokenizer)
-    say(module_table(model, config.train.modules))
+    say(module_table(model, config.train))
 
 
 def _earlier(config: RunConfig) -> None:

@@ -2,11 +2,13 @@
 
 python -m training.export runs/digits out/digits                     # the newest whole checkpoint
 python -m training.export runs/digits/checkpoints/step-00001200 out/digits --dtype bf16
+python -m training.export runs/lora out/lora --adapter               # beside the base, not merged
 """
 
 from data_pipeline.cli import command_parser, run_cli
 from data_pipeline.paths import path_argument, path_text
 from training.export import export
+from training.export.adapter_folder import FOLDER
 from training.export.safetensors_files import parse_size
 
 
@@ -30,6 +32,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--tokenizer", type=path_text, help="the run's tokenizer, if it is elsewhere"
     )
+    parser.add_argument(
+        "--adapter", action="store_true", help="leave adapters apart, in OUT/adapter, for PEFT"
+    )
     args = parser.parse_args(argv)
     run = export(
         args.checkpoint,
@@ -38,9 +43,12 @@ def main(argv: list[str] | None = None) -> None:
         max_bytes=parse_size(args.max_shard_size),
         config=args.config,
         tokenizer=args.tokenizer,
+        adapter=args.adapter,
     )
     print(f"checkpoint        {run.checkpoint}")
     print(f"model             {args.out}")
+    if args.adapter:
+        print(f"adapter           {args.out / FOLDER}")
     print(f"model card        {args.out / 'README.md'} (the license is yours to give)")
 
 

@@ -72,6 +72,10 @@ def run_card(run: TrainedRun, config: TokenFlexConfig, default: int) -> str:
     read = ", ".join(f"{count:,} {name}" for name, count in run.seen.items())
     rates = {True: "{:g}", False: "frozen", "new_tokens": "{:g}, rows of new tokens only"}
     modules = [(name, rates[m.train].format(m.lr)) for name, m in settings.train.modules]
+    modules += [
+        (f"{name}, adapters of rank {adapter.r}", f"{adapter.lr:g}")
+        for name, adapter in settings.train.adapters.given.items()
+    ]
     training = [
         f"{run.manifest.step:,} steps of {settings.train.steps:,}, in {run.precision}, started "
         f"from {started}." + (f" Read: {read}." if read else ""),

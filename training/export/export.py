@@ -4,6 +4,13 @@ from pathlib import Path
 
 import torch
 
+from training.export.adapter_folder import (
+    APART,
+    FOLDER,
+    check_adapters,
+    split_pieces,
+    write_adapter,
+)
 from training.export.card import run_card
 from training.export.hub_tokenizer import to_hub_tokenizer
 from training.export.model_folder import ModelFolder, new_folder
@@ -21,6 +28,7 @@ def export(
     max_bytes: int = 5 * 10**9,
     config: Path | None = None,
     tokenizer: str | None = None,
+    adapter: bool = False,
 ) -> TrainedRun:
     """Write a checkpoint as a folder for `from_pretrained`; returns what it was made from.
 
@@ -31,17 +39,26 @@ def export(
             but evaluation saw them in the precision of training.
         max_bytes: of one weights file.
         config, tokenizer: see `open_run`.
+        adapter: leave the adapters of tower and language model out of the weights, and write them
+            as `out`/adapter, for PEFT; else they are merged.
 
     Raises:
-        InputError: see `open_run`; or `out` is in use, the tokenizer cannot be converted, or the
-            weights do not fit the config.
+        InputError: see `open_run`; or `out` is in use, the tokenizer cannot be converted, the
+            weights do not fit the config, or there is no adapter that PEFT would load.
     """
     with new_folder(out) as temporary:
         run = open_run(path, config, tokenizer)
         form = _form(run, DTYPES[dtype or run.precision])
-        weights = checkpoint_weights(run.checkpoint, run.manifest.world_size, form.dtype)
+        adapters, world_size = run.manifest.adapters, run.manifest.world_size
+        if adapter:
+            check_adapters(adapters, run.checkpoint)
+        apart = APART if adapter else ()
+        weights = checkpoint_weights(run.checkpoint, world_size, form.dtype, adapters, apart)
+        weights, pieces = split_pieces(weights)
         card = run_card(run, form.config, form.num_image_tokens)
         form.write(temporary, weights, card, max_bytes)
+        if adapter:
+            write_adapter(temporary / FOLDER, pieces, adapters, str(out))
     return run
 
 

@@ -103,6 +103,7 @@ def _check_same(
         "data.chat": config.data.chat.model_dump(mode="json"),
         "data.tiling": config.data.tiling.model_dump(mode="json"),
         "model": config.model.model_dump(mode="json", exclude=sources),
+        "train.adapters": config.train.adapters.shapes(),
     }
     saved = manifest.fingerprints
     if changed := [key for key in now if key in saved and saved[key] != now[key]]:

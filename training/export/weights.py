@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from data_pipeline.errors import InputError
+from training.adapters import StageAdapters
 from training.zero3.saved_tensors import SavedTensor, saved_tensors
 
 INDEX = "model.safetensors.index.json"
@@ -47,17 +48,25 @@ class Weight:
         return replace(self, name=name)
 
 
-def checkpoint_weights(path: Path, world_size: int, dtype: torch.dtype) -> list[Weight]:
+def checkpoint_weights(
+    path: Path,
+    world_size: int,
+    dtype: torch.dtype,
+    adapters: StageAdapters | None = None,
+    apart: Collection[str] = (),
+) -> list[Weight]:
     """Every parameter, trained or frozen, and buffer of a verified checkpoint.
 
     Args:
         path: the checkpoint's folder.
         world_size: how many ranks saved it.
         dtype: what floating-point tensors become.
+        adapters: what it was saved with; they are merged into their matrices.
+        apart: parts of the model whose adapters are not merged, but given by their own names.
     """
     return [
         _saved_weight(saved, dtype if saved.dtype.is_floating_point else saved.dtype)
-        for saved in saved_tensors(path, world_size)
+        for saved in saved_tensors(path, world_size, adapters, apart)
     ]
 
 

@@ -7,6 +7,9 @@ pooling, the embedding and the optimizer are not. A product with W weights over 
     gradient of its input  2 W N, where anything below it trains
     gradient of W          2 W N, where W trains
 
+and so does each of an adapter's two matrices, beside one whose W does not train. Those of the
+projector cost what is counted once a pack, as `extra`, and the gradients of its whole matrices.
+
 Attention costs 4 * width for each pair of a query and a key it sees forward, twice that backward:
 every sample for itself, in the language model n (n + 1) / 2 pairs of n tokens, in the tower all.
 `model` is that. `extra` is what the hardware does besides: layers, logits and gates that are
@@ -28,6 +31,7 @@ from data_pipeline.balance.cost import (
 )
 from data_pipeline.tokenizer import Tokenizer
 from training.config import RunConfig, TrainSettings
+from training.flops.adapter_cost import adapter_costs
 from training.flops.method_flops import gate_flops, method_work
 from training.model.build import model_config
 from training.model.hub import TokenFlexConfig
@@ -77,6 +81,7 @@ class PackCost:
         self._config = config
         self._train, self._chunks, self._masked = train, loss_chunks, masked
         self._consistency = consistency
+        self._adapters = adapter_costs(config, train.adapters)
 
     @classmethod
     def of(cls, config: RunConfig, tokenizer: Tokenizer, loss_chunks: int) -> "PackCost":
@@ -114,8 +119,9 @@ class PackCost:
             2.0 * self._patch * self._patches * tiles * (1 + trains)
         )  # pixels have no gradient
         positions = float(self._positions)
+        backward = trains or bool(self._adapters["vision_model"].weights)
         return PartFlops(patches) + self._stack(
-            self._tower, positions * tiles, positions**2 * tiles, trains, trains, "vision_model"
+            self._tower, positions * tiles, positions**2 * tiles, backward, trains, "vision_model"
         )
 
     def _layers(self, lengths: npt.NDArray[np.float64]) -> PartFlops:
@@ -138,18 +144,27 @@ class PackCost:
         attention = 4.0 * stack.width * pairs
         model = product * (1 + backward + trains) + attention * (1 + 2 * backward)
         extra = 2.0 * stack.width * pairs * backward
+        adapters, again = self._adapters[module], 0.0
+        small = 2.0 * adapters.weights * positions
         if backward and module in self._train.recomputed:
             # It ends where all that was dropped is there again: before a layer's last product.
-            extra += product - 2.0 * stack.last * positions + attention
-        return PartFlops(stack.layers * model, stack.layers * extra)
+            extra += product - 2.0 * stack.last * positions * (not adapters.last) + attention
+            again = small - 2.0 * adapters.last * positions
+        beside = PartFlops(3 * small, again + adapters.fixed)
+        return PartFlops(stack.layers * model, stack.layers * extra) + beside
 
     def _projector(self, sides: Sequence[int]) -> PartFlops:
-        modules = self._train.modules
-        below, trains = modules.vision_model.train, modules.projector.train
-        model, again = method_work(self._config, sides).flops(below, trains)
-        if self._train.projector_backward == "recompute" and (below or trains):
-            again += gate_flops(self._config, sides)
-        return PartFlops(model, again)
+        modules, adapters = self._train.modules, self._adapters["projector"]
+        below = modules.vision_model.train or self._adapters["vision_model"].weights > 0
+        work, gates = method_work(self._config, sides), gate_flops(self._config, sides)
+        model, again = work.flops(below, modules.projector.train)
+        if adapters.fixed:  # beside the frozen matrices of `pool`
+            out = work.flops(False, False)[0] - gates
+            model += gates * adapters.gates + out * (1 - below + adapters.out)
+        backward = below or modules.projector.train or adapters.fixed
+        if self._train.projector_backward == "recompute" and backward:
+            again += gates
+        return PartFlops(model, again + adapters.fixed)
 
     def _loss(self, supervised: int) -> PartFlops:
         product = 2.0 * self._head * supervised

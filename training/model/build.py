@@ -14,6 +14,7 @@ from data_pipeline.tokenizer import Tokenizer
 from training.config import BackboneSettings, ModelSettings, RunConfig
 from training.model import PackedTokenFlex, TokenFlexConfig
 from training.model.attention import ATTENTION_NAME
+from training.model.new_rows import Whole, begin_at_the_mean
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -76,14 +77,22 @@ def model_config(settings: ModelSettings, vocab_size: int, image_token_id: int) 
 
 
 def build_model(
-    config: RunConfig, tokenizer: Tokenizer, pretrained: bool = True, on_meta: bool = False
+    config: RunConfig,
+    tokenizer: Tokenizer,
+    pretrained: bool = True,
+    on_meta: bool = False,
+    whole: Whole = nullcontext,
 ) -> PackedTokenFlex:
     """Build the model, from random weights or pretrained ones per part.
 
     Where the engine has announced itself to transformers, parameters are partitioned as they are
     made, and pretrained weights are read by rank 0 only.
 
+    Tokens that a pretrained language model has no rows for, or that the tokenizer lacked, begin at
+    the mean of the others.
+
     on_meta: without values, on the meta device; pretrained weights are compared by name and shape.
+    whole: see `training.model.new_rows`.
 
     Raises:
         InputError: if pretrained weights do not fit the architecture; it names the part.
@@ -105,8 +114,12 @@ def build_model(
         model.vision_model = _pretrained("vision", settings.vision, model, on_meta)
     if settings.llm.pretrained and parts:
         llm = _pretrained("llm", settings.llm, model, on_meta)
-        if llm.config.vocab_size != full.text_config.vocab_size:
-            llm.resize_token_embeddings(full.text_config.vocab_size, mean_resizing=False)
+        known, size = llm.config.vocab_size, full.text_config.vocab_size
+        if known != size:
+            llm.resize_token_embeddings(size, mean_resizing=False)
+        new = sorted({*tokenizer.appended, *range(known, size)})
+        if new and not on_meta:
+            begin_at_the_mean(llm, new, known, whole)
         model.language_model = llm
     return model
 

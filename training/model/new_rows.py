@@ -8,6 +8,7 @@ whatever reads a checkpoint gets them in their places.
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -15,6 +16,11 @@ from torch import Tensor, nn
 
 NEW_ROWS = "new_rows"
 """X.new_rows.weight [K, D] lies over the rows X.new_rows.ids, ascending, of X.weight [V, D]."""
+
+_ROWS_AT_ONCE = 8192
+
+Whole = Callable[[nn.Parameter], AbstractContextManager[Any]]
+"""In it a parameter is whole, and what is written into it stays."""
 
 Rows = Callable[[nn.Parameter, Tensor], Tensor]
 """Gives the rows of a parameter, however an engine has partitioned it; every rank calls."""
@@ -44,6 +50,27 @@ def train_new_rows(model: Any, ids: Sequence[int], rows: Rows = own_rows) -> Non
     _small_copy(head, over, index).out_features = len(index)
     embedding.register_forward_hook(_over_embeddings)
     head.register_forward_hook(_over_logits)
+
+
+def begin_at_the_mean(model: Any, ids: Sequence[int], known: int, whole: Whole) -> None:
+    """Give the rows of the tokens `ids` the mean of the others, in embedding and head.
+
+    model: a language model of transformers. known: its rows before it grew; later ones count not.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tables = [embedding.weight]
+    if head.weight is not embedding.weight:
+        tables.append(head.weight)
+    if getattr(head, "bias", None) is not None:
+        tables.append(head.bias)
+    for table in tables:
+        with whole(table), torch.no_grad():
+            index = torch.tensor(sorted(ids), device=table.device)
+            is_old = torch.ones(len(table), dtype=torch.bool, device=table.device)
+            is_old[known:] = is_old[index] = False
+            parts = zip(table.split(_ROWS_AT_ONCE), is_old.split(_ROWS_AT_ONCE), strict=True)
+            total = sum(rows[old].sum(0, dtype=torch.float32) for rows, old in parts)
+            table[index] = (total / is_old.sum()).to(table.dtype)
 
 
 def _small_copy(module: nn.Module, parameters: dict[str, nn.Parameter], ids: Tensor) -> Any:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from kernels import token_adaptive_projector
 from training.model.hub import METHODS, TokenFlexProjector, TokenMethod
@@ -35,6 +35,11 @@ class TokenAdaptiveProjector(TokenFlexProjector):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.backward_mode, self.impl = "save", "auto"
+        self.adapters = nn.ModuleDict()
+
+    def _matrix(self, name: str) -> Tensor:
+        matrix: Tensor = getattr(self, name)
+        return self.adapters[name](matrix) if name in self.adapters else matrix
 
     def forward(
         self, patches: Tensor, tile_sides: Sequence[int] | Tensor, rows: int | None = None
@@ -48,11 +53,11 @@ class TokenAdaptiveProjector(TokenFlexProjector):
             tile_sides,
             self.norm_weight,
             self.norm_bias,
-            self.w1,
+            self._matrix("w1"),
             self.b1,
-            self.w2,
+            self._matrix("w2"),
             self.b2,
-            self.w3,
+            self._matrix("w3"),
             self.b3,
             grid=self.grid,
             pool=self.pool,

@@ -57,8 +57,12 @@ def start(run: Run, saver: checkpoint.Saver, monitor: Monitor) -> tuple[Engine, 
         progress = replace(progress, plan=place)
         run.say(f"resumed from {saved} at step {progress.step}")
         run.say(describe_changes(manifest, run.config, saved))
-    elif stage:
-        take_weights(engine, stage, run)
+    else:
+        if stage:
+            take_weights(engine, stage, run)
+        if run.config.train.adapters.drop_out:
+            # Ranks leave out other inputs, and the same ones at every start.
+            checkpoint.restore_rng(checkpoint.new_rng_state(run.config.seed, 0, run.ranks.rank))
     saver.check_space(engine)
     monitor.guard.restore(from_main(lambda: rows_before(run.config.output_dir, progress.step)))
     saver.about_run = about(run, manifest, stage) | {"new_tokens": new_tokens}

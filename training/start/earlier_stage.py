@@ -50,13 +50,21 @@ def earlier_stage(run: Run) -> Path | None:
 
 
 def take_weights(engine: Engine, path: Path, run: Run) -> None:
-    """Take the weights of the checkpoint that `earlier_stage` gave; say what differs."""
-    world_size = from_main(lambda: checkpoint.read_manifest(path)).world_size
+    """Take the weights of the checkpoint that `earlier_stage` gave; say what differs.
+
+    Adapters of that stage go on training where this one has the same; else they are merged.
+    """
+    manifest = from_main(lambda: checkpoint.read_manifest(path))
+    before, now = manifest.adapters.shapes(), run.config.train.adapters.shapes()
+    same = [part for part in before if before[part] == now.get(part)]
     vocabulary = 0
     if _allowed("data.tokenizer", run.config.checkpoint.init_allow):
         vocabulary = max(run.tokenizer.vocab_size, run.config.model.llm.config.get("vocab_size", 0))
-    different = engine.load_weights(path, world_size, vocabulary)
+    different = engine.load_weights(path, manifest.world_size, vocabulary, manifest.adapters, same)
     run.say(f"weights from {path}")
+    for part in before:
+        how = "go on training" if part in same else "are merged into its matrices"
+        run.say(f"its adapters of {part} {how}")
     if different:
         run.say(f"warning: not all of {path} was taken as it is: {'; '.join(different)}")
 

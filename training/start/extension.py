@@ -34,7 +34,8 @@ def continued(manifest: Manifest, run: Run) -> Schedule:
     saved = Schedule.from_dict(fields)
     if _unchanged(saved, train):
         return saved
-    peak = max(module.lr for _, module in train.modules if module.train)
+    trained = [module for _, module in train.modules if module.train]
+    peak = max(each.lr for each in (*trained, *train.adapters.given.values()))
     ways = {how: saved.changed(train, how, step) for how in CHOICES}
     if step == train.steps or _same_rates(saved, ways["stretch"]):
         return ways["stretch"]

@@ -83,6 +83,9 @@ def main(argv: list[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int:
     names = _names(args.what)
     config = load_config(args.config, args.overrides)
+    if beside := config.train.adapters.given:
+        nulls = " ".join(f"train.adapters.{name}=null" for name in beside)
+        raise InputError(f"adapters are among no part that is measured; leave them out: {nulls}")
     old = read_results(args.compare) if args.compare else None
     cuda = torch.cuda.is_available() and args.device != "cpu"
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")

@@ -1,6 +1,7 @@
 """DeepSpeed ZeRO-3 as an engine: around the model, and behind the trainer's interface."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from data_pipeline.errors import InputError
 from data_pipeline.tokenizer import Tokenizer
+from training.adapters import StageAdapters, add_adapters
 from training.config import RunConfig
 from training.distributed import Ranks
 from training.engine_interface import Engine
@@ -117,8 +119,15 @@ class Zero3Engine(Engine):
         rng: dict[str, Any] = state["rng"]
         return rng
 
-    def load_weights(self, path: Path, world_size: int, vocabulary: int = 0) -> list[str]:
-        return load_weights(self.deepspeed, path, world_size, vocabulary)
+    def load_weights(
+        self,
+        path: Path,
+        world_size: int,
+        vocabulary: int = 0,
+        adapters: StageAdapters | None = None,
+        apart: Collection[str] = (),
+    ) -> list[str]:
+        return load_weights(self.deepspeed, path, world_size, vocabulary, adapters, apart)
 
 
 def _whole_shape(parameter: Any) -> tuple[int, ...]:
@@ -145,10 +154,11 @@ def build_engine(
     with refusals(config.deepspeed.extra):
         # Alive while the model is built: transformers then builds and loads it under zero.Init.
         hf_config = HfDeepSpeedConfig(ds_config)
-        model = build_model(config, tokenizer, pretrained)
-        del hf_config
+        model = build_model(config, tokenizer, pretrained, whole=_whole)
         model.train()  # from_pretrained leaves evaluation mode, in which nothing is checkpointed
         freeze(model, config.train.modules)
+        add_adapters(model, config.train.adapters, config.seed)
+        del hf_config  # by which PEFT knows that a matrix is to be gathered
         if new_tokens:
             train_new_rows(model, new_tokens, _rows)
         if config.train.recomputed:
@@ -164,6 +174,12 @@ def _rows(parameter: nn.Parameter, ids: Tensor) -> Tensor:
 
     with GatheredParameters([parameter]):
         return parameter.detach()[ids.to(parameter.device)].clone()
+
+
+def _whole(parameter: nn.Parameter) -> AbstractContextManager[Any]:
+    from deepspeed.runtime.zero import GatheredParameters
+
+    return GatheredParameters([parameter], modifier_rank=0)
 
 
 def _optimizer(model: torch.nn.Module, config: RunConfig, ranks: Ranks) -> torch.optim.Optimizer:

@@ -1,7 +1,7 @@
 """Start from another run's weights, which any number of ranks may have saved."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,28 +11,43 @@ import torch.distributed
 from torch import nn
 
 from data_pipeline.errors import InputError
+from training.adapters import StageAdapters, piece_of, plain_name
 from training.model.new_rows import NEW_ROWS
-from training.zero3.saved_tensors import SavedTensor, new_rows_of, saved_tensors
+from training.zero3.saved_tensors import SavedTensor, new_rows_of, saved_tensors, whole_of
 
 
-def load_weights(engine: Any, path: Path, world_size: int, vocabulary: int = 0) -> list[str]:
+def load_weights(
+    engine: Any,
+    path: Path,
+    world_size: int,
+    vocabulary: int = 0,
+    adapters: StageAdapters | None = None,
+    apart: Collection[str] = (),
+) -> list[str]:
     """See `Engine.load_weights`; each rank reads its own part of every tensor.
 
     engine: DeepSpeed's.
     """
     from deepspeed.utils import safe_set_local_fp32_param
 
-    saved = {tensor.name: tensor for tensor in saved_tensors(path, world_size)}
+    saved = {tensor.name: tensor for tensor in saved_tensors(path, world_size, adapters, apart)}
     parameters = dict(engine.module.named_parameters())
-    plain = {name: p for name, p in parameters.items() if f".{NEW_ROWS}." not in name}
+    plain = {
+        plain_name(name): p
+        for name, p in parameters.items()
+        if f".{NEW_ROWS}." not in name and not piece_of(name)
+    }
     _check(path, saved, plain, vocabulary)
     saved |= {rows.name: rows for rows in _new_rows(engine.module, saved)}
     rank = torch.distributed.get_rank()
     engine.optimizer.checkpoint_event_prologue()
     for name, parameter in parameters.items():
+        source = _source(name, parameter, saved)
+        if source is None:
+            continue
         shard = parameter.ds_tensor
         part = shard.detach().flatten().to("cpu", torch.float32, copy=True)
-        _fill(part, rank * shard.numel(), saved[name])
+        _fill(part, rank * shard.numel(), source)
         shard.data.copy_(part.view_as(shard))
         if parameter.requires_grad:  # the masters as they were saved, not as the model rounds them
             safe_set_local_fp32_param(parameter, part)
@@ -42,8 +57,24 @@ def load_weights(engine: Any, path: Path, world_size: int, vocabulary: int = 0) 
         for name, parameter in plain.items()
         if saved[name].shape != tuple(parameter.ds_shape)
     ]
-    own = parameters.keys() | dict(engine.module.named_buffers()).keys()
+    own = plain.keys() | parameters.keys() | dict(engine.module.named_buffers()).keys()
     return [*grown, *(f"{name} is not in this model" for name in sorted(saved.keys() - own))]
+
+
+def _source(name: str, parameter: Any, saved: dict[str, SavedTensor]) -> SavedTensor | None:
+    """Where a parameter's values are; None for an adapter that starts anew, as it was made."""
+    piece = piece_of(name)
+    if piece is None or name in saved:
+        return saved[plain_name(name)]
+    if piece[1] != "lora_magnitude_vector":
+        return None
+    lengths = partial(_row_lengths, saved[piece[0]], parameter.ds_tensor.dtype)
+    return SavedTensor(name, tuple(parameter.ds_shape), torch.float32, lengths)
+
+
+def _row_lengths(matrix: SavedTensor, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    """The length of each row of a matrix, which is rounded to `dtype` in the model."""
+    yield whole_of(matrix).to(dtype).float().norm(dim=1)
 
 
 def _fill(part: torch.Tensor, start: int, tensor: SavedTensor) -> None:

@@ -1,7 +1,7 @@
 """The weights in a checkpoint's shards, for export: neither an engine nor a process group."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.errors import InputError
+from training.adapters import AdapterSettings, StageAdapters, merged, piece_of, plain_name
 from training.model.new_rows import NEW_ROWS
 from training.zero3.shards import Shards
 
@@ -24,29 +25,73 @@ class SavedTensor:
     pieces: Callable[[], Iterator[Tensor]]
 
 
-def saved_tensors(path: Path, world_size: int) -> Iterator[SavedTensor]:
+def saved_tensors(
+    path: Path,
+    world_size: int,
+    adapters: StageAdapters | None = None,
+    apart: Collection[str] = (),
+) -> Iterator[SavedTensor]:
     """Every parameter, trained or frozen, and buffer of a verified checkpoint.
 
     Trained ones are the fp32 masters. Rows of new tokens that trained beside a frozen language
-    model are in their places, which makes that parameter fp32, too. The shards are mapped into
-    memory; `pieces` reads them.
+    model are in their places, and adapters are merged into their matrices, which makes that
+    parameter fp32, too. The shards are mapped into memory; `pieces` reads them.
 
     Args:
         path: the checkpoint's folder.
         world_size: how many ranks saved it.
+        adapters: what they were saved with.
+        apart: parts of the model whose adapters are not merged, but given by their own names.
 
     Raises:
-        InputError: if the shards do not hold what they list.
+        InputError: if the shards do not hold what they list, or adapters that are not given.
     """
     found = {tensor.name: tensor for tensor in _stored(path, world_size)}
+    small = adapters_among(found)
+    if unknown := {plain.partition(".")[0] for plain in small} - (adapters or _NONE).given.keys():
+        raise InputError(
+            f"{path} holds adapters of {', '.join(sorted(unknown))} without their settings; it was "
+            "changed, or is of another version"
+        )
     for name, tensor in found.items():
-        rows = found.get(new_rows_of(name))
+        rows, plain = found.get(new_rows_of(name)), plain_name(name)
         if rows:
             ids = found[new_rows_of(name, "ids")]
             pieces = partial(_with_rows, tensor, rows, ids)
             yield replace(tensor, dtype=torch.float32, pieces=pieces)
+        elif plain in small and (part := plain.partition(".")[0]) not in apart:
+            pieces = partial(_merged, tensor, small[plain], (adapters or _NONE).given[part])
+            yield replace(tensor, name=plain, dtype=torch.float32, pieces=pieces)
+        elif piece_of(name):
+            if name.partition(".")[0] in apart:
+                yield tensor
         elif f".{NEW_ROWS}." not in name:
-            yield tensor
+            yield replace(tensor, name=plain)
+
+
+_NONE = StageAdapters()
+
+
+def adapters_among(found: dict[str, SavedTensor]) -> dict[str, dict[str, SavedTensor]]:
+    """The parts of adapters among stored tensors, by the plain name of their matrix."""
+    small: dict[str, dict[str, SavedTensor]] = {}
+    for name, tensor in found.items():
+        if piece := piece_of(name):
+            small.setdefault(piece[0], {})[piece[1]] = tensor
+    return small
+
+
+def _merged(
+    matrix: SavedTensor, pieces: dict[str, SavedTensor], settings: AdapterSettings
+) -> Iterator[Tensor]:
+    """The elements of a matrix with its adapter in it, all at once."""
+    small = {name: whole_of(piece) for name, piece in pieces.items()}
+    yield merged(whole_of(matrix), small, settings).flatten()
+
+
+def whole_of(tensor: SavedTensor) -> Tensor:
+    """A saved tensor, read, as fp32."""
+    return torch.cat([piece.float() for piece in tensor.pieces()]).view(tensor.shape)
 
 
 def new_rows_of(name: str, leaf: str = "") -> str:
