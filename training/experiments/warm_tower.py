@@ -12,7 +12,6 @@ pictures that it names rightly. An OUT that was made in the same way is kept.
 
 import argparse
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -133,7 +132,7 @@ class PatchReader:
         for step, (pixels, names) in enumerate(self._batches("train", steps), 1):
             loss = nn.functional.cross_entropy(self._logits(pixels), names, weight)
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             schedule.step()
@@ -185,4 +184,4 @@ class PatchReader:
 
 
 if __name__ == "__main__":
-    run_cli(lambda: sys.exit(main()))
+    run_cli(main)
