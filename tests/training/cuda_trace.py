@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from training.config import LAYERED, TrainSettings, load_config
@@ -53,10 +53,11 @@ def pretend() -> None:
 
 def step_inputs(tile_size: int) -> dict[str, Any]:
     """As `model_inputs` gives them: on the GPU but for the samples' ends."""
-    given = fake_inputs(PACK, tile_size, IMAGE, loss_chunks=2)
-    labels, weights = given.pop("labels"), given.pop("loss_weights")
-    image = (given["input_ids"] == IMAGE).flatten().nonzero().flatten()
-    wanted = find_supervision(labels, weights, torch.device("cpu"))
+    with unset_fake_temporarily():  # found on the host, as the loader does
+        given = fake_inputs(PACK, tile_size, IMAGE, loss_chunks=2)
+        labels, weights = given.pop("labels"), given.pop("loss_weights")
+        image = (given["input_ids"] == IMAGE).flatten().nonzero().flatten()
+        wanted = find_supervision(labels, weights, torch.device("cpu"))
     device = torch.device("cuda", 0)
     moved: dict[str, Any] = {"image_positions": image.to(device)}
     for name in ("input_ids", "position_ids", "pixel_values"):
