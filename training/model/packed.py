@@ -18,8 +18,17 @@ from data_pipeline.errors import InputError
 from training.model.attention import ATTENTION_NAME
 from training.model.hub import TokenFlexConfig, TokenFlexGenerationMixin, TokenFlexModel
 from training.model.hub.generation_tokenflex import find_cache
-from training.model.hub.language_model_tokenflex import decoder_and_head, trainer_names
-from training.model.language_models import check_isolation, check_logits
+from training.model.hub.language_model_tokenflex import (
+    decoder_and_head,
+    final_logits,
+    trainer_names,
+)
+from training.model.language_models import (
+    check_isolation,
+    check_layers,
+    check_logits,
+    check_modules,
+)
 from training.model.loss import Supervision, chunked_cross_entropy, find_supervision
 from training.model.packed_projector import TokenAdaptiveProjector
 from training.model.segments import PackedSegments, find_segments
@@ -62,6 +71,7 @@ class PackedTokenFlex(TokenFlexModel, TokenFlexGenerationMixin):
         except ValueError as error:
             raise InputError(str(error)) from error
         check_logits(config.text_config)
+        check_layers(config.text_config)
         if config._attn_implementation is None:
             config._attn_implementation = ATTENTION_NAME
         super().__init__(config)
@@ -70,6 +80,7 @@ class PackedTokenFlex(TokenFlexModel, TokenFlexGenerationMixin):
     def _language_model_and_head(
         self, causal: PreTrainedModel
     ) -> tuple[PreTrainedModel, nn.Module]:
+        check_modules(causal)
         try:
             return causal, decoder_and_head(causal)[1]
         except ValueError as error:
@@ -157,10 +168,11 @@ class PackedTokenFlex(TokenFlexModel, TokenFlexGenerationMixin):
         with phase("decoder"):
             hidden = self._decode(embeds, position_ids, attention_mask, segments)
         if supervision is None:
-            return TokenFlexOutput(logits=self.get_output_embeddings()(hidden))
+            logits = self.get_output_embeddings()(hidden)
+            return TokenFlexOutput(logits=final_logits(logits, self.config.text_config))
         with phase("loss"):
             loss, token_losses, predictions = chunked_cross_entropy(
-                hidden, supervision, self.get_output_embeddings(), loss_chunks
+                hidden, supervision, self._exact_logits, loss_chunks
             )
         return TokenFlexOutput(
             loss=loss,
@@ -180,6 +192,11 @@ class PackedTokenFlex(TokenFlexModel, TokenFlexGenerationMixin):
             tile_sides = tile_sides.cpu()  # for the projector's op
         with phase("vision"):
             return super().image_features(pixel_values, tile_sides, rows)
+
+    def _exact_logits(self, hidden: Tensor) -> Tensor:
+        """The logits [..., V] of hidden states, in float32 behind the head."""
+        logits = self.get_output_embeddings()(hidden).float()
+        return final_logits(logits, self.config.text_config)
 
     def _insert_images(
         self,
