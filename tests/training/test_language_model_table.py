@@ -127,7 +127,7 @@ def test_recurrence_beside_attention_is_refused() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_what_a_family_costs_is_counted_from_its_config(family: Family) -> None:
-    model = build_family(family)
+    model: Any = build_family(family)
     decoder, sizes = model.language_model.get_decoder(), model.config.text_config.to_dict()
     stack = decoder_stack(sizes)
     weights = [m.weight for m in decoder.modules() if isinstance(m, torch.nn.Linear)]

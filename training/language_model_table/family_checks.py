@@ -30,7 +30,12 @@ _VISION = {
     "image_size": _TILE,
     "patch_size": 4,
 }
-_SAMPLES = ((7, [2], 6), (3, [], 20), (2, [3, 1], 4), (11, [2, 2], 9))
+_SAMPLES: tuple[tuple[int, list[int], int], ...] = (
+    (7, [2], 6),
+    (3, [], 20),
+    (2, [3, 1], 4),
+    (11, [2, 2], 9),
+)
 """Tokens before the images, the sides of their tiles, tokens behind, half of them supervised."""
 _GENERATED = 6
 
@@ -63,7 +68,8 @@ def refusal(family: Family) -> str | None:
 def pack() -> dict[str, Any]:
     """The forward's arguments for one pack."""
     generator = torch.Generator().manual_seed(1)
-    ids, labels, lengths, sides = [], [], [], []
+    ids, labels, lengths = [], [], []
+    sides: list[int] = []
     for before, tiles, behind in _SAMPLES:
         text = torch.randint(4, 64, (before + behind,), generator=generator)
         images = torch.full((sum(n * n for n in tiles),), _IMAGE)
@@ -128,7 +134,7 @@ def packed_error(model: PackedTokenFlex) -> float:
         (p.grad, wanted[renamed(name, EARLIER_NAMES)].grad) for name, p in exact.named_parameters()
     ]
     largest = max(float(grad.abs().max()) for _, grad in pairs if grad is not None)
-    errors = [float((found - grad).abs().max()) / largest for found, grad in pairs]  # type: ignore[operator]
+    errors = [float((found - grad).abs().max()) / largest for found, grad in pairs]
     return max([*errors, _error(exact(**batch).loss, total)])
 
 
@@ -153,10 +159,10 @@ def generates(model: PackedTokenFlex) -> bool:
     prompt = {name: value for name, value in part.items() if name != "labels"}
     with tempfile.TemporaryDirectory() as folder:
         exported(model).save_pretrained(folder)
-        loaded = AutoModelForImageTextToText.from_pretrained(folder)
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(folder)
     loaded.generation_config.eos_token_id = None
     with torch.no_grad():
-        ids: Any = loaded.generate(**prompt, max_new_tokens=_GENERATED, do_sample=False)
+        ids = loaded.generate(**prompt, max_new_tokens=_GENERATED, do_sample=False)
         whole = {**prompt, "input_ids": ids, "position_ids": torch.arange(ids.shape[1])[None]}
         logits = model(**whole, cu_seqlens=torch.tensor([0, ids.shape[1]])).logits[0]
     logits[:, _IMAGE] = -torch.inf

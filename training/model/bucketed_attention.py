@@ -75,11 +75,11 @@ def bucketed_attention(
     for shape, *states in blocks:
         q_block, k_block, v_block = (block.unflatten(0, shape).transpose(1, 2) for block in states)
         reach = window if window is not None and window < shape[1] else None
+        plain = reach is None and softcap is None
+        mask = None if plain else causal_mask(shape[1], reach, q.device)
         if softcap is not None:
-            mask = causal_mask(shape[1], reach, q.device)
             output = capped_attention(q_block, k_block, v_block, mask, scale, softcap)
         else:
-            mask = None if reach is None else causal_mask(shape[1], reach, q.device)
             output = F.scaled_dot_product_attention(
                 q_block,
                 k_block,
