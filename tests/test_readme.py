@@ -36,6 +36,9 @@ SMALLER: dict[str, str | None] = {
         f'{MAKE} pretrain ARGS="output_dir=runs/short {SMALL}"'
     ),
     "python -m training.train --help": "",
+    "python -m training.language_model_table": (
+        "python -m training.language_model_table --families olmo3 --out runs/language_models.json"
+    ),
     "torchrun --nproc-per-node 2 -m training.train training/configs/digits.yaml": (
         f"torchrun --nproc-per-node 2 -m training.train training/configs/digits.yaml {SMALL}"
     ),

@@ -19,8 +19,9 @@ class CostModel:
     """FLOPs of a forward and a backward pass over samples in packs.
 
     A matrix product costs 2 FLOPs per weight and token forward and twice that backward: 6 N T.
-    Attention adds, per layer, 12 * width * T^2; half of that where it is causal. Attention never
-    leaves a sample in its pack, so a pack costs the sum of its samples.
+    Attention adds, per layer, 12 * width * T^2; half of that where it is causal, and less what lies
+    before a sliding window. Attention never leaves a sample in its pack, so a pack costs the sum of
+    its samples.
 
     Attributes:
         llm_parameters, vision_parameters: weights in matrix products, the output head included,
@@ -28,6 +29,7 @@ class CostModel:
         llm_layers, vision_layers: attention layers.
         llm_width, vision_width: attention heads * their size.
         patches_per_tile: positions of the vision tower per tile.
+        llm_windowed_layers, llm_window: those of llm_layers with a sliding window, and its tokens.
     """
 
     llm_parameters: int
@@ -37,6 +39,8 @@ class CostModel:
     vision_layers: int
     vision_width: int
     patches_per_tile: int
+    llm_windowed_layers: int = 0
+    llm_window: int = 0
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -65,6 +69,9 @@ class CostModel:
         length = np.asarray(tokens, dtype=np.float64)
         count = np.asarray(tiles, dtype=np.float64)
         attention = 6.0 * self.llm_layers * self.llm_width * length * length
+        if self.llm_windowed_layers:
+            before = np.maximum(length - self.llm_window, 0.0)
+            attention -= 6.0 * self.llm_windowed_layers * self.llm_width * before * before
         return 6.0 * self.llm_parameters * length + attention + count * self.flops_per_tile
 
     @classmethod
@@ -76,8 +83,9 @@ class CostModel:
                 hidden_size, intermediate_size or mlp_ratio, num_hidden_layers, image_size,
                 patch_size. A class token is left out, one position beside hundreds of patches.
             llm: a decoder's: hidden_size, intermediate_size, num_hidden_layers,
-                num_attention_heads, vocab_size; num_key_value_heads and head_dim where it has
-                them; of a mixture of experts those that a token uses count.
+                num_attention_heads, vocab_size; num_key_value_heads, head_dim, sliding_window and
+                layer_types where it has them; of a mixture of experts those that a token uses
+                count, and the router.
 
         Raises:
             InputError: a key is missing, or is not a whole number above 0.
@@ -92,6 +100,8 @@ class CostModel:
             vision_layers=tower.layers,
             vision_width=tower.width,
             patches_per_tile=side**2,
+            llm_windowed_layers=decoder.windowed,
+            llm_window=decoder.window,
         )
 
 
@@ -113,6 +123,7 @@ class LayerStack:
 
     layers: how many. weights: in one layer's matrix products; of them `attention` in those around
     attention, `last` in the one that ends the layer. width: attention heads * their size.
+    windowed, window: layers with a sliding window, and its tokens.
     """
 
     layers: int
@@ -120,6 +131,16 @@ class LayerStack:
     attention: int
     last: int
     width: int
+    windowed: int = 0
+    window: int = 0
+
+    def causal_pairs(self, lengths: npt.NDArray[np.float64]) -> float:
+        """Pairs of a query and a key it sees, of all samples, in a layer on the average."""
+        pairs = float((lengths * (lengths + 1) / 2).sum())
+        if self.windowed:
+            before = np.maximum(lengths - self.window, 0.0)
+            pairs -= float((before * (before + 1) / 2).sum()) * self.windowed / self.layers
+        return pairs
 
 
 def tower_stack(vision: Mapping[str, Any]) -> LayerStack:
@@ -149,7 +170,19 @@ def decoder_stack(llm: Mapping[str, Any]) -> LayerStack:
     inner = experts and llm.get("moe_intermediate_size")
     last = width * int(inner or _whole(llm, "llm", "intermediate_size")) * int(experts or 1)
     weights = attention + matrices * last
-    return LayerStack(_layers(llm, "llm"), weights, attention, last, heads * _head_size(llm))
+    if experts:  # the router
+        weights += width * int(llm.get("num_experts") or llm.get("num_local_experts") or 0)
+    layers, windows = _layers(llm, "llm"), windowed_layers(llm)
+    return LayerStack(layers, weights, attention, last, heads * _head_size(llm), *windows)
+
+
+def windowed_layers(llm: Mapping[str, Any]) -> tuple[int, int]:
+    """How many layers of a decoder have a sliding window, and its tokens; 0, 0 without."""
+    window, kinds = llm.get("sliding_window"), llm.get("layer_types")
+    if not window or llm.get("use_sliding_window") is False:
+        return 0, 0
+    count = _layers(llm, "llm") if kinds is None else list(kinds).count("sliding_attention")
+    return (count, int(window)) if count else (0, 0)
 
 
 def head_weights(llm: Mapping[str, Any]) -> int:

@@ -41,7 +41,13 @@ def make_states(
     ]
 
 
-def one_by_one(states: list[Tensor], lengths: list[int], scale: float) -> Tensor:
+def one_by_one(
+    states: list[Tensor],
+    lengths: list[int],
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
     """Softmax attention written out, sample by sample: [1, L, H, D]."""
     query, key, value = (s[0] for s in states)
     repeats = query.shape[0] // key.shape[0]
@@ -50,7 +56,11 @@ def one_by_one(states: list[Tensor], lengths: list[int], scale: float) -> Tensor
     for length in lengths:
         part = slice(start, start + length)
         scores = query[:, part] @ key[:, part].transpose(1, 2) * scale
-        hidden = torch.ones(length, length, dtype=torch.bool, device=scores.device).triu(1)
+        if softcap is not None:
+            scores = softcap * (scores / softcap).tanh()
+        behind = torch.arange(length, device=scores.device)
+        behind = behind[:, None] - behind  # of the query, a key is
+        hidden = (behind < 0) | (behind >= (window or length))
         outputs.append(scores.masked_fill(hidden, -torch.inf).softmax(-1) @ value[:, part])
         start += length
     return torch.cat(outputs, 1).transpose(0, 1)[None]
@@ -69,6 +79,35 @@ def test_packed_equals_one_by_one_with_gradients(key_heads):
     grads = torch.autograd.grad(found, states, out_grad)
     for grad, wanted in zip(grads, torch.autograd.grad(expected, states, out_grad), strict=True):
         torch.testing.assert_close(grad, wanted, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("window", [1, 6, 17, None])
+@pytest.mark.parametrize("softcap", [0.7, None])
+def test_windows_and_soft_caps_equal_one_by_one_with_gradients(window, softcap):
+    states = [s.requires_grad_() for s in make_states(LENGTHS, torch.float64)]
+    segments = segments_of(LENGTHS)
+    found, _ = packed_attention(
+        LAYER, *states, None, segments=segments, sliding_window=window, softcap=softcap
+    )
+    expected = one_by_one(states, LENGTHS, 8**-0.5, window, softcap)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    out_grad = torch.randn(found.shape, dtype=torch.float64)
+    grads = torch.autograd.grad(found, states, out_grad)
+    for grad, wanted in zip(grads, torch.autograd.grad(expected, states, out_grad), strict=True):
+        torch.testing.assert_close(grad, wanted, rtol=1e-9, atol=1e-9)
+    assert segments.windows == {window} - {None} and segments.softcaps == {softcap} - {None}
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("rows", [1, 12])
+def test_soft_caps_without_segments(masked, rows):
+    """A prompt, or one more token behind a cache: transformers gives no mask where it is plain."""
+    states = make_states([12], torch.float64)
+    expected = one_by_one(states, [12], 8**-0.5, None, 0.7)[:, -rows:]
+    query = states[0][:, :, -rows:]
+    mask = torch.ones(12, 12, dtype=torch.bool).tril()[-rows:][None, None] if masked else None
+    found, _ = packed_attention(LAYER, query, *states[1:], mask, softcap=0.7)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
 def test_the_scale_defaults_to_the_head_width():
@@ -147,8 +186,7 @@ def test_bucket_indices_are_built_once_for_all_layers(monkeypatch):
 @pytest.mark.parametrize(
     ("states", "arguments", "message"),
     [
-        (make_states([16]), {"sliding_window": 15}, "sliding_window is 15.* 16"),
-        (make_states([16]), {"softcap": 50.0}, "uses softcap"),
+        (make_states([16]), {"position_bias": torch.ones(4)}, "uses position_bias"),
         (make_states([16]), {"s_aux": torch.ones(4)}, "uses s_aux"),
         (make_states([16]), {"dropout": 0.1}, "dropout is 0.1"),
         (make_states([16]), {"is_causal": False}, "is bidirectional"),
@@ -207,12 +245,13 @@ def test_segments_that_do_not_cover_the_row_are_an_error(bounds):
         find_segments(ids, None, torch.tensor([0, 9]), None)
 
 
-def reference_varlen(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, scale, causal) -> Tensor:
-    """What varlen_attn computes, on [L, heads, D]."""
+def reference_varlen(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, scale, causal, left=-1) -> Tensor:
+    """What varlen_attn computes, on [L, heads, D]; left: keys seen before a query's own, -1 all."""
     lengths = cu_seq_q.diff().tolist()
     assert torch.equal(cu_seq_q, cu_seq_k) and max_q == max_k == max(lengths) and causal
     assert cu_seq_q.dtype == torch.int32
-    return one_by_one([s.transpose(0, 1)[None] for s in (q, k, v)], lengths, scale)[0]
+    window = left + 1 if left >= 0 else None
+    return one_by_one([s.transpose(0, 1)[None] for s in (q, k, v)], lengths, scale, window)[0]
 
 
 def windowed_grouped(
@@ -220,8 +259,9 @@ def windowed_grouped(
     window_size=(-1, -1), enable_gqa=False,
 ):  # fmt: skip
     assert enable_gqa
+    left, right = window_size
     return reference_varlen(
-        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale, window_size == (-1, 0)
+        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale, right == 0, left
     )
 
 
@@ -229,8 +269,9 @@ def windowed(
     query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)
 ):
     assert query.shape == key.shape
+    left, right = window_size
     return reference_varlen(
-        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale, window_size == (-1, 0)
+        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale, right == 0, left
     )
 
 
@@ -251,6 +292,24 @@ def test_every_known_varlen_signature_is_called_right(monkeypatch, function):
     q, k, v = (s[0].transpose(0, 1) for s in states)
     found = attention._varlen_attention(q, k, v, 0.3, segments_of(LENGTHS))
     torch.testing.assert_close(found[None], one_by_one(states, LENGTHS, 0.3))
+
+
+@pytest.mark.parametrize("function", [windowed_grouped, windowed])
+def test_a_sliding_window_reaches_varlen_attn(monkeypatch, function):
+    monkeypatch.setattr(attention, "varlen_attn", function)
+    states = make_states(LENGTHS)
+    q, k, v = (s[0].transpose(0, 1) for s in states)
+    found = attention._varlen_attention(q, k, v, 0.3, segments_of(LENGTHS), 6)
+    torch.testing.assert_close(found[None], one_by_one(states, LENGTHS, 0.3, 6))
+
+
+def test_what_flash_attention_lacks_runs_by_buckets(monkeypatch):
+    known = (torch.bfloat16, 64, (9, 0))
+    assert varlen_obstacle(*known, window=6) is None
+    assert "caps scores at 50" in varlen_obstacle(*known, softcap=50.0)
+    monkeypatch.setattr(attention, "varlen_attn", flagged)
+    assert varlen_obstacle(*known) is None
+    assert "no sliding window" in varlen_obstacle(*known, window=6)
 
 
 def test_the_installed_varlen_attn_is_known():

@@ -201,7 +201,7 @@ def test_a_checkpoint_of_any_version_is_exported_by_the_new_names(
     ("text", "message"),
     [
         ({"model_type": "roberta", "is_decoder": True}, "'roberta'.*roberta, lm_head.*decoder"),
-        ({"model_type": "gemma2"}, "final_logit_softcapping is 30.0"),
+        ({"model_type": "nanochat"}, "final_logit_softcapping is 15.0"),
     ],
 )
 def test_a_language_model_of_other_parts_is_refused(

@@ -68,6 +68,25 @@ def test_sliced_and_checkpointed_loss_gives_the_same_gradients(
         assert_same(result, reference)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        {"model_type": "gemma2", "sliding_window": 16, "tie_word_embeddings": "true"},
+        {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2}
+        | {"moe_intermediate_size": 64, "num_hidden_layers": 1},
+    ],
+    ids=lambda text: text["model_type"],
+)
+def test_language_models_of_other_kinds_share_out_packs(
+    one_rank: RankPool, two_ranks: RankPool, digits_corpus: Path, text: dict
+) -> None:
+    """Experts that no token of a rank has chosen must not leave the other rank waiting."""
+    changes = [*FP32, *(f"model.llm.config.{key}={value}" for key, value in text.items())]
+    expected = one_rank.run(scenarios.step_gradients, digits_corpus, [SAMPLES], changes)[0]
+    for result in two_ranks.run(scenarios.step_gradients, digits_corpus, [SAMPLES, []], changes):
+        assert_same(result, expected)
+
+
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 @pytest.mark.parametrize("backward", ["save", "recompute"])
 def test_the_projector_with_nothing_resident_gives_the_same_gradients(

@@ -11,7 +11,8 @@ and so does each of an adapter's two matrices, beside one whose W does not train
 projector cost what is counted once a pack, as `extra`, and the gradients of its whole matrices.
 
 Attention costs 4 * width for each pair of a query and a key it sees forward, twice that backward:
-every sample for itself, in the language model n (n + 1) / 2 pairs of n tokens, in the tower all.
+every sample for itself, in the language model n (n + 1) / 2 pairs of n tokens, without those before
+a layer's sliding window, in the tower all.
 `model` is that. `extra` is what the hardware does besides: layers, logits and gates that are
 computed again for backward, attention's scores there (2 * width a pair), a blank tile.
 """
@@ -125,10 +126,11 @@ class PackCost:
         )
 
     def _layers(self, lengths: npt.NDArray[np.float64]) -> PartFlops:
-        pairs = lengths * lengths if self._masked else lengths * (lengths + 1) / 2
+        stack = self._decoder
+        pairs = float((lengths * lengths).sum()) if self._masked else stack.causal_pairs(lengths)
         trains = self._train.modules.language_model.trains_whole
-        size = float(lengths.sum()), float(pairs.sum())
-        return self._stack(self._decoder, *size, True, trains, "language_model")
+        size = float(lengths.sum()), pairs
+        return self._stack(stack, *size, True, trains, "language_model")
 
     def _stack(
         self,

@@ -19,8 +19,17 @@ from training.model.attention import ATTENTION_NAME
 from training.model.consistency import chunked_consistency
 from training.model.hub import TokenFlexConfig, TokenFlexGenerationMixin, TokenFlexModel
 from training.model.hub.generation_tokenflex import find_cache
-from training.model.hub.language_model_tokenflex import decoder_and_head, trainer_names
-from training.model.language_models import check_isolation, check_logits
+from training.model.hub.language_model_tokenflex import (
+    decoder_and_head,
+    final_logits,
+    trainer_names,
+)
+from training.model.language_models import (
+    check_isolation,
+    check_layers,
+    check_logits,
+    check_modules,
+)
 from training.model.loss import Supervision, chunked_cross_entropy, find_supervision
 from training.model.packed_projector import TRAINED_METHODS
 from training.model.segments import PackedSegments, find_segments
@@ -65,6 +74,7 @@ class PackedTokenFlex(TokenFlexModel, TokenFlexGenerationMixin):
         except ValueError as error:
             raise InputError(str(error)) from error
         check_logits(config.text_config)
+        check_layers(config.text_config)
         if config._attn_implementation is None:
             config._attn_implementation = ATTENTION_NAME
         super().__init__(config)
@@ -73,6 +83,7 @@ class PackedTokenFlex(TokenFlexModel, TokenFlexGenerationMixin):
     def _language_model_and_head(
         self, causal: PreTrainedModel
     ) -> tuple[PreTrainedModel, nn.Module]:
+        check_modules(causal)
         try:
             return causal, decoder_and_head(causal)[1]
         except ValueError as error:
@@ -160,12 +171,10 @@ class PackedTokenFlex(TokenFlexModel, TokenFlexGenerationMixin):
         with phase("decoder"):
             hidden = self._decode(embeds, position_ids, attention_mask, segments)
         if supervision is None:
-            return TokenFlexOutput(logits=self.get_output_embeddings()(hidden))
+            logits = self.get_output_embeddings()(hidden)
+            return TokenFlexOutput(logits=final_logits(logits, self.config.text_config))
         with phase("loss"):
-            given, divergences = (
-                (hidden, supervision, self.get_output_embeddings(), loss_chunks),
-                None,
-            )
+            given, divergences = (hidden, supervision, self._exact_logits, loss_chunks), None
             if supervision.consistency is None:
                 loss, token_losses, predictions = chunked_cross_entropy(*given)
             else:
@@ -196,6 +205,11 @@ class PackedTokenFlex(TokenFlexModel, TokenFlexGenerationMixin):
         """As in the class that users load."""
         with phase("projector"):
             return super().to_tokens(patches, tile_sides, rows)
+
+    def _exact_logits(self, hidden: Tensor) -> Tensor:
+        """The logits [..., V] of hidden states, in float32 behind the head."""
+        logits = self.get_output_embeddings()(hidden).float()
+        return final_logits(logits, self.config.text_config)
 
     def _insert_images(
         self,

@@ -17,7 +17,8 @@ class PackedSegments:
         the host, which saves `buckets` a wait.
     max_seqlen: the longest sample in tokens, on the host; counted (which waits for the device)
         when None.
-    used: whether any attention layer has received this.
+    used: whether any attention layer has received this. windows, softcaps: what such layers came
+        with, without None.
     """
 
     def __init__(self, cu_seqlens: Tensor, max_seqlen: int | None, device: torch.device) -> None:
@@ -25,6 +26,14 @@ class PackedSegments:
         self.cu_seqlens = cu_seqlens.to(device, torch.int32, non_blocking=True)
         self.max_seqlen = int(cu_seqlens.diff().max()) if max_seqlen is None else max_seqlen
         self.used = False
+        self.windows: set[int] = set()
+        self.softcaps: set[float] = set()
+
+    def received(self, window: int | None, softcap: float | None) -> None:
+        """Note that an attention layer runs with this."""
+        self.used = True
+        self.windows |= set() if window is None else {window}
+        self.softcaps |= set() if softcap is None else {softcap}
 
     @cached_property
     def buckets(self) -> "LengthBuckets":

@@ -4,7 +4,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 
 # What causal language models call their decoder and their head.
@@ -20,15 +21,19 @@ EARLIER_NAMES = {
 """Beginnings of parameters' names in the trainer's checkpoints, and in folders exported before the
 model had a base model, as patterns -> as `TokenFlexForConditionalGeneration` has them."""
 
-# Config keys with which a language model's own forward changes the logits behind its head, and the
-# values that change nothing.
-_LOGIT_KEYS: dict[str, tuple[Any, ...]] = {
-    "final_logit_softcapping": (None,),
-    "logits_soft_cap": (None,),
-    "output_logit_soft_cap": (None,),
-    "logit_scale": (None, 1),
-    "logits_scaling": (None, 1),
-    "lm_head_multiplier": (None, 1),
+_SOFT_CAPPED = ("gemma2", "gemma3_text", "vaultgemma")
+_DIVIDED = ("granite", "granitemoe", "granitemoeshared", "granite_swa", "granitemoe_swa")
+_MULTIPLIED = ("cohere", "cohere2")
+
+# Config keys with which a language model's own forward changes the logits behind its head; the
+# value that changes nothing; the models of which it is known how, as in `final_logits`.
+_LOGIT_KEYS: dict[str, tuple[Any, tuple[str, ...]]] = {
+    "final_logit_softcapping": (None, _SOFT_CAPPED),
+    "logits_soft_cap": (None, ()),
+    "output_logit_soft_cap": (None, ()),
+    "logit_scale": (1, _MULTIPLIED),
+    "logits_scaling": (1, _DIVIDED),
+    "lm_head_multiplier": (1, ()),
 }
 
 
@@ -69,12 +74,32 @@ def decoder_and_head(causal: PreTrainedModel) -> tuple[PreTrainedModel, nn.Modul
 
 
 def check_logits(text_config: PreTrainedConfig) -> None:
-    """Raise ValueError where the logits are not what the head makes of the hidden states."""
-    for key, neutral in _LOGIT_KEYS.items():
+    """Raise ValueError where it is not known what becomes of the head's logits."""
+    for key, (neutral, known) in _LOGIT_KEYS.items():
         value = getattr(text_config, key, None)
-        if value not in neutral:
+        if value not in (None, neutral) and text_config.model_type not in known:
             raise ValueError(
-                f"text_config.{key} is {value}: this language model changes its logits behind "
-                "lm_head, which is not done here; use a language model whose "
-                f"{key} is {neutral[-1]}"
+                f"text_config.{key} is {value}: the language model {text_config.model_type!r} "
+                "changes its logits behind lm_head in a way that is not known here; use a language "
+                f"model whose {key} is {neutral}"
             )
+
+
+def final_logits(logits: Tensor, text_config: PreTrainedConfig) -> Tensor:
+    """What the language model makes of its head's logits [..., V]: scaled, or softly capped."""
+    kind = text_config.model_type
+    if kind in _DIVIDED:
+        return logits / text_config.logits_scaling
+    if kind in _MULTIPLIED:
+        return logits * text_config.logit_scale
+    if kind in _SOFT_CAPPED and (cap := text_config.final_logit_softcapping) is not None:
+        return cap * torch.tanh(logits / cap)
+    return logits
+
+
+def choose_attention(text_config: PreTrainedConfig) -> None:
+    """Not sdpa where scores have a soft cap, which it leaves out or refuses, by release."""
+    if getattr(text_config, "attn_logit_softcapping", None) is None:
+        return
+    if text_config._attn_implementation in (None, "sdpa"):
+        text_config._attn_implementation = "eager"

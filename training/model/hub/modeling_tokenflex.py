@@ -29,7 +29,12 @@ from .generation_tokenflex import (
     check_image_tokens,
     encoded_features,
 )
-from .language_model_tokenflex import EARLIER_NAMES, decoder_and_head
+from .language_model_tokenflex import (
+    EARLIER_NAMES,
+    choose_attention,
+    decoder_and_head,
+    final_logits,
+)
 from .token_method_tokenflex import TokenMethod, as_list, in_graph
 from .token_methods_tokenflex import METHODS
 
@@ -124,6 +129,7 @@ class TokenFlexModel(TokenFlexPreTrainedModel):
             config.pool,
             num_tokens=config.projector_num_tokens,
         )
+        choose_attention(config.text_config)
         causal = AutoModelForCausalLM.from_config(config.text_config, dtype=dtype)
         self.language_model, head = self._language_model_and_head(causal)
         if take_head is not None:
@@ -327,6 +333,7 @@ class TokenFlexForConditionalGeneration(TokenFlexPreTrainedModel, TokenFlexGener
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(output.last_hidden_state[:, kept])
+        logits = final_logits(logits, self.config.text_config)
         loss = None
         if labels is not None:
             vocab_size = self.config.text_config.vocab_size
