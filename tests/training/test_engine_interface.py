@@ -13,6 +13,11 @@ ROOT = Path(engine_interface.__file__).parents[1]
 ROOM = ROOT / "training" / "zero3"
 OUTSIDE = [file for file in (ROOT / "training").rglob("*.py") if ROOM not in file.parents]
 
+SETTINGS = {  # files that name the section of settings, and how
+    "start/changes.py": '"deepspeed": HERE,',
+    "gpu_record/speed_options.py": '"prefetch": ("deepspeed.prefetch=model",),',
+}
+
 
 def named(text: str) -> Iterator[str]:
     """The lines that name DeepSpeed, but for its launcher, under which any engine may run."""
@@ -30,7 +35,8 @@ def test_no_other_file_names_deepspeed() -> None:
         file.relative_to(ROOT): lines for file in OUTSIDE if (lines := [*named(file.read_text())])
     }
     settings = found.pop(Path("training/config.py"))
-    assert found.pop(Path("training/start/changes.py")) == ['"deepspeed": HERE,']  # a section
+    for file, line in SETTINGS.items():
+        assert found.pop(Path("training") / file) == [line]
     assert not found
     ours = ("DeepSpeedSettings", "`extra`", "offload_optimizer")
     assert all(any(name in line for name in ours) for line in settings)
@@ -55,7 +61,15 @@ def test_the_folder_imports_only_what_lies_below_it() -> None:
         for node in ast.walk(ast.parse(file.read_text()))
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("training.")
     }
-    below = {"adapters", "config", "distributed", "engine_interface", "model", "parameters"}
+    below = {
+        "adapters",
+        "config",
+        "distributed",
+        "engine_interface",
+        "model",
+        "parameters",
+        "speed",
+    }
     assert imported == {"zero3", *below}
 
 
