@@ -240,7 +240,7 @@ class DeepSpeedSettings(Settings):
     offload_optimizer: Literal["none", "cpu"] = "none"
     offload_params: Literal["none", "cpu"] = "none"
     prefetch: Literal["fixed", "model"] = "fixed"
-    """How far ahead weights are gathered: as DeepSpeed presets it, or from the model's sizes."""
+    """How far ahead weights are gathered: by the presets, or from the model's sizes."""
     param_persistence_threshold: int | None = Field(None, ge=0)
     """Parameters of fewer elements stay whole on every rank; null: 100,000, or as `prefetch`."""
     extra: dict[str, Any] = Field({})
