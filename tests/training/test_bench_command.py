@@ -103,7 +103,7 @@ def test_the_record_and_a_call_again(
     assert not ran and "this trainer: overhead" in capsys.readouterr().out
     with pytest.raises(InputError, match=r"packed .* round 2.*packed-2.log"):
         command.main([*line, f"--arms={HERE}", "--rounds=2"])
-    with pytest.raises(InputError, match="work holds runs of other settings.*--work"):
+    with pytest.raises(InputError, match=r"work holds runs of other settings.*--work"):
         command.main([*line, "--steps=3"])
 
 
@@ -140,7 +140,7 @@ def test_an_arm_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, capsys: A
         pytest.skip("TRL is in this environment")
     assert [arm.name for arm in chosen_arms(None)] == HERE.split(",")
     assert "trl" in capsys.readouterr().out
-    with pytest.raises(InputError, match="trl.*make extras"):
+    with pytest.raises(InputError, match=r"trl.*make extras"):
         chosen_arms("packed,trl")
 
 

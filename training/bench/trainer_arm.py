@@ -8,6 +8,7 @@ by worker processes that persist, no logging and no saving.
 
 import argparse
 import time
+from collections.abc import Callable, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -69,33 +70,38 @@ class ProcessorCollator:
         ]
 
 
-def recorded(trainer: type[Trainer], record: ArmRecord) -> type[Trainer]:
+def recorded(kind: type[Trainer], record: ArmRecord) -> type[Trainer]:
     """A trainer that notes each step's samples and loss, and is otherwise the one given."""
 
-    class Recorded(trainer):  # type: ignore[misc, valid-type]
+    class Recorded(kind):  # type: ignore[misc, valid-type]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.add_callback(StepEnds(record, lambda: self.noted))
+
         def training_step(self, model: Any, inputs: Any, *rest: Any, **named: Any) -> Any:
             samples, mask = inputs.pop("samples").tolist(), inputs["attention_mask"]
             supervised = int((inputs["labels"] != IGNORE).sum())
             loss = super().training_step(model, inputs, *rest, **named)
             own = float(loss) / self.args.world_size
-            tokens, slots = int(mask.sum()), mask.numel()
-            self.noted = ArmStep(samples, tokens, slots, supervised, own)
+            self.noted = ArmStep(samples, int(mask.sum()), mask.numel(), supervised, own)
             return loss
 
-    class Noting(TrainerCallback):
-        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            record.end_step(made[0].noted)
+    return Recorded
 
-        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-            record.began = time.perf_counter()
 
-    made: list[Any] = []
+class StepEnds(TrainerCallback):
+    """Notes when training begins, and a step when its update is done."""
 
-    def make(*args: Any, **kwargs: Any) -> Any:
-        made.append(Recorded(*args, callbacks=[Noting()], **kwargs))
-        return made[0]
+    def __init__(self, record: ArmRecord, step: Callable[[], ArmStep]) -> None:
+        self._record, self._step = record, step
 
-    return make  # type: ignore[return-value]
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing of the first step was done."""
+        self._record.began = time.perf_counter()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        """The weights are updated."""
+        self._record.end_step(self._step())
 
 
 def arguments(config: RunConfig, folder: Path, out: Path, workers: int) -> dict[str, Any]:
@@ -146,11 +152,7 @@ def run(folder: Path, out: Path, trl: bool, workers: int) -> int:
     trainer = recorded(kind, record)(
         model=model,
         args=settings,
-        # transformers groups by the length of what is called input_ids; TRL asks for images.
-        train_dataset=[
-            {"sample": row.sample, "input_ids": range(row.length), "images": []}
-            for row in plan.samples
-        ],
+        train_dataset=dataset(plan.samples, trl),
         data_collator=ProcessorCollator(plan.corpus.mixture, plan.samples, processor),
         processing_class=processor,
     )
@@ -158,6 +160,17 @@ def run(folder: Path, out: Path, trl: bool, workers: int) -> int:
     record.held_out_after = held_out.score(model, loss_sum)
     record.write(out, trainer.is_world_process_zero())
     return exit_codes.OK
+
+
+def dataset(samples: Sequence[PlannedSample], trl: bool) -> Any:
+    """Ids of samples and their lengths, which grouping goes by."""
+    if trl:
+        from datasets import Dataset
+
+        rows = [{"sample": row.sample, "length": row.length, "images": []} for row in samples]
+        return Dataset.from_list(rows)
+    # Without that package transformers takes the length of what is called input_ids.
+    return [{"sample": row.sample, "input_ids": range(row.length)} for row in samples]
 
 
 _FOR_TRL = {"gradient_checkpointing": False, "max_length": None}
