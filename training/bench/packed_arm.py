@@ -41,7 +41,7 @@ def run(folder: Path, out: Path) -> int:
         record.began = time.perf_counter()
         return engines[0], progress
 
-    trainer.start = timed_start
+    vars(trainer)["start"] = timed_start
     trainer.train(config, ranks)
     (engine,) = engines
     rows = read_metrics(config.output_dir / "metrics.jsonl")

@@ -35,6 +35,6 @@ def write_start(config: RunConfig, folder: Path) -> None:
 
 def _weights(model: torch.nn.Module, dtype: torch.dtype) -> list[Weight]:
     return [
-        Weight(name, tuple(value.shape), dtype, lambda value=value: value.detach().contiguous())
+        Weight(name, tuple(value.shape), dtype, value.detach().contiguous)
         for name, value in model.state_dict().items()
     ]

@@ -138,8 +138,8 @@ def run(folder: Path, out: Path, trl: bool, workers: int) -> int:
     """Train the workload in `folder`, and write what was noted to `out`."""
     config, record = open_workload(folder), ArmRecord()
     plan, held_out = plan_of(config), HeldOut(config, folder)
-    kind, settings = _trainer(trl)
-    settings = settings(**arguments(config, folder, out, workers), **(_FOR_TRL if trl else {}))
+    kind, settings_of = _trainer(trl)
+    settings = settings_of(**arguments(config, folder, out, workers), **(_FOR_TRL if trl else {}))
     start = folder / "start"
     model = AutoModelForImageTextToText.from_pretrained(start, trust_remote_code=True)
     processor = AutoProcessor.from_pretrained(start, trust_remote_code=True)
@@ -173,7 +173,7 @@ def dataset(samples: Sequence[PlannedSample], trl: bool) -> Any:
     return [{"sample": row.sample, "input_ids": range(row.length)} for row in samples]
 
 
-_FOR_TRL = {"gradient_checkpointing": False, "max_length": None}
+_FOR_TRL: dict[str, Any] = {"gradient_checkpointing": False, "max_length": None}
 
 
 def _trainer(trl: bool) -> tuple[type[Trainer], type[TrainingArguments]]:
