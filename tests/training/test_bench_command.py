@@ -14,9 +14,9 @@ from data_pipeline.loader import PackedBatch
 from training.bench import comparison_table, loss_memory, rounds
 from training.bench.arm_record import ArmStep, joined
 from training.bench.arms import ARMS, chosen_arms
+from training.bench.bench_workload import BenchWorkload
 from training.bench.padded_rows import padded_rows
 from training.bench.planned_samples import PlannedSample, grouped_by_length
-from training.bench.workload import Workload
 
 HERE = "packed,padded,grouped,transformers"
 SMALL = [
@@ -123,7 +123,7 @@ def test_bad_input(line: list[str], says: str, tmp_path: Path) -> None:
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "mine").touch()
     with pytest.raises(InputError, match="not empty"):
-        Workload(2, 4, 2).prepare(tmp_path)
+        BenchWorkload(2, 4, 2).prepare(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 

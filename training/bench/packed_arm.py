@@ -15,10 +15,10 @@ import training.train as trainer
 from data_pipeline.plan import StepPlan
 from training import exit_codes
 from training.bench.arm_record import ArmRecord, ArmStep
-from training.bench.held_out import HeldOut, token_loss_sum
+from training.bench.bench_workload import open_workload
+from training.bench.held_out_rows import HeldOutRows, token_loss_sum
 from training.bench.planned_samples import EpochPlan, plan_of
 from training.bench.timed_engine import TimedEngine
-from training.bench.workload import open_workload
 from training.distributed import Ranks
 from training.metrics import read_metrics
 from training.start import start
@@ -31,7 +31,7 @@ def run(folder: Path, out: Path) -> int:
     config = open_workload(folder)
     config = config.model_copy(update={"output_dir": out.with_suffix(".run")})
     ranks = init_distributed(config.faults.startup_timeout_s, on_cpu=True)
-    record, held_out = ArmRecord(), HeldOut(config, folder)
+    record, held_out = ArmRecord(), HeldOutRows(config, folder)
     engines: list[TimedEngine] = []
 
     def timed_start(*args: Any) -> tuple[Any, Any]:

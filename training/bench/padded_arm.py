@@ -15,11 +15,11 @@ from typing import Any
 from data_pipeline.plan import PackPlan
 from training import exit_codes
 from training.bench.arm_record import ArmRecord, ArmStep
-from training.bench.held_out import HeldOut, token_loss_sum
+from training.bench.bench_workload import batch_size, open_workload
+from training.bench.held_out_rows import HeldOutRows, token_loss_sum
 from training.bench.padded_rows import padded_rows
 from training.bench.planned_samples import EpochPlan, grouped_by_length, plan_of
 from training.bench.timed_engine import TimedEngine
-from training.bench.workload import batch_size, open_workload
 from training.config import RunConfig
 from training.distributed import Ranks, all_reduce_sum
 from training.model.build import DTYPES
@@ -33,7 +33,7 @@ def run(folder: Path, out: Path, grouped: bool) -> int:
     quiet_libraries()
     config = open_workload(folder)
     ranks = init_distributed(config.faults.startup_timeout_s, on_cpu=True)
-    plan, record, held_out = plan_of(config), ArmRecord(), HeldOut(config, folder)
+    plan, record, held_out = plan_of(config), ArmRecord(), HeldOutRows(config, folder)
     inner = build_engine(config, plan.corpus.tokenizer, ranks)
     projector: Any = inner.module.projector
     projector.impl, _ = choose_projector(

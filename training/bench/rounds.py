@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from data_pipeline.errors import InputError
 from training.bench.arms import Arm
-from training.bench.workload import Workload
+from training.bench.bench_workload import BenchWorkload
 
 _TAIL = 600
 
@@ -21,7 +21,7 @@ Runs = dict[str, list[dict[str, Any]]]
 
 
 def run_rounds(
-    arms: Sequence[Arm], rounds: int, workload: Workload, folder: Path, workers: int
+    arms: Sequence[Arm], rounds: int, workload: BenchWorkload, folder: Path, workers: int
 ) -> Runs:
     """All runs, those of an earlier call included.
 

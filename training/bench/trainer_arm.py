@@ -27,9 +27,9 @@ from data_pipeline.batch import IGNORE
 from data_pipeline.mixture import Mixture
 from training import exit_codes
 from training.bench.arm_record import ArmRecord, ArmStep
-from training.bench.held_out import HeldOut
+from training.bench.bench_workload import batch_size, open_workload
+from training.bench.held_out_rows import HeldOutRows
 from training.bench.planned_samples import PlannedSample, plan_of
-from training.bench.workload import batch_size, open_workload
 from training.config import RunConfig
 
 
@@ -137,7 +137,7 @@ def arguments(config: RunConfig, folder: Path, out: Path, workers: int) -> dict[
 def run(folder: Path, out: Path, trl: bool, workers: int) -> int:
     """Train the workload in `folder`, and write what was noted to `out`."""
     config, record = open_workload(folder), ArmRecord()
-    plan, held_out = plan_of(config), HeldOut(config, folder)
+    plan, held_out = plan_of(config), HeldOutRows(config, folder)
     kind, settings_of = _trainer(trl)
     settings = settings_of(**arguments(config, folder, out, workers), **(_FOR_TRL if trl else {}))
     start = folder / "start"

@@ -8,9 +8,9 @@ import torch
 
 from data_pipeline.batch import IGNORE
 from data_pipeline.corpus import make_exact_builder
+from training.bench.bench_workload import held_out_data
 from training.bench.padded_rows import padded_rows
 from training.bench.planned_samples import as_pack, plan_of
-from training.bench.workload import held_out_data
 from training.config import RunConfig
 
 _ROWS = 8
@@ -19,7 +19,7 @@ LossSum = Callable[[dict[str, Any]], float]
 """The sum of the cross-entropy over the supervised tokens of rows."""
 
 
-class HeldOut:
+class HeldOutRows:
     """The held-out samples of a workload, by length, as padded rows."""
 
     def __init__(self, config: RunConfig, folder: Path) -> None:

@@ -85,7 +85,7 @@ _SETTINGS: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class Workload:
+class BenchWorkload:
     """One epoch of `steps` steps of about `samples_per_step` samples, on `ranks` ranks.
 
     overrides: settings of the run, as `key=value`. held_out: samples that are scored at the end.
@@ -153,7 +153,7 @@ class Workload:
 
 
 def open_workload(folder: Path) -> RunConfig:
-    """The settings of what `Workload.prepare` wrote."""
+    """The settings of what `BenchWorkload.prepare` wrote."""
     return load_config(folder / "config.yaml")
 
 
@@ -170,7 +170,7 @@ def held_out_data(config: RunConfig, folder: Path) -> RunConfig:
     return config.model_copy(update={"data": data})
 
 
-def fit_packs(config: RunConfig, workload: Workload) -> RunConfig:
+def fit_packs(config: RunConfig, workload: BenchWorkload) -> RunConfig:
     """Settings whose packs are as long as an epoch of `steps` steps needs them, or nearly."""
     lengths = [length for plan in plan_of(config).packs for length in plan.lengths.tolist()]
     packs = workload.steps * workload.ranks
@@ -184,7 +184,7 @@ def fit_packs(config: RunConfig, workload: Workload) -> RunConfig:
     return fitted.model_copy(update={"train": config.train.model_copy(update={"steps": steps})})
 
 
-def _write_corpus(folder: Path, workload: Workload) -> None:
+def _write_corpus(folder: Path, workload: BenchWorkload) -> None:
     rng = np.random.default_rng(0)
     texts: list[str] = []
     for name, samples in ((_OF_TRAINING, workload.samples), (_HELD_OUT, workload.held_out)):
