@@ -77,7 +77,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     sizes = map(int, (args.steps, args.samples_per_step, args.ranks))
     workload = BenchWorkload(*sizes, overrides=tuple(args.overrides))
     workload.prepare(args.work)
-    before = measured_on((*PACKAGES, "accelerate", "trl"))
+    before = measured_on((*PACKAGES, "accelerate"))
+    before["versions"] |= {arm.package: arm.version() for arm in arms if arm.package}
     runs = run_rounds(arms, args.rounds, workload, args.work, args.workers)
     found: dict[str, Any] = {
         "command": shlex.join(["python", "-m", "training.bench", *(argv or sys.argv[1:])]),

@@ -1,6 +1,7 @@
 """The arms that are compared: what each is called, and how its ranks are started."""
 
 import importlib.util
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,14 @@ class Arm:
             return sys.executable
         beside = Path(f"{sys.prefix}-{self.package}")
         return str(beside / "bin" / "python") if (beside / "installed").exists() else None
+
+    def version(self) -> str | None:
+        """Of its package, in whatever Python has it."""
+        if self.package is None or (python := self.python()) is None:
+            return None
+        code = f"from importlib import metadata; print(metadata.version({self.package!r}))"
+        done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True)
+        return done.stdout.strip()
 
     def command(self, ranks: int, workers: int, folder: Path, out: Path) -> list[str]:
         """Starts its ranks on the workload in `folder`; what they noted is written to `out`."""
