@@ -74,8 +74,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.out.is_dir():
         raise InputError(f"--out {args.out} is a folder; name a file")
     # Plain integers: those of the parser are of a class of its own.
-    sizes = map(int, (args.steps, args.samples_per_step, args.ranks))
-    workload = BenchWorkload(*sizes, overrides=tuple(args.overrides))
+    workload = BenchWorkload(
+        int(args.steps), int(args.samples_per_step), int(args.ranks), tuple(args.overrides)
+    )
     workload.prepare(args.work)
     before = measured_on((*PACKAGES, "accelerate"))
     before["versions"] |= {arm.package: arm.version() for arm in arms if arm.package}
