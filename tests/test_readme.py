@@ -73,6 +73,7 @@ SMALLER: dict[str, str | None] = {
     # tests/data_pipeline/test_stores.py
     "python -m data_pipeline.index 's3://bucket/set/{000..127}.tar' --index-dir data/set "
     "--tokenizer Qwen/Qwen2.5-7B-Instruct --storage-option anon=true": None,
+    "python -m training.bench": "python -m training.bench --help",
     "python -m data_pipeline.bench remote": "python -m data_pipeline.bench remote --quick",
     "python -m data_pipeline.stats plan training/configs/digits.yaml --out runs/stats.png": (
         "python -m data_pipeline.stats plan training/configs/digits.yaml --out runs/stats.png "

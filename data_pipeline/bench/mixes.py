@@ -7,6 +7,10 @@ import numpy as np
 
 from data_pipeline.balance.deal import Ints
 
+TEXT_MEDIAN, TEXT_SIGMA = 120, 0.9
+"""Of the tokens of a text."""
+STANDARD_IMAGES = (0.15, 0.60, 0.12, 0.07, 0.06)
+"""Probabilities of 0, 1, .. images in a sample of `standard`."""
 _TOKENS_PER_TILE = (64, 144, 256)
 _TOKENS_AROUND_IMAGE = 2
 
@@ -29,7 +33,13 @@ def draw_mix(name: str, seed: int, samples: int, max_tokens: int) -> Lengths:
     return Lengths(lengths.tokens[fits], lengths.tiles[fits])
 
 
-def _text(rng: np.random.Generator, samples: int, median: float, sigma: float) -> Ints:
+def draw_text(
+    rng: np.random.Generator,
+    samples: int,
+    median: float = TEXT_MEDIAN,
+    sigma: float = TEXT_SIGMA,
+) -> Ints:
+    """Tokens of texts, lognormal and at least 8, int64 [samples]."""
     return np.maximum(8, rng.lognormal(np.log(median), sigma, samples)).astype(np.int64)
 
 
@@ -48,7 +58,7 @@ def _of_images(*probabilities: float) -> Mix:
     """Short texts with 0, 1, .. images of 1 to 7 tiles."""
 
     def draw(rng: np.random.Generator, samples: int, max_tokens: int) -> Lengths:
-        text = _text(rng, samples, 120, 0.9)
+        text = draw_text(rng, samples)
         images = rng.choice(len(probabilities), samples, p=probabilities)
         return _with_images(rng, text, images, 7)
 
@@ -56,16 +66,16 @@ def _of_images(*probabilities: float) -> Mix:
 
 
 def _long_text(rng: np.random.Generator, samples: int, max_tokens: int) -> Lengths:
-    return Lengths(_text(rng, samples, 1500, 1.0), np.zeros(samples, dtype=np.int64))
+    return Lengths(draw_text(rng, samples, 1500, 1.0), np.zeros(samples, dtype=np.int64))
 
 
 def _single_image(rng: np.random.Generator, samples: int, max_tokens: int) -> Lengths:
-    text = _text(rng, samples, 120, 0.9)
+    text = draw_text(rng, samples)
     return _with_images(rng, text, np.ones(samples, dtype=np.int64), 12)
 
 
 def _many_images(rng: np.random.Generator, samples: int, max_tokens: int) -> Lengths:
-    return _with_images(rng, _text(rng, samples, 120, 0.9), rng.integers(4, 17, samples), 7)
+    return _with_images(rng, draw_text(rng, samples), rng.integers(4, 17, samples), 7)
 
 
 def _bimodal(rng: np.random.Generator, samples: int, max_tokens: int) -> Lengths:
@@ -81,7 +91,7 @@ def _equal(rng: np.random.Generator, samples: int, max_tokens: int) -> Lengths:
 
 
 MIXES: dict[str, Mix] = {
-    "standard": _of_images(0.15, 0.60, 0.12, 0.07, 0.06),
+    "standard": _of_images(*STANDARD_IMAGES),
     "text_heavy": _of_images(0.80, 0.14, 0.03, 0.02, 0.01),
     "long_text": _long_text,
     "single_image": _single_image,

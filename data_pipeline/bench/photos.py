@@ -39,7 +39,8 @@ def make_corpus(folder: Path, num_samples: int, num_shards: int) -> PhotoCorpus:
     texts = []
     with SampleWriter(folder / "shards", limits) as writer:
         for number in range(num_samples):
-            question, answer = _sentence(rng, 12), _sentence(rng, int(rng.integers(20, 200)))
+            question = make_sentence(rng, 12)
+            answer = make_sentence(rng, int(rng.integers(20, 200)))
             texts.append(f"{question}\n{answer}")
             content = [{"type": "text", "text": question}]
             images = {}
@@ -94,6 +95,7 @@ def _enlarge(plane: np.ndarray) -> np.ndarray:
     return np.asarray(Image.fromarray(plane).resize((_CANVAS, _CANVAS), Image.Resampling.BICUBIC))
 
 
-def _sentence(rng: np.random.Generator, words: int) -> str:
+def make_sentence(rng: np.random.Generator, words: int) -> str:
+    """Words of a few dozen, in no order."""
     known = _TEXT.split()
     return " ".join(known[i] for i in rng.integers(len(known), size=words).tolist())
