@@ -15,6 +15,7 @@ OUTSIDE = [file for file in (ROOT / "training").rglob("*.py") if ROOM not in fil
 
 SETTINGS = {  # files that name the section of settings, and how
     "start/changes.py": '"deepspeed": HERE,',
+    "bench/bench_workload.py": '"deepspeed": {"param_persistence_threshold": 0},',
     "gpu_record/speed_options.py": '"prefetch": ("deepspeed.prefetch=model",),',
 }
 

@@ -43,22 +43,22 @@ def run(folder: Path, out: Path) -> int:
 
     vars(trainer)["start"] = timed_start
     trainer.train(config, ranks)
-    (engine,) = engines
+    (timed,) = engines
     rows = read_metrics(config.output_dir / "metrics.jsonl")
-    record.steps = _steps(plan_of(config), engine, rows, ranks)
-    record.memory_gib = engine.ends[-1].memory_gib
-    record.held_out_after = held_out.score(engine, token_loss_sum(engine))
+    record.steps = _steps(plan_of(config), timed, rows, ranks)
+    record.memory_gib = timed.ends[-1].memory_gib
+    record.held_out_after = held_out.score(timed, token_loss_sum(timed))
     record.write(out, ranks.is_main)
     return exit_codes.OK
 
 
 def _steps(
-    plan: EpochPlan, engine: TimedEngine, rows: list[dict[str, Any]], ranks: Ranks
+    plan: EpochPlan, timed: TimedEngine, rows: list[dict[str, Any]], ranks: Ranks
 ) -> list[ArmStep]:
     """This rank's steps, from the plan, the engine's times and the run's own metrics."""
     found = []
     mixture = plan.corpus.mixture
-    for step, end, row in zip(plan.steps, engine.ends, rows, strict=True):
+    for step, end, row in zip(plan.steps, timed.ends, rows, strict=True):
         if row["data_hash"] != _data_hash(step):
             raise RuntimeError(f"step {row['step']} was not trained on what is planned for it")
         packs = step.packs[ranks.rank :: ranks.world_size]

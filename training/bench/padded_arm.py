@@ -40,15 +40,15 @@ def run(folder: Path, out: Path, grouped: bool) -> int:
         config.train.projector_impl, ranks, DTYPES[config.train.precision]
     )
     record.held_out_before = held_out.score(inner, token_loss_sum(inner))
-    engine = TimedEngine(inner)
+    timed = TimedEngine(inner)
     steps = [list(step.packs) for step in plan.steps]
     if grouped:
         batch = batch_size(folder)
         steps = grouped_by_length(plan.samples, batch, ranks.world_size, config.seed)
     record.began = time.perf_counter()
-    for step in _trained(engine, [step[ranks.rank] for step in steps], plan, config, ranks):
+    for step in _trained(timed, [step[ranks.rank] for step in steps], plan, config, ranks):
         record.end_step(step)
-        step.compute = engine.ends[-1].compute
+        step.compute = timed.ends[-1].compute
     record.held_out_after = held_out.score(inner, token_loss_sum(inner))
     record.write(out, ranks.is_main)
     return exit_codes.OK
