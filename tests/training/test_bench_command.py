@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -96,9 +97,10 @@ def test_the_record_and_a_call_again(
 
     def fails(line: list[str], **_: Any) -> Any:
         ran.append(line)
-        return rounds.subprocess.CompletedProcess(line, 1)
+        return SimpleNamespace(returncode=1)
 
-    monkeypatch.setattr(rounds.subprocess, "run", fails)
+    # In that module alone: others ask git for the commit.
+    monkeypatch.setattr(rounds, "subprocess", SimpleNamespace(run=fails, DEVNULL=0, STDOUT=0))
     command.main([*line, f"--arms={HERE}"])
     assert not ran and "this trainer: overhead" in capsys.readouterr().out
     with pytest.raises(InputError, match=r"packed .* round 2.*packed-2.log"):
