@@ -112,6 +112,11 @@ def test_what_the_seeds_do_not_decide_stays_open() -> None:
     assert set(verdicts(made_up((0.63,), seeds=1)).values()) == {UNTESTED}
 
 
+def test_an_experiment_that_is_not_complete_claims_what_it_can() -> None:
+    evaluations = {("a", 0): rows({4: 0.6, 16: 0.3}), ("b", 1): rows({4: 0.2, 16: 0.9})}
+    assert accuracy_claims(Scores(evaluations, {"a": [4], "b": [16], "c": [4, 16]})) == []
+
+
 @pytest.mark.parametrize(("unseen", "verdict"), [(0.66, HELD), (0.30, FAILED)])
 def test_an_unseen_count_is_held_against_the_drawn_one_below(unseen: float, verdict: str) -> None:
     found = verdicts(made_up((0.63, 0.64, 0.65), unseen=unseen))

@@ -93,10 +93,10 @@ def _keeps_unseen(scores: Scores, arm: str) -> list[Claim]:
 def _collapses(scores: Scores, fixed: Mapping[int, str], count: int) -> list[Claim]:
     """A fixed arm at the counts of the other fixed arms, against these."""
     arm = fixed[count]
-    others = {n: other for n, other in fixed.items() if n != count and scores.seeds(arm, other)}
-    if not others:
-        return []
+    others = {n: other for n, other in fixed.items() if n != count}
     seeds = scores.seeds(arm, *others.values())
+    if not others or not seeds:  # an experiment that is not complete
+        return []
     behind = [scores.at(other, n, seeds) - scores.at(arm, n, seeds) for n, other in others.items()]
     mean = sum(behind) / len(behind)
     return [
