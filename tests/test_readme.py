@@ -301,6 +301,13 @@ def test_what_is_said_of_drawn_counts_is_the_record() -> None:
             cells = [f"**{v}**" if n in run["drawn"] else v for n, v in shares.items()]
             assert f"| {name}, {detail} | {' | '.join(cells)} |" in prose()
         assert min(run["accuracy"]["k=1"][n] for n in ("4", "9", "16", "25", "36", "49")) > 0.97
+    before = json.loads((ROOT / "training/results/untrained_counts.json").read_text())["digits"]
+    three = {str(c["num_image_tokens"]): c for c in before["counts"] if c["trained"]}
+    for shares in (
+        [count["by_detail"]["k=2"] for count in three.values()],
+        [record["digits"]["accuracy"]["k=2"][count] for count in three],
+    ):
+        assert f"to {', '.join(f'{100 * share:.1f}' for share in shares)} %" in prose()
     ended = record["ended_early"]
     losses = f"{ended['loss']:.2f} against {ended['loss_in_order']:.2f} in order"
     assert f"after {ended['step']} steps the loss was {losses}" in prose()
