@@ -49,14 +49,16 @@ def accuracy(path: Path) -> None:
         k = detail.removeprefix("k=")
         (line,) = axes.plot(*zip(*points, strict=True), marker="o", label=f"{k} x {k} colours")
         unseen = [point for point in points if point[0] not in drawn]
-        axes.plot(*zip(*unseen, strict=True), "o", color="white", mec=line.get_color(), zorder=3)
+        if unseen:
+            color = line.get_color()
+            axes.plot(*zip(*unseen, strict=True), "o", color="white", mec=color, zorder=3)
     counts = sorted({row["num_image_tokens"] for row in rows})
     axes.set_xscale("log", base=2)
     axes.set_xticks(counts, [str(count) for count in counts])
     axes.set(xlabel="vision tokens per image", ylabel="exact match, %", ylim=(0, 102))
     axes.set_title("One model at every count (demo grid.yaml); hollow: not trained", fontsize=10)
     axes.grid(alpha=0.3)
-    axes.legend(loc="center left", bbox_to_anchor=(0.02, 0.62))
+    axes.legend(loc="lower right")
     figure.tight_layout()
     # Without the version of matplotlib, the same record gives the same file.
     figure.savefig(path, metadata={"Software": None})
