@@ -14,6 +14,7 @@ import matplotlib
 from PIL import Image, ImageDraw, ImageFont
 from sklearn.datasets import load_sample_image
 
+from training.config import load_config
 from training.demo.token_grid import draw_token_grid
 
 matplotlib.use("Agg")
@@ -31,8 +32,13 @@ COLOURS = 64  # of the palette: a photograph in full colour is four times as lar
 
 
 def accuracy(path: Path) -> None:
-    """Plot the recorded accuracy of every difficulty against the tokens per image."""
+    """Plot the recorded accuracy of every difficulty against the tokens per image.
+
+    Hollow points are counts that training never drew.
+    """
     rows = json.loads(RECORD.read_text())["evaluation"]
+    tokens = load_config(ROOT / "training" / "configs" / "grid.yaml").data.tokens
+    drawn = {side**2 for side in tokens.trained_sides}
     figure, axes = plt.subplots(figsize=(6, 3.2), dpi=150)
     for detail in sorted({row["detail"] for row in rows} - {"all"}):
         points = sorted(
@@ -41,14 +47,18 @@ def accuracy(path: Path) -> None:
             if row["detail"] == detail
         )
         k = detail.removeprefix("k=")
-        axes.plot(*zip(*points, strict=True), marker="o", label=f"{k} x {k} colours")
+        (line,) = axes.plot(*zip(*points, strict=True), marker="o", label=f"{k} x {k} colours")
+        unseen = [point for point in points if point[0] not in drawn]
+        if unseen:
+            color = line.get_color()
+            axes.plot(*zip(*unseen, strict=True), "o", color="white", mec=color, zorder=3)
     counts = sorted({row["num_image_tokens"] for row in rows})
     axes.set_xscale("log", base=2)
     axes.set_xticks(counts, [str(count) for count in counts])
     axes.set(xlabel="vision tokens per image", ylabel="exact match, %", ylim=(0, 102))
-    axes.set_title("One model, three token counts (demo grid.yaml)", fontsize=10)
+    axes.set_title("One model at every count (demo grid.yaml); hollow: not trained", fontsize=10)
     axes.grid(alpha=0.3)
-    axes.legend(loc="center left", bbox_to_anchor=(0.02, 0.62))
+    axes.legend(loc="lower right")
     figure.tight_layout()
     # Without the version of matplotlib, the same record gives the same file.
     figure.savefig(path, metadata={"Software": None})

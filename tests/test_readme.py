@@ -368,7 +368,7 @@ def test_the_numbers_are_those_recorded(record: str, label: str) -> None:
     for row in recorded["evaluation"]:
         accuracy.setdefault(row["detail"], {})[row["num_image_tokens"]] = 100 * row["accuracy"]
     for detail in accuracy.keys() - {"all"}:
-        cells = " | ".join(f"{accuracy[detail][count]:.1f}" for count in (4, 16, 64))
+        cells = " | ".join(f"{value:.1f}" for _, value in sorted(accuracy[detail].items()))
         assert f"| {label}, {detail} | {cells} |" in pages
     assert recorded["machine"] in pages
     if record == "digits_seed1":
