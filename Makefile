@@ -1,7 +1,7 @@
 # make pretrain | test | lint | setup        (CONFIG=..., NPROC=..., ARGS="key=value ...")
 SHELL := /bin/bash
 PYTHON ?= python3
-CONFIG ?= training/configs/digits.yaml
+CONFIG ?= training/configs/grid.yaml
 ARGS ?=
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -15,8 +15,8 @@ export TOKENIZERS_PARALLELISM ?= false
   pictures lint clean
 
 help:
-	@echo "make pretrain   set up, then train and evaluate the demo (CONFIG=training/configs/grid.yaml"
-	@echo "                for the colours; NPROC=2; ARGS=\"train.steps=200\"); again: continues"
+	@echo "make pretrain   set up, then train and evaluate the demo (CONFIG=training/configs/digits.yaml"
+	@echo "                for handwriting; NPROC=2; ARGS=\"train.steps=200\"); again: continues"
 	@echo "make test       set up, then run all tests"
 	@echo "make test-fast  set up, then run the tests that need one process, no cluster and no GPU"
 	@echo "make chaos      ten faults of different kinds on a small run, about 3 minutes"

@@ -29,8 +29,8 @@ SMALLER: dict[str, str | None] = {
     "make test": f"{MAKE} -n test",
     "make test-fast": f"{MAKE} -n test-fast",
     "sbatch slurm/pretrain.sh training/configs/digits.yaml": None,  # tests/slurm/test_pretrain.py
-    "make pretrain CONFIG=training/configs/grid.yaml": (
-        f'{MAKE} pretrain CONFIG=training/configs/grid.yaml ARGS="{SMALL}"'
+    "make pretrain CONFIG=training/configs/digits.yaml": (
+        f'{MAKE} pretrain CONFIG=training/configs/digits.yaml ARGS="{SMALL}"'
     ),
     'make pretrain ARGS="train.steps=300 output_dir=runs/short"': (
         f'{MAKE} pretrain ARGS="output_dir=runs/short {SMALL}"'
@@ -293,9 +293,9 @@ def test_the_pictures_are_those_of_the_script(draw: Callable[[Path], None], tmp_
 
 
 def test_the_printed_table_is_the_record() -> None:
-    recorded = json.loads((ROOT / "training/results/digits.json").read_text())
+    recorded = json.loads((ROOT / "training/results/grid.json").read_text())
     assert f"held-out accuracy after step {recorded['steps']}:" in README.read_text()
-    for detail in ("k=1", "k=2", "all"):
+    for detail in ("k=1", "k=2", "k=4", "all"):
         rows = [row for row in recorded["evaluation"] if row["detail"] == detail]
         cells = "  ".join(
             f"{100 * row['accuracy']:.1f} ({100 * row['token_accuracy']:.1f})" for row in rows
