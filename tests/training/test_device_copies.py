@@ -74,12 +74,13 @@ def test_a_step_copies_one_pack_ahead_also_of_the_next_step(
 
     def engine(**inputs: Any) -> Any:
         did.append("forward")
-        return SimpleNamespace(loss=torch.zeros(()), token_losses=None)
+        return SimpleNamespace(loss=torch.zeros(()), token_losses=None, divergences=None)
 
     engine.param_groups, engine.backward = [], lambda *_, **__: did.append("backward")  # type: ignore[attr-defined]
     meter: Any = SimpleNamespace(add=lambda *_: None, counts={}, reduce=reduce)
     run: Any = SimpleNamespace(
         copies=PackCopies(GPU),
+        config=SimpleNamespace(consistency_weight=None),
         ranks=SimpleNamespace(world_size=1, device=GPU),
         schedule=SimpleNamespace(factor=lambda step: 1.0),
         loss_chunks=1,
