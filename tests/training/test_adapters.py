@@ -17,7 +17,7 @@ from training.adapters import (
     piece_of,
     plain_name,
 )
-from training.config import RECOMPUTED, TrainSettings, load_config
+from training.config import LAYERED, TrainSettings, load_config
 from training.export.adapter_folder import check_adapters
 from training.model import PackedTokenFlex
 from training.parameters import freeze, module_table, parameter_groups, recompute_activations
@@ -106,7 +106,7 @@ def test_only_adapters_train_and_all_of_them(checkpointing: bool) -> None:
     train = settings(vision_model=RANKED, projector=RANKED, language_model=RANKED)
     model = adapted(train)
     if checkpointing:
-        recompute_activations(model, RECOMPUTED)
+        recompute_activations(model, LAYERED)
     as_if_trained(model)
     model(**test_flops.pack([4, 2])).loss.backward()
     for name, parameter in model.named_parameters():
