@@ -73,6 +73,17 @@ class ModelSettings(Settings):
             raise ValueError(f"expected one of {', '.join(POOL_MODES)}")
         return mode
 
+    def fingerprint(self) -> dict[str, Any]:
+        """What is trained, whatever its weights came from: a checkpoint holds them.
+
+        Without a projector of the defaults, which checkpoints of before it was a setting lack.
+        """
+        left_out: dict[str, Any] = {"vision": {"pretrained"}, "llm": {"pretrained"}}
+        left_out["pretrained"] = True
+        if self.projector == ProjectorSettings():
+            left_out["projector"] = True
+        return self.model_dump(mode="json", exclude=left_out)
+
 
 class ModuleSettings(Settings):
     """Whether a module trains, and how fast."""

@@ -20,7 +20,7 @@ from data_pipeline.stats.placed import Placed
 from data_pipeline.storage import Storage
 from data_pipeline.tokenizer import load_tokenizer
 from training.checkpoint.pruning import Best
-from training.config import DataSettings, ProjectorSettings, RunConfig
+from training.config import DataSettings, RunConfig
 from training.distributed import Ranks, from_main
 from training.engine_interface import Engine
 from training.evaluate.in_training import Evaluation, evaluate
@@ -85,11 +85,6 @@ class Run:
     def _fingerprints(self) -> dict[str, Any]:
         """What a place in the plan and the optimizer's state depend on."""
         config = self.config
-        # Where pretrained weights came from no longer matters once a checkpoint holds them.
-        sources: Any = {"vision": {"pretrained"}, "llm": {"pretrained"}, "pretrained": True}
-        model = config.model.model_dump(mode="json", exclude=sources)
-        if config.model.projector == ProjectorSettings():
-            del model["projector"]  # checkpoints of before it was a setting have none
         adapters = config.train.adapters.shapes()
         return {
             "seed": config.seed,
@@ -100,7 +95,7 @@ class Run:
             "data.tiling": config.data.tiling.model_dump(mode="json"),
             "data.tokens": config.data.tokens.fingerprint(),
             "data.pack": config.data.pack.model_dump(mode="json"),
-            "model": model,
+            "model": config.model.fingerprint(),
             "train.precision": config.train.precision,
             "trained modules": [
                 name if m.trains_whole else f"{name}: {m.train}"

@@ -97,12 +97,11 @@ def _check_same(
     manifest: Manifest, config: RunConfig, tokenizer: Tokenizer, config_file: Path
 ) -> None:
     """InputError where the settings are not those that the checkpoint was saved with."""
-    sources: Any = {"vision": {"pretrained"}, "llm": {"pretrained"}, "pretrained": True}
     now = {
         "data.tokenizer": tokenizer.fingerprint,
         "data.chat": config.data.chat.model_dump(mode="json"),
         "data.tiling": config.data.tiling.model_dump(mode="json"),
-        "model": config.model.model_dump(mode="json", exclude=sources),
+        "model": config.model.fingerprint(),
         "train.adapters": config.train.adapters.shapes(),
     }
     saved = manifest.fingerprints
