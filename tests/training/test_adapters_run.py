@@ -145,8 +145,6 @@ def test_a_later_stage_without_them_has_the_merged_weights(
     stage: Stage, one_rank: RankPool, tmp_path: Path
 ) -> None:
     settings = (*stage.settings, *stage.adapters, *NONE, *WHOLE, *STILL)
-    if stage.adapters is DORA:  # those of the other parts go on training
-        settings += ("train.adapters.vision_model.lr=0", "train.adapters.projector.lr=0")
     settings = (*settings, f"checkpoint.init_from={stage.out}")
     code, said, _ = one_rank.run(Starting(), stage.corpus, tmp_path / "next", *settings)[0]
     assert code == 0 and "adapters of language_model are merged" in said, code
