@@ -26,6 +26,7 @@ def advise(tokens: np.ndarray, tiles: np.ndarray, most: int = 1, **pack: int) ->
         tiles=tiles[in_a_step],
         images=tiles[in_a_step],
         flops=flops[in_a_step],
+        pairs=tokens[in_a_step] ** 2,
         sides=np.empty(0, np.int64),
         pack=packing.pack[in_a_step],
         num_steps=packing.num_steps,

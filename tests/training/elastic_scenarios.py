@@ -70,8 +70,8 @@ def with_extra() -> Iterator[None]:
     """Models built meanwhile send what their projector returns through an `Extra`."""
     real = build.build_model
 
-    def build_model(config: RunConfig, *args: Any) -> nn.Module:
-        model = real(config, *args)
+    def build_model(config: RunConfig, *args: Any, **named: Any) -> nn.Module:
+        model = real(config, *args, **named)
         model.projector.extra = Extra().to(model.dtype)
         model.projector.register_forward_hook(lambda module, _, out: module.extra(out))
         return model

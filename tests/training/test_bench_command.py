@@ -175,6 +175,7 @@ def test_rows_are_the_samples_of_the_pack() -> None:
         tiles=torch.zeros(1, 3, 4, 4, dtype=torch.uint8),
         tile_sides=[2],
         num_images=1,
+        num_samples=2,
         sample_ids=[0, 1],
         sample_datasets=[0, 0],
         sample_sides=[2, 0],
