@@ -18,7 +18,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from kernels.dispatch import implementation, use_fused
 from kernels.passes import Needs, Saved, Weights, backward, forward
-from kernels.tile_layout import COLUMNS, TileLayout, tile_layout
+from kernels.tile_layout import COLUMNS, TileLayout, shape_kinds, tile_layout
 
 
 def steps(
@@ -143,7 +143,8 @@ def projector_backward(
     if grad.shape[0] == 0:
         empty = _empty_gradients(grad, patches, weights, Needs(*needs))
         return tuple(gradient.zero_() for gradient in empty)  # type: ignore[return-value]
-    layout = TileLayout(shapes.numpy(), o.pool, table)
+    on_host = shapes.numpy()
+    layout = TileLayout(on_host, o.pool, table, shape_kinds(on_host))
     saved, grad = Saved(pooled, mean, rstd, gate, value), grad.contiguous()
     with _plain_numerics(grad):
         sizes = {"D": w3.shape[0], "F": w3.shape[1]}

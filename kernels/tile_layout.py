@@ -28,11 +28,13 @@ class TileLayout:
     shapes: int64 [T, 4], the H, W, h, w of each tile, on the host. mode: "adaptive" or "resize".
     table: int32 [8 T + M] on the device: of each tile its first token, first patch, H, W, h, w and
         where its spans begin, down and across; then the tile of each token.
+    kinds: of `shape_kinds`.
     """
 
     shapes: npt.NDArray[np.int64]
     mode: str
     table: Tensor
+    kinds: tuple[list[Shape], npt.NDArray[np.intp]]
 
     @property
     def rows(self) -> int:
@@ -48,11 +50,6 @@ class TileLayout:
     def tile_of_row(self) -> Tensor:
         """int32 [M]: the tile a token belongs to."""
         return self.table[COLUMNS * len(self.shapes) :]
-
-    @cached_property
-    def kinds(self) -> tuple[list[Shape], npt.NDArray[np.intp]]:
-        """The different shapes, and which of them each tile has: intp [T]."""
-        return _kinds(self.shapes)
 
     @property
     def spans(self) -> SpanTables:
@@ -81,7 +78,7 @@ def tile_layout(
     array = np.asarray(shapes, dtype=np.int64).reshape(-1, 4)
     patches, tokens = array[:, 0] * array[:, 1], array[:, 2] * array[:, 3]
     _check_sizes(array, patches, tokens)
-    kinds, kind_of_tile = _kinds(array)
+    kinds, kind_of_tile = shape_kinds(array)
     table = np.empty(COLUMNS * len(array) + int(tokens.sum()), dtype=np.int32)
     columns = table[: COLUMNS * len(array)].reshape(-1, COLUMNS)
     columns[:, 0], columns[:, 1] = tokens.cumsum() - tokens, patches.cumsum() - patches
@@ -94,7 +91,7 @@ def tile_layout(
     on_device = torch.from_numpy(table)
     if device.type == "cuda":
         on_device = on_device.pin_memory().to(device, non_blocking=True)
-    return TileLayout(array, mode, on_device)
+    return TileLayout(array, mode, on_device, (kinds, kind_of_tile))
 
 
 def square_shapes(sides: Sequence[int], grid: tuple[int, int]) -> list[Shape]:
@@ -102,7 +99,7 @@ def square_shapes(sides: Sequence[int], grid: tuple[int, int]) -> list[Shape]:
     return [(*grid, n, n) for n in sides]
 
 
-def _kinds(shapes: npt.NDArray[np.int64]) -> tuple[list[Shape], npt.NDArray[np.intp]]:
+def shape_kinds(shapes: npt.NDArray[np.int64]) -> tuple[list[Shape], npt.NDArray[np.intp]]:
     """The different shapes, and which of them each tile has: intp [T]."""
     codes = shapes @ _DIGITS
     found = sorted(set(codes.tolist()))  # faster than np.unique, for few

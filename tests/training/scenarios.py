@@ -1,5 +1,6 @@
 """What the multi-rank tests run on every rank: small real engines on a small real corpus."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,18 @@ def step_gradients(
     ranks: Ranks, corpus: Path, packs: list[list[int]], overrides: list[str]
 ) -> tuple[float, dict[str, np.ndarray]]:
     """Loss and whole gradients of one step made of these packs (sample ids, side 2)."""
+    metrics, gradients = planned_gradients(ranks, corpus, packs, pack_plan, overrides)
+    return metrics["loss"], gradients
+
+
+def planned_gradients(
+    ranks: Ranks,
+    corpus: Path,
+    packs: list[Any],
+    plan: Callable[[Index, Any], PackPlan],
+    overrides: list[str],
+) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """Metrics and whole gradients of one step made of these packs, as `plan` makes each."""
     config = tiny_config(
         corpus, f"data.pack.packs_per_step={len(packs)}", "train.clip_grad_norm=0", *overrides
     )
@@ -86,15 +99,18 @@ def step_gradients(
         real_step()
 
     deepspeed.step = capture_then_step
-    builder = run.loader._builder
     index = run.mixture.datasets[0].index
-    plans = [pack_plan(index, ids) for ids in packs[ranks.rank :: ranks.world_size]]
-    batch = StepBatch(
-        [builder.build(plan) for plan in plans], PlanState(), StepPlan(0, 0, tuple(plans)), 0.0
-    )
-    meter = StepMeter(config.data.tokens.sides, config.data.pack.max_tokens, ranks)
-    metrics = one_step(engine, batch, 1, meter, run)
-    return metrics["loss"], gradients
+    plans = [plan(index, pack) for pack in packs[ranks.rank :: ranks.world_size]]
+    batches = [run.loader._builder.build(plan) for plan in plans]
+    batch = StepBatch(batches, PlanState(), StepPlan(0, 0, tuple(plans)), 0.0)
+    return one_step(engine, batch, 1, new_meter(run), run), gradients
+
+
+def new_meter(run: Run) -> StepMeter:
+    """As the trainer makes it."""
+    data, consistency = run.config.data, run.config.consistency_weight is not None
+    sides, length = data.tokens.sides, data.pack.max_tokens
+    return StepMeter(sides, length, run.ranks, consistency=consistency)
 
 
 def pack_plan(index: Index, ids: list[int]) -> PackPlan:

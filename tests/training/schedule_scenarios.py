@@ -4,15 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from deepspeed.utils import safe_get_full_grad
 
 from data_pipeline.index import Index
-from data_pipeline.loader import StepBatch
-from data_pipeline.plan import PackPlan, PlanState, StepPlan
-from tests.training.scenarios import one_step, tiny_config
+from data_pipeline.plan import PackPlan, PlanState
+from tests.training.scenarios import new_meter, one_step, planned_gradients, tiny_config
 from training import checkpoint
 from training.distributed import Ranks
-from training.metrics import StepMeter
 from training.run import Run
 from training.zero3.engine import build_engine
 
@@ -39,34 +36,7 @@ def copies_gradients(
     ranks: Ranks, corpus: Path, packs: list[Copies], overrides: list[str]
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """Metrics and whole gradients of one step made of these packs."""
-    config = tiny_config(
-        corpus, f"data.pack.packs_per_step={len(packs)}", "train.clip_grad_norm=0", *overrides
-    )
-    run = Run(config, ranks)
-    engine = build_engine(config, run.tokenizer, ranks)
-    gradients: dict[str, np.ndarray] = {}
-    deepspeed = engine.deepspeed
-    real_step = deepspeed.step
-
-    def capture_then_step() -> None:
-        if deepspeed.is_gradient_accumulation_boundary():
-            for name, parameter in engine.module.named_parameters():
-                gradients[name] = safe_get_full_grad(parameter).detach().clone().numpy()
-        real_step()
-
-    deepspeed.step = capture_then_step
-    index = run.mixture.datasets[0].index
-    plans = [copies_pack(index, pack) for pack in packs[ranks.rank :: ranks.world_size]]
-    batches = [run.loader._builder.build(plan) for plan in plans]
-    batch = StepBatch(batches, PlanState(), StepPlan(0, 0, tuple(plans)), 0.0)
-    return one_step(engine, batch, 1, new_meter(run), run), gradients
-
-
-def new_meter(run: Run) -> StepMeter:
-    """As the trainer makes it."""
-    data, consistency = run.config.data, run.config.consistency_weight is not None
-    sides, length = data.tokens.sides, data.pack.max_tokens
-    return StepMeter(sides, length, run.ranks, consistency=consistency)
+    return planned_gradients(ranks, corpus, packs, copies_pack, overrides)
 
 
 def resumed_step(
