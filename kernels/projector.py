@@ -47,9 +47,9 @@ def jagged_projector(
     x: [P, C], the patches of all tiles, one tile after the other, row by row; of bfloat16, float16,
         float32 or float64. P = sum of H * W; it may be 0: the result is then empty, but still part
         of the graph.
-    shapes: H, W, h, w of each tile, 1 to 1024 each, on the host: a sequence of four int each, or an integer
-        CPU tensor [T, 4]. h may exceed H, and w W. Under torch.compile give the tensor: a list is
-        part of what is compiled.
+    shapes: H, W, h, w of each tile, 1 to 1024 each, on the host: a sequence of four int each, or
+        an integer CPU tensor [T, 4]. h may exceed H, and w W. Under torch.compile give the tensor:
+        a list is part of what is compiled.
     norm_weight, norm_bias: [C], in x's dtype or float32. w1, w2: [F, C]. b1, b2: [F]. w3: [D, F].
         b3: [D]. In x's dtype, as `torch.nn.Linear` keeps them. Under autocast x and they are cast.
     pool: "adaptive" or "resize", see `kernels.tables`. eps: of the LayerNorm.
