@@ -314,6 +314,17 @@ class Cluster:
             self.start_node(node)
         self._wait_until(self._all_idle, 60, "both nodes to be idle")
 
+    def reconfigure(self, conf: str) -> None:
+        """Give the running daemons another slurm.conf.
+
+        Nodes read it after `scontrol` has returned, maybe while the next one comes: it is replaced
+        whole, for a slurmd that finds an empty file ends.
+        """
+        new = self.folder / "slurm.conf.new"
+        new.write_text(conf)
+        new.replace(self.folder / "slurm.conf")
+        self.run("scontrol", "reconfigure")
+
     def _write_config(self) -> None:
         (self.folder / "state").mkdir(parents=True)
         key = self.folder / "munge.key"

@@ -90,18 +90,15 @@ def test_a_frozen_batch_host_requeues_the_job(cluster: Cluster, stand_in: dict[s
 @contextlib.contextmanager
 def preemption(cluster: Cluster, mode: str, told: str) -> Iterator[None]:
     """Jobs of the partition `spare` are told by SIGTERM or by their own --signal, 20 s ahead."""
-    conf = cluster.folder / "slurm.conf"
-    before = conf.read_text()
+    before = (cluster.folder / "slurm.conf").read_text()
     changed = before.replace("spare PreemptMode=REQUEUE", f"spare PreemptMode={mode} GraceTime=20")
     if told != "SIGTERM":
         changed += "SlurmctldParameters=preempt_send_user_signal\n"
     try:
-        conf.write_text(changed)
-        cluster.run("scontrol", "reconfigure")
+        cluster.reconfigure(changed)
         yield
     finally:
-        conf.write_text(before)
-        cluster.run("scontrol", "reconfigure")
+        cluster.reconfigure(before)
 
 
 def submit_urgent(cluster: Cluster, folder: Path) -> int:
