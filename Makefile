@@ -12,7 +12,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .PHONY: help setup remote extras latest pretrain test test-fast chaos gpu-record kernel-checks \
-  pictures lint clean
+  cuda-trace pictures lint clean
 
 help:
 	@echo "make pretrain   set up, then train and evaluate the demo (CONFIG=training/configs/digits.yaml"
@@ -21,6 +21,7 @@ help:
 	@echo "make test-fast  set up, then run the tests that need one process, no cluster and no GPU"
 	@echo "make chaos      ten faults of different kinds on a small run, about 3 minutes"
 	@echo "make kernel-checks  run compiled kernels on the CPU, compile them with other Tritons"
+	@echo "make cuda-trace trace forward and update with a CUDA build of torch (3 GB), without a GPU"
 	@echo "make gpu-record measure all that needs a GPU, on this one; again: goes on with what is missing"
 	@echo "make pictures   draw the pictures of the README again"
 	@echo "make lint       ruff and mypy"
@@ -62,6 +63,11 @@ $(VENV)-ttsem/installed: PIP_OPTIONS := --ignore-requires-python
 kernel-checks: $(CHECKS:=/installed)
 	REQUIRE_KERNEL_CHECKS=1 $(PY) -m pytest -q tests/kernels/test_sanitized.py \
 	  tests/kernels/test_other_tritons.py $(ARGS)
+
+# A CUDA build of torch in place of the one of $(VENV), on a machine without a GPU: 3 GB installed.
+$(VENV)-cuda/installed: PIP_OPTIONS := --ignore-installed
+cuda-trace: $(VENV)-cuda/installed
+	REQUIRE_CUDA_TRACE=1 $(PY) -m pytest -q tests/training/test_cuda_trace.py $(ARGS)
 
 $(VENV)-%/installed: tests/environments/%.txt $(VENV)/installed
 	$(PY) -m venv --clear $(VENV)-$*
@@ -107,4 +113,4 @@ lint: setup
 	$(VENV)/bin/mypy
 
 clean:
-	rm -rf $(VENV) $(EXTRAS) $(CHECKS) $(VENV)-transformers-latest data runs logs
+	rm -rf $(VENV) $(EXTRAS) $(CHECKS) $(VENV)-cuda $(VENV)-transformers-latest data runs logs
