@@ -98,6 +98,13 @@ class ModuleSettings(Settings):
         return self.train is True
 
 
+class VisionModelSettings(ModuleSettings):
+    """The same, and how the rate goes with depth."""
+
+    layer_decay: float = Field(1.0, gt=0, le=1)
+    """Each layer has this times the rate of the layer behind it; the last one nearly `lr`."""
+
+
 class LanguageModelSettings(ModuleSettings):
     """The same, and one choice more."""
 
@@ -116,7 +123,7 @@ class LanguageModelSettings(ModuleSettings):
 class StageModules(Settings):
     """Which modules train in this stage."""
 
-    vision_model: ModuleSettings = ModuleSettings()
+    vision_model: VisionModelSettings = VisionModelSettings()
     projector: ModuleSettings = ModuleSettings()
     language_model: LanguageModelSettings = LanguageModelSettings()
 
@@ -230,6 +237,17 @@ class TrainSettings(Length, extra="forbid"):
         if not (self.adapters.given or any(module.train for _, module in self.modules)):
             text = "every module is frozen; set train: true for at least one, or give it adapters"
             raise KeyProblems([("modules", text)])
+        return self
+
+    @model_validator(mode="after")
+    def _decayed_layers_train(self) -> "TrainSettings":
+        tower = self.modules.vision_model
+        if tower.layer_decay != 1 and not tower.train:
+            text = (
+                f"layer_decay={tower.layer_decay:g} has no effect on a tower that does not train; "
+                "set train: true there, or leave it out (adapters have a rate of their own)"
+            )
+            raise KeyProblems([("modules.vision_model.layer_decay", text)])
         return self
 
     @model_validator(mode="after")

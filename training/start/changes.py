@@ -43,6 +43,7 @@ ON_RESUME = {
     "train.decay_fraction": SCHEDULE,
     "train.extend": SCHEDULE,
     "train.modules.vision_model.train": REFUSED,
+    "train.modules.vision_model.layer_decay": REFUSED,
     "train.modules.projector.train": REFUSED,
     "train.modules.language_model.train": REFUSED,
     "train.decoder_impl": HERE,
