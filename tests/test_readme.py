@@ -172,6 +172,9 @@ SMALLER: dict[str, str | None] = {
     "output_dir=runs/tower": (
         f"{DEMO} model.vision.config.model_type=clip_vision_model output_dir=runs/tower {SMALL}"
     ),
+    f"{DEMO} train.optimizer.name=muon train.steps=20 output_dir=runs/muon": (
+        f"{DEMO} train.optimizer.name=muon output_dir=runs/muon {SMALL}"
+    ),
     f"{DEMO} model.llm.config.model_type=llama train.steps=20 output_dir=runs/llama": (
         f"{DEMO} model.llm.config.model_type=llama output_dir=runs/llama {SMALL}"
     ),

@@ -26,6 +26,7 @@ from data_pipeline.settings import DataSettings, Length, Seed
 from data_pipeline.yaml_text import write_yaml
 from kernels import POOL_MODES
 from training.adapters.adapter_settings import StageAdapters
+from training.optimizers.optimizer_settings import OptimizerSettings
 
 __all__ = ["DataSettings", "RunConfig", "load_config", "save_config"]
 
@@ -148,7 +149,7 @@ class ConsistencySettings(Settings):
 
 
 class TrainSettings(Length, extra="forbid"):
-    """Optimisation: AdamW, linear warm-up, a decay, clipping."""
+    """Optimisation: an optimizer, linear warm-up, a decay, clipping."""
 
     steps: int = Field(0, gt=0)
     """Or `epochs`; 0, which cannot be given, until a start has counted how many steps those are."""
@@ -157,6 +158,7 @@ class TrainSettings(Length, extra="forbid"):
     last rate; or a warm-up from the rate reached and a decay over the steps left."""
     modules: StageModules = StageModules()
     adapters: StageAdapters = StageAdapters()
+    optimizer: OptimizerSettings = OptimizerSettings()
     loss_weighting: LossWeighting = "sqrt"
     """How much a supervised token counts: 1, 1/n, 1/sqrt(n); see `data_pipeline.loss_weighting`."""
     consistency: ConsistencySettings = ConsistencySettings()

@@ -10,7 +10,7 @@ from torch import nn
 from data_pipeline.text_table import text_table
 from training.adapters import piece_of
 from training.config import LAYERED, ModuleSettings, StageModules, TrainSettings
-from training.optimizers import layer_depths
+from training.optimizers import hidden_matrices, layer_depths
 
 Shape = Callable[[nn.Parameter], tuple[int, ...]]
 """Gives a parameter's shape as a whole, however an engine has partitioned it."""
@@ -57,16 +57,22 @@ def parameter_groups(
 ) -> list[dict]:
     """Groups of the trainable parameters: per module, with and without weight decay.
 
-    A tower with `layer_decay` has two for every depth. Those of a module's adapters follow its own. Norms and biases (fewer than two dimensions) are
-    not decayed. `peak_lr` is what the schedule scales; the groups' order is fixed, so that
-    checkpoints match.
+    With Muon its matrices come first, in groups with `muon` and its momentum. A tower with
+    `layer_decay` has groups of their own for every depth. Those of a module's adapters follow its
+    own. Norms and biases (fewer than two dimensions) are not decayed. `peak_lr` is what the
+    schedule scales; the groups' order is fixed, so that checkpoints match.
     """
     groups = []
+    muon = train.optimizer.name == "muon"
+    matrices = hidden_matrices(model) if muon else set()
+    own = {"muon": True, "momentum": train.optimizer.momentum}
     for name, lr, parameters in _decayed(model, train):
         trainable = [p for p in parameters if p.requires_grad]
+        others = [p for p in trainable if id(p) not in matrices]
         for suffix, decay, chosen in (
-            ("decay", train.weight_decay, [p for p in trainable if len(shape(p)) >= 2]),
-            ("no_decay", 0.0, [p for p in trainable if len(shape(p)) < 2]),
+            ("muon", train.weight_decay, [p for p in trainable if id(p) in matrices]),
+            ("decay", train.weight_decay, [p for p in others if len(shape(p)) >= 2]),
+            ("no_decay", 0.0, [p for p in others if len(shape(p)) < 2]),
         ):
             if chosen:
                 groups.append(
@@ -76,6 +82,7 @@ def parameter_groups(
                         "lr": lr,
                         "peak_lr": lr,
                         "weight_decay": decay,
+                        **(own if suffix == "muon" else {}),
                     }
                 )
     return groups

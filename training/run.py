@@ -87,6 +87,7 @@ class Run:
         config = self.config
         adapters = config.train.adapters.shapes()
         decay = config.train.modules.vision_model.layer_decay
+        optimizer = config.train.optimizer.state()
         return {
             "seed": config.seed,
             "data": self.mixture.fingerprint(),
@@ -104,6 +105,7 @@ class Run:
                 if m.train
             ],
             **({"train.adapters": adapters} if adapters else {}),
+            **({"train.optimizer": optimizer} if optimizer else {}),
             **({"train.modules.vision_model.layer_decay": decay} if decay != 1 else {}),
         }
 

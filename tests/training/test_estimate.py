@@ -44,12 +44,13 @@ FROZEN = [
     "train.gradient_checkpointing=true",
 ]
 OFFLOAD = ["deepspeed.offload_optimizer=cpu", "train.loss_chunk_tokens=256"]
+MUON = ["train.optimizer.name=muon", "data.pack.packs_per_step=2"]
 OFFLOAD += ["train.gradient_checkpointing=[vision_model]"]
 
 
 @pytest.mark.multiprocess
 def test_the_peak_is_that_of_a_measured_step(one_rank: RankPool, two_ranks: RankPool) -> None:
-    cases = ((one_rank, 1, FROZEN), (two_ranks, 2, OFFLOAD))
+    cases = ((one_rank, 1, FROZEN), (two_ranks, 2, OFFLOAD), (two_ranks, 2, MUON))
     for pool, ranks, settings in cases:
         found = pool.run(measured, [*SMALL, *settings], PACK)[0]
         expected = estimated(ranks, [*SMALL, *settings], PACK)

@@ -1,4 +1,4 @@
-"""Learning rates that fall from a tower's last layer to its first, as BEiT and OpenCLIP have them."""
+"""Learning rates that fall from a tower's last layer to its first, as in BEiT and OpenCLIP."""
 
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer

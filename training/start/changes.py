@@ -55,6 +55,8 @@ ON_RESUME = {
     "train.adapters.projector.lr": HERE,
     "train.adapters.language_model.lr": HERE,
     "train.adapters.language_model.dropout": HERE,
+    "train.optimizer": REFUSED,
+    "train.optimizer.momentum": HERE,
     "train.precision": REFUSED,
     "deepspeed": HERE,
     "checkpoint": HERE,

@@ -18,7 +18,7 @@ from training.distributed import Ranks
 from training.engine_interface import Engine
 from training.model.build import build_model
 from training.model.new_rows import train_new_rows
-from training.parameters import freeze, parameter_groups, recompute_activations
+from training.parameters import freeze, recompute_activations
 from training.speed.compiled_layers import layers_of
 from training.zero3.compatibility import fix_zero3_initialization
 from training.zero3.ds_config import deepspeed_config
@@ -26,6 +26,8 @@ from training.zero3.elastic import load_resharded
 from training.zero3.extra import refusals
 from training.zero3.frozen import frozen_hashes
 from training.zero3.initial_weights import load_weights
+from training.zero3.muon import ShardedMuon
+from training.zero3.optimizers import make_optimizer
 from training.zero3.snapshot import HostBuffers, snapshot_bytes, take_snapshot
 from training.zero3.whole_layers import gather_whole
 
@@ -164,8 +166,10 @@ def build_engine(
         if config.train.recomputed:
             recompute_activations(model, config.train.recomputed)
         gather_whole(layers_of(model, config.train.compiled))
-        optimizer = _optimizer(model, config, ranks)
+        optimizer = make_optimizer(model, config, ranks, _whole_shape)
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
+        if isinstance(optimizer, ShardedMuon):
+            optimizer.follow(engine.optimizer)
     return Zero3Engine(engine)
 
 
@@ -180,13 +184,3 @@ def _whole(parameter: nn.Parameter) -> AbstractContextManager[Any]:
     from deepspeed.runtime.zero import GatheredParameters
 
     return GatheredParameters([parameter], modifier_rank=0)
-
-
-def _optimizer(model: torch.nn.Module, config: RunConfig, ranks: Ranks) -> torch.optim.Optimizer:
-    groups = parameter_groups(model, config.train, _whole_shape)
-    options: dict[str, Any] = {"betas": config.train.betas, "eps": config.train.eps}
-    if config.deepspeed.offload_optimizer == "cpu" and ranks.device.type == "cuda":
-        from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-        return DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
-    return torch.optim.AdamW(groups, fused=ranks.device.type == "cuda", **options)

@@ -9,6 +9,8 @@ import torch.distributed
 
 from data_pipeline.errors import InputError
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
 
 class Shards:
     """The files of a checkpoint, each mapped into memory when it is first needed."""
@@ -48,6 +50,15 @@ class Shards:
         state = self.optimizer()["state"]
         return {
             name: state[number]["step"]
+            for number, sub_group in enumerate(self.model(0)["param_shapes"])
+            for name in sub_group
+        }
+
+    def moments(self) -> dict[str, frozenset[str]]:
+        """Which of the `MOMENTS` there are of every trained parameter."""
+        state = self.optimizer()["state"]
+        return {
+            name: frozenset(MOMENTS).intersection(state[number])
             for number, sub_group in enumerate(self.model(0)["param_shapes"])
             for name in sub_group
         }
