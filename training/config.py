@@ -26,7 +26,7 @@ from data_pipeline.settings import DataSettings, Length, Seed
 from data_pipeline.yaml_text import write_yaml
 from kernels import POOL_MODES
 from training.adapters.adapter_settings import StageAdapters
-from training.optimizers.optimizer_settings import OptimizerSettings
+from training.optimizers.optimizer_settings import EmaSettings, OptimizerSettings
 
 __all__ = ["DataSettings", "RunConfig", "load_config", "save_config"]
 
@@ -159,6 +159,7 @@ class TrainSettings(Length, extra="forbid"):
     modules: StageModules = StageModules()
     adapters: StageAdapters = StageAdapters()
     optimizer: OptimizerSettings = OptimizerSettings()
+    ema: EmaSettings | None = None
     loss_weighting: LossWeighting = "sqrt"
     """How much a supervised token counts: 1, 1/n, 1/sqrt(n); see `data_pipeline.loss_weighting`."""
     consistency: ConsistencySettings = ConsistencySettings()

@@ -87,3 +87,29 @@ def resume(ranks: Ranks, corpus: Path, path: Path, overrides: list[str]) -> dict
     rows, _ = train(engine, run, progress.plan, SAVED + 1, STEPS - SAVED)
     after = {float(adam["step"]) for _, _, _, adam in sub_groups(engine.deepspeed)}
     return {"state": state, "rows": rows, "after": after}
+
+
+def averaged(ranks: Ranks, corpus: Path, folder: Path, overrides: list[str]) -> dict[str, Any]:
+    """As `elastic_scenarios.save`: masters after each step, the averages saved and at the end."""
+    run, engine = new_engine(tiny_config(corpus, *RICH, *overrides), ranks)
+    masters, plan = [], PlanState()
+    for step in range(1, STEPS + 1):
+        _, plan = train(engine, run, plan, step, 1)
+        flat = engine.deepspeed.optimizer.fp32_partitioned_groups_flat
+        masters.append([m.detach().clone() for m in flat])
+        if step == STEPS - 1:
+            with checkpoint.Saver(folder, run.config.checkpoint, ranks) as saver:
+                progress = checkpoint.Progress(step, plan)
+                saver.save(engine, progress, run.fingerprints, wait=True)
+            saved = [a.clone() for a in engine.average.averages]
+    return {"masters": masters, "saved": saved, "end": engine.average.averages}
+
+
+def average_resumed(ranks: Ranks, corpus: Path, path: Path, overrides: list[str]) -> dict[str, Any]:
+    """The average as loaded, how many steps it counts, and after one step more."""
+    run, engine = new_engine(tiny_config(corpus, *RICH, *overrides), ranks, seed=9)
+    progress = checkpoint.load(engine, path, run.fingerprints)
+    loaded, steps = [a.clone() for a in engine.average.averages], engine.average.steps
+    train(engine, run, progress.plan, progress.step + 1, 1)
+    sizes = [[p.ds_numel for p in g] for g in engine.deepspeed.optimizer.fp16_groups]
+    return {"loaded": loaded, "steps": steps, "end": engine.average.averages, "sizes": sizes}

@@ -142,6 +142,13 @@ def estimate_of(
     return Estimate(config, Cluster(gpu_named("a100-40gb"), gpus, 1), memory, work, 8e9)
 
 
+def test_a_moving_average_lies_on_the_host() -> None:
+    memory, plain = model_of_memory(average=True), model_of_memory()
+    assert memory.on(4).device == plain.on(4).device
+    assert memory.on(4).host == plain.on(4).host + Counter(average=5 * GIB)
+    assert memory.on(4, offload_optimizer=True).host["average"] == 5 * GIB
+
+
 def test_a_config_that_fits_nowhere_is_told_what_would_help() -> None:
     estimate_of(model_of_memory()).check_fits()  # 31 GiB
     tight = estimate_of(model_of_memory(other=1 * GIB), gpus=2, gradient_checkpointing="false")

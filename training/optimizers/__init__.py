@@ -2,6 +2,6 @@
 
 from training.optimizers.hidden_matrices import hidden_matrices
 from training.optimizers.layer_decay import layer_depths
-from training.optimizers.optimizer_settings import OptimizerSettings
+from training.optimizers.optimizer_settings import EmaSettings, OptimizerSettings
 
-__all__ = ["OptimizerSettings", "hidden_matrices", "layer_depths"]
+__all__ = ["EmaSettings", "OptimizerSettings", "hidden_matrices", "layer_depths"]

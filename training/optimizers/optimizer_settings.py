@@ -7,6 +7,15 @@ from pydantic import Field, field_validator, model_validator
 from data_pipeline.config_file import Settings
 
 
+class EmaSettings(Settings):
+    """A moving average of the weights, kept in host memory and in the checkpoints, for export."""
+
+    decay: float = Field(0.999, gt=0, lt=1)
+    """What is left of the average at each update."""
+    every: int = Field(1, gt=0)
+    """Steps between updates."""
+
+
 class OptimizerSettings(Settings):
     """The optimizer by name; its betas, eps and weight decay are those of `train`."""
 

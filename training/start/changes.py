@@ -57,6 +57,7 @@ ON_RESUME = {
     "train.adapters.language_model.dropout": HERE,
     "train.optimizer": REFUSED,
     "train.optimizer.momentum": HERE,
+    "train.ema": HERE,
     "train.precision": REFUSED,
     "deepspeed": HERE,
     "checkpoint": HERE,
