@@ -172,6 +172,13 @@ SMALLER: dict[str, str | None] = {
     "output_dir=runs/tower": (
         f"{DEMO} model.vision.config.model_type=clip_vision_model output_dir=runs/tower {SMALL}"
     ),
+    f"{DEMO} 'train.ema={{decay: 0.9}}' train.steps=20 output_dir=runs/ema": (
+        f"{DEMO} 'train.ema={{decay: 0.9}}' output_dir=runs/ema {SMALL}"
+    ),
+    "python -m training.export runs/ema runs/ema-model --ema": "",
+    f"{DEMO} train.optimizer.name=muon train.steps=20 output_dir=runs/muon": (
+        f"{DEMO} train.optimizer.name=muon output_dir=runs/muon {SMALL}"
+    ),
     f"{DEMO} model.llm.config.model_type=llama train.steps=20 output_dir=runs/llama": (
         f"{DEMO} model.llm.config.model_type=llama output_dir=runs/llama {SMALL}"
     ),

@@ -26,6 +26,7 @@ from data_pipeline.settings import DataSettings, Length, Seed
 from data_pipeline.yaml_text import write_yaml
 from kernels import POOL_MODES
 from training.adapters.adapter_settings import StageAdapters
+from training.optimizers.optimizer_settings import EmaSettings, OptimizerSettings
 
 __all__ = ["DataSettings", "RunConfig", "load_config", "save_config"]
 
@@ -98,6 +99,13 @@ class ModuleSettings(Settings):
         return self.train is True
 
 
+class VisionModelSettings(ModuleSettings):
+    """The same, and how the rate goes with depth."""
+
+    layer_decay: float = Field(1.0, gt=0, le=1)
+    """Each layer has this times the rate of the layer behind it; the last one nearly `lr`."""
+
+
 class LanguageModelSettings(ModuleSettings):
     """The same, and one choice more."""
 
@@ -116,7 +124,7 @@ class LanguageModelSettings(ModuleSettings):
 class StageModules(Settings):
     """Which modules train in this stage."""
 
-    vision_model: ModuleSettings = ModuleSettings()
+    vision_model: VisionModelSettings = VisionModelSettings()
     projector: ModuleSettings = ModuleSettings()
     language_model: LanguageModelSettings = LanguageModelSettings()
 
@@ -141,7 +149,7 @@ class ConsistencySettings(Settings):
 
 
 class TrainSettings(Length, extra="forbid"):
-    """Optimisation: AdamW, linear warm-up, a decay, clipping."""
+    """Optimisation: an optimizer, linear warm-up, a decay, clipping."""
 
     steps: int = Field(0, gt=0)
     """Or `epochs`; 0, which cannot be given, until a start has counted how many steps those are."""
@@ -150,6 +158,8 @@ class TrainSettings(Length, extra="forbid"):
     last rate; or a warm-up from the rate reached and a decay over the steps left."""
     modules: StageModules = StageModules()
     adapters: StageAdapters = StageAdapters()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    ema: EmaSettings | None = None
     loss_weighting: LossWeighting = "sqrt"
     """How much a supervised token counts: 1, 1/n, 1/sqrt(n); see `data_pipeline.loss_weighting`."""
     consistency: ConsistencySettings = ConsistencySettings()
@@ -230,6 +240,17 @@ class TrainSettings(Length, extra="forbid"):
         if not (self.adapters.given or any(module.train for _, module in self.modules)):
             text = "every module is frozen; set train: true for at least one, or give it adapters"
             raise KeyProblems([("modules", text)])
+        return self
+
+    @model_validator(mode="after")
+    def _decayed_layers_train(self) -> "TrainSettings":
+        tower = self.modules.vision_model
+        if tower.layer_decay != 1 and not tower.train:
+            text = (
+                f"layer_decay={tower.layer_decay:g} has no effect on a tower that does not train; "
+                "set train: true there, or leave it out (adapters have a rate of their own)"
+            )
+            raise KeyProblems([("modules.vision_model.layer_decay", text)])
         return self
 
     @model_validator(mode="after")

@@ -18,7 +18,8 @@ import by name:
     fake.OFFLOAD_OPTIMIZER          the setting that moves the optimizer there
     pickles.scan_pickle             InputError for a shard that would run code when it is opened
     saved_tensors.saved_tensors     the weights in the shards, for export: needs no engine; rows of
-                                    new tokens in their places, adapters merged
+                                    new tokens in their places, adapters merged; or their moving
+                                    average (`train.ema`), which the engine keeps in its shards
     saved_tensors.SavedTensor       one of them
     PACKAGE                         its package: for records, and to tell who waits in a collective
 

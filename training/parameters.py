@@ -10,6 +10,7 @@ from torch import nn
 from data_pipeline.text_table import text_table
 from training.adapters import piece_of
 from training.config import LAYERED, ModuleSettings, StageModules, TrainSettings
+from training.optimizers import hidden_matrices, layer_depths
 
 Shape = Callable[[nn.Parameter], tuple[int, ...]]
 """Gives a parameter's shape as a whole, however an engine has partitioned it."""
@@ -54,18 +55,24 @@ def recompute_activations(model: Any, modules: Sequence[str]) -> None:
 def parameter_groups(
     model: nn.Module, train: TrainSettings, shape: Shape = _own_shape
 ) -> list[dict]:
-    """AdamW groups of the trainable parameters: per module, with and without weight decay.
+    """Groups of the trainable parameters: per module, with and without weight decay.
 
-    Those of a module's adapters follow its own. Norms and biases (fewer than two dimensions) are
-    not decayed. `peak_lr` is what the schedule scales; the groups' order is fixed, so that
-    checkpoints match.
+    With Muon its matrices come first, in groups with `muon` and its momentum. A tower with
+    `layer_decay` has groups of their own for every depth. Those of a module's adapters follow its
+    own. Norms and biases (fewer than two dimensions) are not decayed. `peak_lr` is what the
+    schedule scales; the groups' order is fixed, so that checkpoints match.
     """
     groups = []
-    for name, lr, parameters in _rates(model, train):
+    muon = train.optimizer.name == "muon"
+    matrices = hidden_matrices(model) if muon else set()
+    own = {"muon": True, "momentum": train.optimizer.momentum}
+    for name, lr, parameters in _decayed(model, train):
         trainable = [p for p in parameters if p.requires_grad]
+        others = [p for p in trainable if id(p) not in matrices]
         for suffix, decay, chosen in (
-            ("decay", train.weight_decay, [p for p in trainable if len(shape(p)) >= 2]),
-            ("no_decay", 0.0, [p for p in trainable if len(shape(p)) < 2]),
+            ("muon", train.weight_decay, [p for p in trainable if id(p) in matrices]),
+            ("decay", train.weight_decay, [p for p in others if len(shape(p)) >= 2]),
+            ("no_decay", 0.0, [p for p in others if len(shape(p)) < 2]),
         ):
             if chosen:
                 groups.append(
@@ -75,6 +82,7 @@ def parameter_groups(
                         "lr": lr,
                         "peak_lr": lr,
                         "weight_decay": decay,
+                        **(own if suffix == "muon" else {}),
                     }
                 )
     return groups
@@ -89,6 +97,21 @@ def _rates(
         yield name, settings.lr, own
         if small:
             yield f"{name}.adapters", train.adapters.given[name].lr, small
+
+
+def _decayed(
+    model: nn.Module, train: TrainSettings
+) -> Iterator[tuple[str, float, list[nn.Parameter]]]:
+    """As `_rates`, the tower by depth where its layers have rates of their own."""
+    decay = train.modules.vision_model.layer_decay
+    for name, lr, parameters in _rates(model, train):
+        if name != "vision_model" or decay == 1:
+            yield name, lr, parameters
+            continue
+        depths, last = layer_depths(model.get_submodule(name))
+        for depth in range(last + 1):
+            chosen = [p for p in parameters if depths[id(p)] == depth]
+            yield f"{name}.{depth}", lr * decay ** (last - depth), chosen
 
 
 def split_adapters(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -172,10 +195,15 @@ class Schedule:
 def module_table(model: nn.Module, train: TrainSettings, shape: Shape = _own_shape) -> str:
     """A table of module, parameters, trainable parameters, peak learning rate and dtype."""
     rows = [("module", "parameters", "trainable", "peak lr", "dtype")]
+    lowest: dict[str, float] = {}
+    for name, lr, _ in _decayed(model, train):
+        lowest.setdefault(name.removesuffix(".0"), lr)
     for name, lr, parameters in _rates(model, train):
         trainable = sum(math.prod(shape(p)) for p in parameters if p.requires_grad)
         dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in parameters})
         total = sum(math.prod(shape(p)) for p in parameters)
         rate = f"{lr:.1e}" if trainable else "frozen"
+        if lowest[name] != lr:
+            rate = f"{lowest[name]:.1e} to {rate}"
         rows.append((name, f"{total:,}", f"{trainable:,}", rate, ", ".join(dtypes)))
     return text_table(rows, left=(0, 4))

@@ -86,6 +86,8 @@ class Run:
         """What a place in the plan and the optimizer's state depend on."""
         config = self.config
         adapters = config.train.adapters.shapes()
+        decay = config.train.modules.vision_model.layer_decay
+        optimizer = config.train.optimizer.state()
         return {
             "seed": config.seed,
             "data": self.mixture.fingerprint(),
@@ -103,6 +105,8 @@ class Run:
                 if m.train
             ],
             **({"train.adapters": adapters} if adapters else {}),
+            **({"train.optimizer": optimizer} if optimizer else {}),
+            **({"train.modules.vision_model.layer_decay": decay} if decay != 1 else {}),
         }
 
     def new_window(self, place: PlanState, saved: dict[str, Any]) -> PlanState | None:

@@ -100,11 +100,12 @@ def weights(engine: Any) -> dict[str, Any]:
 def whole_state(engine: Any) -> dict[str, Any]:
     """Everything a resumed engine must share with the saved one, whole, by name."""
     state: dict[str, Any] = weights(engine)
+    moments = {name: m for _, names, _, m in sub_groups(engine.deepspeed) for name in names}
     for name, parameter in engine.module.named_parameters():
         if parameter.requires_grad:
             master = safe_get_full_fp32_param(parameter)
             state[f"master {name}"] = master.detach().clone().numpy()
-            for key in ("exp_avg", "exp_avg_sq"):
+            for key in {"exp_avg", "exp_avg_sq"} & moments[name].keys():
                 moment = safe_get_full_optimizer_state(parameter, key)
                 state[f"{key} {name}"] = moment.detach().clone().numpy()
     for _, names, _, adam in sub_groups(engine.deepspeed):

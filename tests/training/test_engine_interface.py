@@ -68,6 +68,7 @@ def test_the_folder_imports_only_what_lies_below_it() -> None:
         "distributed",
         "engine_interface",
         "model",
+        "optimizers",
         "parameters",
         "speed",
     }

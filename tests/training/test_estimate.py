@@ -44,12 +44,13 @@ FROZEN = [
     "train.gradient_checkpointing=true",
 ]
 OFFLOAD = ["deepspeed.offload_optimizer=cpu", "train.loss_chunk_tokens=256"]
+MUON = ["train.optimizer.name=muon", "data.pack.packs_per_step=2"]
 OFFLOAD += ["train.gradient_checkpointing=[vision_model]"]
 
 
 @pytest.mark.multiprocess
 def test_the_peak_is_that_of_a_measured_step(one_rank: RankPool, two_ranks: RankPool) -> None:
-    cases = ((one_rank, 1, FROZEN), (two_ranks, 2, OFFLOAD))
+    cases = ((one_rank, 1, FROZEN), (two_ranks, 2, OFFLOAD), (two_ranks, 2, MUON))
     for pool, ranks, settings in cases:
         found = pool.run(measured, [*SMALL, *settings], PACK)[0]
         expected = estimated(ranks, [*SMALL, *settings], PACK)
@@ -139,6 +140,13 @@ def estimate_of(
     )
     work = Workload([PackShape((8192,), (8,) * 10, 100)], 8000.0, PartFlops(3e14, 1e14), "test")
     return Estimate(config, Cluster(gpu_named("a100-40gb"), gpus, 1), memory, work, 8e9)
+
+
+def test_a_moving_average_lies_on_the_host() -> None:
+    memory, plain = model_of_memory(average=True), model_of_memory()
+    assert memory.on(4).device == plain.on(4).device
+    assert memory.on(4).host == plain.on(4).host + Counter(average=5 * GIB)
+    assert memory.on(4, offload_optimizer=True).host["average"] == 5 * GIB
 
 
 def test_a_config_that_fits_nowhere_is_told_what_would_help() -> None:

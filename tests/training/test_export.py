@@ -35,6 +35,7 @@ from training.model.known_counts import known_counts
 
 FROZEN = ["train.modules.vision_model.train=false"]
 STEPS = 40
+EMA = "train.ema={decay: 0.5, every: 10}"
 
 
 def load(folder: Path) -> tuple[Any, Any]:
@@ -50,7 +51,7 @@ def trained(
     """A run of two ranks, its parameters, and what came out for each held-out sample."""
     out = tmp_path_factory.mktemp("run") / "digits"
     results = two_ranks.run(
-        export_scenarios.train_and_evaluate, digits_corpus, out, STEPS, ["train.steps=40"]
+        export_scenarios.train_and_evaluate, digits_corpus, out, STEPS, ["train.steps=40", EMA]
     )
     return out, results[0][0], results[0][1] | results[1][1]
 
@@ -69,6 +70,20 @@ def test_every_parameter_is_the_trained_one(trained: Any, exported: Path) -> Non
     assert found.keys() == trained[1].keys()
     for name, value in trained[1].items():
         assert np.array_equal(found[name].detach().numpy(), value), name
+
+
+@pytest.mark.multiprocess
+def test_the_moving_average_is_exported_where_it_is_asked_for(
+    trained: Any, exported: Path, tmp_path: Path
+) -> None:
+    main([str(trained[0]), str(tmp_path / "average"), "--ema"])
+    averaged, plain = load(tmp_path / "average")[0], load(exported)[0]
+    weights = dict(plain.named_parameters())
+    for name, value in averaged.named_parameters():
+        way = (weights[name] - value).norm()
+        assert 0 < way < value.norm() + 1, name
+    card = (tmp_path / "average/README.md").read_text()
+    assert f"Step {STEPS} was not evaluated" in card
 
 
 @pytest.mark.multiprocess

@@ -8,7 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from training.config import LanguageModelSettings, ModuleSettings, StageModules, TrainSettings
+from training.config import (
+    LanguageModelSettings,
+    ModuleSettings,
+    StageModules,
+    TrainSettings,
+    VisionModelSettings,
+)
 from training.parameters import Schedule, freeze, module_table, parameter_groups
 
 
@@ -29,7 +35,7 @@ def settings(**modules: ModuleSettings) -> TrainSettings:
 def test_groups_hold_each_trainable_parameter_once_with_its_learning_rate() -> None:
     model = Tiny()
     train = settings(
-        vision_model=ModuleSettings(train=False),
+        vision_model=VisionModelSettings(train=False),
         projector=ModuleSettings(lr=1e-3),
         language_model=LanguageModelSettings(lr=2e-5),
     )
@@ -48,7 +54,7 @@ def test_groups_hold_each_trainable_parameter_once_with_its_learning_rate() -> N
 
 def test_freezing_is_undone_by_the_next_stage() -> None:
     model = Tiny()
-    freeze(model, settings(vision_model=ModuleSettings(train=False)).modules)
+    freeze(model, settings(vision_model=VisionModelSettings(train=False)).modules)
     assert not model.vision_model.weight.requires_grad
     freeze(model, settings().modules)
     assert all(p.requires_grad for p in model.parameters())
@@ -112,7 +118,7 @@ def test_a_run_of_a_plateau_is_made_longer_without_a_leap() -> None:
 
 def test_table_names_modules_sizes_rates_and_dtypes() -> None:
     model = Tiny().to(torch.bfloat16)
-    train = settings(vision_model=ModuleSettings(train=False))
+    train = settings(vision_model=VisionModelSettings(train=False))
     freeze(model, train.modules)
     lines = module_table(model, train).splitlines()
     assert lines[1].split() == ["vision_model", "9", "0", "frozen", "bfloat16"]

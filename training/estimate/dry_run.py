@@ -172,6 +172,7 @@ def _space(config: RunConfig, found: report.Estimate) -> None:
     """InputError where the checkpoints that the run will keep would fill the disk."""
     resident, ranks = found.memory.resident, found.memory.ranks
     each = ranks * sum(resident[kind] for kind in ("parameters", "masters", "optimizer"))
+    each += ranks * resident["masters"] * (config.train.ema is not None)
     kept = config.checkpoint.keep + (config.checkpoint.keep_best is not None) + 1
     folder = _existing(config.output_dir.absolute())
     free = shutil.disk_usage(folder).free

@@ -40,7 +40,8 @@ class MemoryModel:
     at its peak. update: above that at the peak of the optimizer's step. by_token, by_tile: bytes
     that `within` grows by; None where they were not asked for. other: `within` with activation
     checkpointing of all layers, or of none where all have it; None where it was not tried.
-    gathered, reduced: bytes of whole tensors in a pack's collectives.
+    gathered, reduced: bytes of whole tensors in a pack's collectives. average: whether a moving
+    average of the masters is kept, on the host.
     """
 
     ranks: int
@@ -54,6 +55,7 @@ class MemoryModel:
     by_token: float | None = None
     by_tile: float | None = None
     other: int | None = None
+    average: bool = False
 
     def on(
         self, ranks: int, within: int | None = None, offload_optimizer: bool | None = None
@@ -66,6 +68,8 @@ class MemoryModel:
         )
         away = set(_OF_OPTIMIZER if offload else ()) | set(("parameters",) * self.offload_params)
         host = Counter({kind: resident.pop(kind) for kind in away if kind in resident})
+        if self.average:
+            host["average"] = int(self.resident["masters"] * share)
         training = Counter(self.within) if within is None else Counter({"activations": within})
         update = 0 if offload else int(self.update * share)
         if update > sum(training.values()):
@@ -92,7 +96,9 @@ def measure(
     join_fake_group(ranks)
     pack_settings = config.data.pack.model_copy(update={"packs_per_step": ranks})
     data = config.data.model_copy(update={"pack": pack_settings})
-    with fake_trial(config.model_copy(update={"data": data}), tokenizer, ranks, on_gpu) as trial:
+    train = config.train.model_copy(update={"ema": None})  # of the host: see `MemoryModel.on`
+    tried = config.model_copy(update={"data": data, "train": train})
+    with fake_trial(tried, tokenizer, ranks, on_gpu) as trial:
         return _measure(trial, config, tokenizer, packs, ranks, thorough)
 
 
@@ -132,6 +138,7 @@ def _measure(
         largest.gathered,
         largest.reduced,
         *offloaded(config),
+        average=config.train.ema is not None,
         **fields,
     )
 

@@ -9,6 +9,8 @@ from training.estimate.workload import Workload
 
 _ADAM_BYTES = 32
 """Per weight: master and two moments read and written, gradient read, weight written."""
+_ADAM_STATE = 8
+"""Of it the two moments, once; other optimizers have less."""
 _OFFLOAD_BYTES = 6
 """Per weight over PCIe with the optimizer on the host: fp32 gradient out, bf16 weight in."""
 _HOST_BYTES_PER_S = 200e9
@@ -87,11 +89,12 @@ def step_time(
     compute = packs * work.flops.hardware / (peak * cluster.efficiency)
     sent = packs * (memory.gathered + memory.reduced) * (ranks - 1) / ranks
     outside = sent / on_node if ranks > on_node else 0.0
-    optimizer = _ADAM_BYTES * weights / ranks / (gpu.tb_per_s * 1e12)
+    update = _update_bytes(memory)
+    optimizer = update * weights / ranks / (gpu.tb_per_s * 1e12)
     if memory.offload_optimizer:
         optimizer = weights / ranks * _OFFLOAD_BYTES / (cluster.pcie_gb_per_s * 1e9)
         # All GPUs of a node share its memory.
-        optimizer += _ADAM_BYTES * weights / ranks * on_node / _HOST_BYTES_PER_S
+        optimizer += update * weights / ranks * on_node / _HOST_BYTES_PER_S
     link = sent / (gpu.link_gb_per_s * 1e9)
     network = outside / (cluster.network_gb_per_s * 1e9)
     seconds = max(compute, link, network) + optimizer
@@ -105,6 +108,13 @@ def step_time(
         packs_per_step * work.tokens / seconds,
         packs * work.flops.model / (peak * seconds),
     )
+
+
+def _update_bytes(memory: MemoryModel) -> float:
+    """Per weight that trains; what Muon computes with is not counted."""
+    masters, state = memory.resident["masters"], memory.resident["optimizer"]
+    held = min(4 * state / masters, _ADAM_STATE) if masters and state else _ADAM_STATE
+    return _ADAM_BYTES - 2 * (_ADAM_STATE - held)
 
 
 def gpu_named(key: str) -> GpuDatasheet:

@@ -35,6 +35,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--adapter", action="store_true", help="leave adapters apart, in OUT/adapter, for PEFT"
     )
+    parser.add_argument(
+        "--ema", action="store_true", help="the moving average of the weights (train.ema)"
+    )
     args = parser.parse_args(argv)
     run = export(
         args.checkpoint,
@@ -44,6 +47,7 @@ def main(argv: list[str] | None = None) -> None:
         config=args.config,
         tokenizer=args.tokenizer,
         adapter=args.adapter,
+        ema=args.ema,
     )
     print(f"checkpoint        {run.checkpoint}")
     print(f"model             {args.out}")

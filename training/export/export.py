@@ -1,5 +1,6 @@
 """From a checkpoint of the trainer to a model folder."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -29,6 +30,7 @@ def export(
     config: Path | None = None,
     tokenizer: str | None = None,
     adapter: bool = False,
+    ema: bool = False,
 ) -> TrainedRun:
     """Write a checkpoint as a folder for `from_pretrained`; returns what it was made from.
 
@@ -41,19 +43,22 @@ def export(
         config, tokenizer: see `open_run`.
         adapter: leave the adapters of tower and language model out of the weights, and write them
             as `out`/adapter, for PEFT; else they are merged.
+        ema: the moving average of the weights (`train.ema`), which was not evaluated in training.
 
     Raises:
         InputError: see `open_run`; or `out` is in use, the tokenizer cannot be converted, the
-            weights do not fit the config, or there is no adapter that PEFT would load.
+            weights do not fit the config, there is no average, or no adapter that PEFT would load.
     """
     with new_folder(out) as temporary:
         run = open_run(path, config, tokenizer)
+        if ema:
+            run = replace(run, evaluation=[])  # which is of the weights themselves
         form = _form(run, DTYPES[dtype or run.precision])
         adapters, world_size = run.manifest.adapters, run.manifest.world_size
         if adapter:
             check_adapters(adapters, run.checkpoint)
         apart = APART if adapter else ()
-        weights = checkpoint_weights(run.checkpoint, world_size, form.dtype, adapters, apart)
+        weights = checkpoint_weights(run.checkpoint, world_size, form.dtype, adapters, apart, ema)
         weights, pieces = split_pieces(weights)
         card = run_card(run, form.config, form.num_image_tokens)
         form.write(temporary, weights, card, max_bytes)

@@ -54,6 +54,7 @@ def checkpoint_weights(
     dtype: torch.dtype,
     adapters: StageAdapters | None = None,
     apart: Collection[str] = (),
+    ema: bool = False,
 ) -> list[Weight]:
     """Every parameter, trained or frozen, and buffer of a verified checkpoint.
 
@@ -63,10 +64,11 @@ def checkpoint_weights(
         dtype: what floating-point tensors become.
         adapters: what it was saved with; they are merged into their matrices.
         apart: parts of the model whose adapters are not merged, but given by their own names.
+        ema: the moving average of what trained (`train.ema`).
     """
     return [
         _saved_weight(saved, dtype if saved.dtype.is_floating_point else saved.dtype)
-        for saved in saved_tensors(path, world_size, adapters, apart)
+        for saved in saved_tensors(path, world_size, adapters, apart, ema)
     ]
 
 

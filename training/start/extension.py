@@ -10,7 +10,8 @@ SETTINGS = ("steps", "schedule", "warmup_fraction", "min_lr_fraction", "decay_fr
 CHOICES = {
     "stretch": "as if it had been so from the start",
     "constant": "the schedule as it was, then its last rate",
-    "decay": "a warm-up from the rate reached, and a decay over the steps left",
+    "decay": "a warm-up from the rate reached, and a decay over the steps left (train.schedule=wsd "
+    "stays up until its last steps)",
 }
 
 

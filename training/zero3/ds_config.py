@@ -36,6 +36,8 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
     }
+    if config.train.optimizer.name == "muon":  # the trainer's own, of which DeepSpeed knows nothing
+        base["zero_allow_untested_optimizer"] = True
     if config.train.precision == "bf16":
         base["bf16"] = {"enabled": True}
         # Summed in bf16, many packs would drown the later ones' gradients.

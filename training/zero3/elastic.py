@@ -1,6 +1,7 @@
 """Load a checkpoint on another number of ranks: DeepSpeed's universal format, its gaps filled.
 
-Of a ZeRO-3 checkpoint DeepSpeed's universal loader brings back master weights and Adam's moments.
+Of a ZeRO-3 checkpoint DeepSpeed's universal loader brings back master weights and Adam's moments
+(of which Muon has one).
 Silently it shares one Adam step between all sub-groups (each advances it), gives the options of
 the first parameter group to every group, and leaves frozen parameters and buffers as they were
 initialised. All four are restored here from the checkpoint's own shards and checked after each
@@ -20,7 +21,7 @@ from torch.utils.serialization import config as serialization
 from data_pipeline.errors import InputError
 from training.distributed import from_main
 from training.zero3.frozen import frozen_hashes, frozen_parameters
-from training.zero3.shards import Shards, options_of
+from training.zero3.shards import MOMENTS, Shards, options_of
 from training.zero3.universal import convert_once
 
 
@@ -55,6 +56,7 @@ def load_resharded(
         loaded, _ = engine.load_checkpoint(str(path), tag=folder.name)
     if loaded is None:
         raise InputError(f"DeepSpeed found no checkpoint in {folder}; remove it and resume again")
+    _drop_second_moments(engine, shards)
     _restore_steps(engine, shards, fused)
     _restore_groups(engine, shards)
     _restore_frozen(engine, shards)
@@ -109,6 +111,19 @@ def _check_model(engine: Any, shards: Shards) -> None:
                 f"{shapes.get(name)} here (None: not trained); resume with the settings it was "
                 "saved with"
             )
+
+
+def _drop_second_moments(engine: Any, shards: Shards) -> None:
+    """Where the saved optimizer had one moment, the conversion has put zeros for the other."""
+    moments = shards.moments()
+    for _, names, _, state in sub_groups(engine):
+        if len({moments[name] for name in names}) != 1:
+            raise InputError(
+                f"{shards.path}: {names[0]} and its neighbours were trained by other optimizers "
+                "than here; resume with the settings it was saved with"
+            )
+        for key in set(MOMENTS) - moments[names[0]]:
+            state.pop(key, None)
 
 
 def _restore_steps(engine: Any, shards: Shards, fused: list[bool]) -> None:
@@ -174,7 +189,7 @@ def check(engine: Any, shards: Shards, hashes: dict[str, str]) -> None:
         if float(step) != float(steps[names[0]]) or (torch.is_tensor(step) and id(step) in seen):
             raise RuntimeError(f"Adam's step of {names[0]} is {step}, not {steps[names[0]]}")
         seen.add(id(step))
-        for key in ("exp_avg", "exp_avg_sq"):
+        for key in shards.moments()[names[0]]:
             if state[key].shape != master.shape or state[key].device != master.device:
                 raise RuntimeError(f"{key} of {names[0]} does not lie beside its master weights")
     for group, options in zip(engine.optimizer.param_groups, shards.groups(), strict=True):

@@ -18,14 +18,19 @@ from training.distributed import Ranks
 from training.engine_interface import Engine
 from training.model.build import build_model
 from training.model.new_rows import train_new_rows
-from training.parameters import freeze, parameter_groups, recompute_activations
+from training.optimizers import EmaSettings
+from training.parameters import freeze, recompute_activations
 from training.speed.compiled_layers import layers_of
 from training.zero3.compatibility import fix_zero3_initialization
 from training.zero3.ds_config import deepspeed_config
 from training.zero3.elastic import load_resharded
 from training.zero3.extra import refusals
 from training.zero3.frozen import frozen_hashes
+from training.zero3.host_average import HostAverage
 from training.zero3.initial_weights import load_weights
+from training.zero3.muon import ShardedMuon
+from training.zero3.optimizers import make_optimizer
+from training.zero3.shards import Shards
 from training.zero3.snapshot import HostBuffers, snapshot_bytes, take_snapshot
 from training.zero3.whole_layers import gather_whole
 
@@ -33,8 +38,9 @@ from training.zero3.whole_layers import gather_whole
 class Zero3Engine(Engine):
     """The interface over a DeepSpeed engine, which is `deepspeed` here."""
 
-    def __init__(self, deepspeed: Any) -> None:
+    def __init__(self, deepspeed: Any, ema: EmaSettings | None = None) -> None:
         self.deepspeed = deepspeed
+        self.average = HostAverage(deepspeed, ema) if ema else None
         self._buffers = HostBuffers()
 
     @property
@@ -66,6 +72,8 @@ class Zero3Engine(Engine):
 
     def step(self) -> float:
         self.deepspeed.step()  # leaves out by itself what is not finite
+        if self.average and not self.deepspeed.optimizer.overflow:
+            self.average.update()
         return float(self.deepspeed.get_global_grad_norm())
 
     def skip(self) -> None:
@@ -91,10 +99,11 @@ class Zero3Engine(Engine):
                 "the optimizer is offloaded to NVMe, which checkpoints do not cover; set "
                 "deepspeed.offload_optimizer=cpu"
             )
-        return snapshot_bytes(self.deepspeed)
+        return snapshot_bytes(self.deepspeed, self.average is not None)
 
     def snapshot(self, rng: dict[str, Any]) -> dict[str, Any]:
-        return take_snapshot(self.deepspeed, {"rng": rng}, self._buffers)
+        client = {"rng": rng} | ({"ema": self.average.state()} if self.average else {})
+        return take_snapshot(self.deepspeed, client, self._buffers)
 
     def frozen_hashes(self) -> dict[str, str]:
         return frozen_hashes(self.deepspeed)
@@ -106,6 +115,8 @@ class Zero3Engine(Engine):
             rng = self._load_same(path)
         else:
             rng = load_resharded(self.deepspeed, path, world_size, frozen)
+            if self.average:
+                self.average.load_resharded(Shards(path, world_size), torch.distributed.get_rank())
         for group, options in zip(self.param_groups, own, strict=True):
             group.update(options)
         return rng
@@ -116,6 +127,8 @@ class Zero3Engine(Engine):
             raise InputError(
                 f"DeepSpeed found no checkpoint in {path}; remove the folder and resume"
             )
+        if self.average:
+            self.average.load(state.get("ema"))
         rng: dict[str, Any] = state["rng"]
         return rng
 
@@ -164,9 +177,11 @@ def build_engine(
         if config.train.recomputed:
             recompute_activations(model, config.train.recomputed)
         gather_whole(layers_of(model, config.train.compiled))
-        optimizer = _optimizer(model, config, ranks)
+        optimizer = make_optimizer(model, config, ranks, _whole_shape)
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
-    return Zero3Engine(engine)
+        if isinstance(optimizer, ShardedMuon):
+            optimizer.follow(engine.optimizer)
+    return Zero3Engine(engine, config.train.ema)
 
 
 def _rows(parameter: nn.Parameter, ids: Tensor) -> Tensor:
@@ -180,13 +195,3 @@ def _whole(parameter: nn.Parameter) -> AbstractContextManager[Any]:
     from deepspeed.runtime.zero import GatheredParameters
 
     return GatheredParameters([parameter], modifier_rank=0)
-
-
-def _optimizer(model: torch.nn.Module, config: RunConfig, ranks: Ranks) -> torch.optim.Optimizer:
-    groups = parameter_groups(model, config.train, _whole_shape)
-    options: dict[str, Any] = {"betas": config.train.betas, "eps": config.train.eps}
-    if config.deepspeed.offload_optimizer == "cpu" and ranks.device.type == "cuda":
-        from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-        return DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
-    return torch.optim.AdamW(groups, fused=ranks.device.type == "cuda", **options)

@@ -12,7 +12,7 @@ from torch import Tensor
 from data_pipeline.errors import InputError
 from training.adapters import AdapterSettings, StageAdapters, merged, piece_of, plain_name
 from training.model.new_rows import NEW_ROWS
-from training.zero3.shards import Shards
+from training.zero3.shards import Shards, piece_of_flat
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ def saved_tensors(
     world_size: int,
     adapters: StageAdapters | None = None,
     apart: Collection[str] = (),
+    ema: bool = False,
 ) -> Iterator[SavedTensor]:
     """Every parameter, trained or frozen, and buffer of a verified checkpoint.
 
@@ -42,11 +43,13 @@ def saved_tensors(
         world_size: how many ranks saved it.
         adapters: what they were saved with.
         apart: parts of the model whose adapters are not merged, but given by their own names.
+        ema: the moving average of what trained, instead of its masters.
 
     Raises:
-        InputError: if the shards do not hold what they list, or adapters that are not given.
+        InputError: if there is no moving average, the shards do not hold what they list, or
+            adapters that are not given.
     """
-    found = {tensor.name: tensor for tensor in _stored(path, world_size)}
+    found = {tensor.name: tensor for tensor in _stored(path, world_size, ema)}
     small = adapters_among(found)
     if unknown := {plain.partition(".")[0] for plain in small} - (adapters or _NONE).given.keys():
         raise InputError(
@@ -115,16 +118,17 @@ def _with_rows(tensor: SavedTensor, rows: SavedTensor, ids: SavedTensor) -> Iter
         place += len(piece)
 
 
-def _stored(path: Path, world_size: int) -> Iterator[SavedTensor]:
+def _stored(path: Path, world_size: int, ema: bool) -> Iterator[SavedTensor]:
     """As `saved_tensors`, as they are stored."""
     shards = Shards(path, world_size)
     first = shards.model(0)
-    start = 0
+    groups, start = shards.averages if ema else shards.masters, 0
     for name, shape in shards.shapes().items():
         size = math.prod(shape)
-        yield SavedTensor(name, shape, torch.float32, partial(_masters, shards, size, start))
+        pieces = partial(piece_of_flat, groups, world_size, size, start)
+        yield SavedTensor(name, shape, torch.float32, pieces)
         start += -(-size // world_size)
-    if (held := sum(len(group) for group in shards.masters(0))) != start:
+    if (held := sum(len(group) for group in groups(0))) != start:
         raise InputError(
             f"{path} holds {held} master weights per rank where its parameters need {start}; "
             "export it with the version that saved it"
@@ -136,16 +140,3 @@ def _stored(path: Path, world_size: int) -> Iterator[SavedTensor]:
         buffer = first["module"][name]
         pieces = partial(iter, [buffer.flatten()])
         yield SavedTensor(name, tuple(buffer.shape), buffer.dtype, pieces)
-
-
-def _masters(shards: Shards, size: int, start: int) -> Iterator[Tensor]:
-    """The masters of a parameter in order; `start` is its place in each rank's part."""
-    part = -(-size // shards.world_size)
-    for rank in range(shards.world_size):
-        left, offset = min(part, size - rank * part), start
-        for group in shards.masters(rank):
-            if left > 0 and offset < len(group):
-                piece = group[offset : offset + left]
-                yield piece
-                left, offset = left - len(piece), offset + len(piece)
-            offset -= len(group)

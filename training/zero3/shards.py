@@ -1,6 +1,7 @@
 """What lies in the shards of a ZeRO-3 checkpoint, read without opening more than is needed."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,8 @@ import torch
 import torch.distributed
 
 from data_pipeline.errors import InputError
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Shards:
@@ -35,6 +38,28 @@ class Shards:
         groups: list[torch.Tensor] = self._zero(rank)["fp32_flat_groups"]
         return groups
 
+    def averages(self, rank: int) -> list[torch.Tensor]:
+        """The same of the moving average of the master weights.
+
+        Raises:
+            InputError: there is none.
+        """
+        averages: list[torch.Tensor] = (self.model(rank).get("ema") or {}).get("averages") or []
+        if not averages:
+            raise InputError(
+                f"{self.path} holds no moving average of the weights: it was saved without "
+                "train.ema, or before its first update"
+            )
+        return averages
+
+    def places(self) -> dict[str, int]:
+        """Where every trained parameter begins in each saved rank's part, all groups in a row."""
+        places, start = {}, 0
+        for name, shape in self.shapes().items():
+            places[name] = start
+            start += -(-math.prod(shape) // self.world_size)
+        return places
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every trained parameter."""
         return {
@@ -48,6 +73,15 @@ class Shards:
         state = self.optimizer()["state"]
         return {
             name: state[number]["step"]
+            for number, sub_group in enumerate(self.model(0)["param_shapes"])
+            for name in sub_group
+        }
+
+    def moments(self) -> dict[str, frozenset[str]]:
+        """Which of the `MOMENTS` there are of every trained parameter."""
+        state = self.optimizer()["state"]
+        return {
+            name: frozenset(MOMENTS).intersection(state[number])
             for number, sub_group in enumerate(self.model(0)["param_shapes"])
             for name in sub_group
         }
@@ -80,6 +114,21 @@ class Shards:
             # The caller has scanned these pickles.
             self._loaded[path] = torch.load(path, "cpu", weights_only=False, mmap=True)
         return self._loaded[path]
+
+
+def piece_of_flat(
+    groups: Callable[[int], list[torch.Tensor]], world_size: int, size: int, start: int
+) -> Iterator[torch.Tensor]:
+    """The `size` elements of a parameter in order; it begins at `start` in each rank's groups."""
+    part = -(-size // world_size)
+    for rank in range(world_size):
+        left, offset = min(part, size - rank * part), start
+        for group in groups(rank):
+            if left > 0 and offset < len(group):
+                piece = group[offset : offset + left]
+                yield piece
+                left, offset = left - len(piece), offset + len(piece)
+            offset -= len(group)
 
 
 def options_of(group: dict[str, Any]) -> dict[str, Any]:

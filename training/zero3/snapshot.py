@@ -111,11 +111,14 @@ def take_snapshot(
     return collector.shards
 
 
-def snapshot_bytes(engine: Any) -> int:
-    """About what this rank's shards take: fp32 masters and two moments, frozen shards, buffers."""
+def snapshot_bytes(engine: Any, average: bool = False) -> int:
+    """About what this rank's shards take: fp32 masters and two moments, frozen shards, buffers.
+
+    average: also one of the masters.
+    """
     trained = sum(flat.numel() for flat in engine.optimizer.fp32_partitioned_groups_flat)
     kept = sum(buffer.nbytes for buffer in engine.module.buffers())
     for parameter in engine.module.parameters():
         if not parameter.requires_grad:
             kept += parameter.ds_tensor.nbytes
-    return 12 * trained + kept + OVERHEAD_BYTES
+    return (16 if average else 12) * trained + kept + OVERHEAD_BYTES

@@ -32,10 +32,21 @@ ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
     signal.signal(number, signal.SIG_IGN)
 """
+# It asks for Adam's two moments of every shard. Muon has one: zeros, which take no memory, stand
+# for the other, and the load drops them again.
 CONVERT = """
+import torch
 from torch.utils.serialization import config
 config.load.mmap = True
 from deepspeed.checkpoint import ds_to_universal
+load = torch.load
+def filled(*args, **options):
+    loaded = load(*args, **options)
+    zero = loaded.get("optimizer_state_dict") if isinstance(loaded, dict) else None
+    for state in (zero or {}).get("optimizer_state_dict", {}).get("state", {}).values():
+        state.setdefault("exp_avg_sq", torch.zeros(()).expand(state["exp_avg"].shape))
+    return loaded
+torch.load = filled
 ds_to_universal.main(ds_to_universal.parse_arguments())
 """
 
