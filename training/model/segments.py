@@ -47,7 +47,7 @@ class PackedSegments:
     def buckets(self) -> "LengthBuckets":
         """The pack as dense blocks; waits for the device when cu_seqlens came from there."""
         ends = self._given.cpu().numpy()
-        return LengthBuckets(ends, self.cu_seqlens.device, padded=self.causal)
+        return LengthBuckets(ends, self.cu_seqlens.device, self.causal)
 
 
 class LengthBuckets:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, Siglip2VisionModel
 
@@ -73,11 +74,8 @@ class NativeFamily(VisionFamily):
         table = parts.position_embedding(torch.arange(parts.num_patches, device=pixels.device))
         side = parts.position_embedding_size
         square = table.unflatten(0, (side, side))
-        resized = {
-            grid: parts.resize_positional_embeddings(square, torch.tensor([grid]), math.prod(grid))
-            for grid in dict.fromkeys(grids)
-        }
-        positions = torch.cat([resized[grid] for grid in grids], 1)
+        resized = {grid: _resized(square, grid) for grid in dict.fromkeys(grids)}
+        positions = torch.cat([resized[grid] for grid in grids])
         embedded: Tensor = parts.patch_embedding(pixels.to(table.dtype)) + positions
         return embedded
 
@@ -91,6 +89,18 @@ class NativeFamily(VisionFamily):
         states = parts.encoder(inputs_embeds=embedded, attention_mask=mask).last_hidden_state
         patches: Tensor = parts.post_layernorm(states)
         return patches
+
+
+def _resized(positions: Tensor, grid: tuple[int, int]) -> Tensor:
+    """A square table of positions [side, side, C] at the patches of a grid (H, W): [H * W, C].
+
+    The same step as in the tower, by whole numbers, which a graph or an estimate can follow.
+    """
+    planes = positions.permute(2, 0, 1)[None]
+    if planes.device.type == "cpu" and planes.dtype in (torch.bfloat16, torch.float16):
+        planes = planes.float()  # there is no such resizing in half precision there
+    planes = F.interpolate(planes, grid, mode="bilinear", align_corners=False, antialias=True)
+    return planes[0].flatten(1).t().to(positions.dtype)
 
 
 SIGLIP2 = NativeFamily(
