@@ -11,6 +11,8 @@ from bisect import bisect_right
 from collections.abc import Callable
 from functools import lru_cache
 
+import numpy as np
+
 # transformers finds the scale by halving 1e-6 .. 100 until less than 1e-5 is left, 24 times: these
 # are the scales (_STEPS + step * (_TOP - 1)) / (_STEPS * _TOP / 100), step = 0 .. _STEPS - 1. Two
 # roundings closer than that come together there, and so they do here.
@@ -71,6 +73,19 @@ def token_grid(rows: int, columns: int, budget: int) -> tuple[int, int]:
         return _ceil(step + 1, columns), _ceil(step + 1, rows)
 
     return at(_last_within(at, budget, rows * columns))
+
+
+def cut_patches(planes: np.ndarray, patch_size: int, out: np.ndarray | None = None) -> np.ndarray:
+    """uint8 [3, rows * patch_size, columns * patch_size] -> [rows * columns, patch_size^2 * 3].
+
+    Patches row by row, the pixels of each row by row, channels last. out: what to write into and
+    return, of that very shape.
+    """
+    size, (height, width) = patch_size, planes.shape[1:]
+    cells = planes.reshape(3, height // size, size, width // size, size).transpose(1, 3, 2, 4, 0)
+    patches = np.empty((height * width // size**2, size**2 * 3), np.uint8) if out is None else out
+    patches.reshape(cells.shape)[:] = cells
+    return patches
 
 
 def check_patches(patch_size: int, max_patches: int, min_patches: int) -> None:
