@@ -62,6 +62,17 @@ BackboneConfig = Annotated[dict[str, Any], AfterValidator(check_backbone)]
 """A setting that is the config.json of a vision tower or language model of transformers."""
 
 
+def tile_side(tower: Mapping[str, Any]) -> int | None:
+    """Side in pixels of a tower's square images; None where its config does not say.
+
+    A tower of any patch grid has the square of its positions.
+    """
+    size, positions, patch = (tower.get(k) for k in ("image_size", "num_patches", "patch_size"))
+    if size is None and isinstance(positions, int) and isinstance(patch, int):
+        size = math.isqrt(positions) * patch
+    return size if isinstance(size, int) else None
+
+
 def _unknown(kind: Any, config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     """The keys of a config that its class does not know, also those of configs inside it."""
     own = {field.name for field in dataclasses.fields(kind)} | set(kind.attribute_map)

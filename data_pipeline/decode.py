@@ -7,13 +7,24 @@ inverse DCT leaves out the frequencies that tiles could not show. Pillow does th
 formats, CMYK, and all of it where simplejpeg is not installed.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 from PIL import Image, JpegImagePlugin
 
 from data_pipeline.errors import InputError
 from data_pipeline.images import open_image
+from data_pipeline.processor.native_shapes_tokenflex import cut_patches
 from data_pipeline.processor.picture_tokenflex import orientation_of, to_rgb, turn, upright
-from data_pipeline.tiling import Pixels, Resample, TilingSettings, as_image, cut_grid, grid_for
+from data_pipeline.tiling import (
+    Pixels,
+    Resample,
+    TilingSettings,
+    as_image,
+    cut_grid,
+    grid_for,
+    resizer,
+)
 
 try:
     import simplejpeg
@@ -56,6 +67,47 @@ def image_tiles(
         InputError: as `open_image`, or the image has another size, or libjpeg-turbo warns of
             damage.
     """
+    side = tiling.tile_size
+
+    def of_grid(width: int, height: int) -> tuple[int, int]:
+        columns, rows = grid_for(width, height, tiling)
+        return columns * side, rows * side
+
+    pixels, extent, (width, height) = _upright_pixels(data, size, of_grid, reduced)
+    grid = width // side, height // side
+    return cut_grid(pixels, grid, tiling, extent=extent, resample=resample, out=out)
+
+
+def image_patches(
+    data: bytes,
+    size: tuple[int, int] | None,
+    grid: tuple[int, int],
+    patch_size: int,
+    reduced: bool = True,
+    *,
+    resample: Resample = "pillow",
+    out: np.ndarray | None = None,
+) -> np.ndarray:
+    """Decode an image file into the patches (rows, columns) of a grid, the image stretched to it.
+
+    Arguments and errors as those of `image_tiles`. Returns uint8 [rows * columns, patch_size^2 * 3]
+    as `cut_patches` does.
+    """
+    wanted = grid[1] * patch_size, grid[0] * patch_size
+    pixels, extent, _ = _upright_pixels(data, size, lambda *_: wanted, reduced)
+    return cut_patches(resizer(pixels, extent, resample)(*wanted), patch_size, out)
+
+
+def _upright_pixels(
+    data: bytes,
+    size: tuple[int, int] | None,
+    wanted_for: Callable[[int, int], tuple[int, int]],
+    reduced: bool,
+) -> tuple[Pixels, tuple[float, float] | None, tuple[int, int]]:
+    """A picture, the part of it that the image fills (None: all), the size to bring it to.
+
+    wanted_for: that size of an image of this width and height, both in pixels.
+    """
     with open_image(data) as image:
         orientation = orientation_of(image)
         found = upright(image.size, orientation)
@@ -65,8 +117,8 @@ def image_tiles(
                 f"{size[0]} x {size[1]}: the index does not match the shard; run "
                 "python -m data_pipeline.index again"
             )
-        grid = grid_for(*found, tiling)
-        factor = _reduction(image, orientation, grid, tiling) if reduced else 1
+        wanted = wanted_for(*found)
+        factor = _reduction(image, orientation, wanted) if reduced else 1
         stored = image.size
         pixels: Pixels | None = _decode_turbo(data, image, factor)
         if pixels is None:
@@ -78,7 +130,7 @@ def image_tiles(
             pixels = turn(as_image(pixels), orientation)
     # A reduced picture is rounded up to whole pixels, which the image does not quite fill.
     extent = None if factor == 1 else (found[0] / factor, found[1] / factor)
-    return cut_grid(pixels, grid, tiling, extent=extent, resample=resample, out=out)
+    return pixels, extent, wanted
 
 
 def check_decodes(data: bytes) -> None:
@@ -89,20 +141,18 @@ def check_decodes(data: bytes) -> None:
             to_rgb(image)
 
 
-def _reduction(
-    image: Image.Image, orientation: int, grid: tuple[int, int], tiling: TilingSettings
-) -> int:
+def _reduction(image: Image.Image, orientation: int, wanted: tuple[int, int]) -> int:
     """The largest usable divisor of the size: 1, 2, 4 or 8."""
     if not isinstance(image, JpegImagePlugin.JpegImageFile):
         return 1
     # Neither side of the image may fall below this, as it is stored.
-    columns, rows = upright(grid, orientation)
+    across, down = upright(wanted, orientation)
     width, height = image.size
-    least = MIN_OVERSIZE * tiling.tile_size
     for factor in (8, 4, 2):
         # Turned, the pixels that are not quite filled would lie at another side.
         turned = orientation != 1 and (width % factor or height % factor)
-        if width >= factor * least * columns and height >= factor * least * rows and not turned:
+        oversize = factor * MIN_OVERSIZE
+        if width >= oversize * across and height >= oversize * down and not turned:
             return factor
     return 1
 

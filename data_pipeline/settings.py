@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from data_pipeline.backbone_config import BackboneConfig
+from data_pipeline.backbone_config import BackboneConfig, tile_side
 from data_pipeline.backbone_folder import with_architecture
 from data_pipeline.chat import ChatSettings
 from data_pipeline.config_file import Settings
@@ -63,8 +63,8 @@ class DataSettings(Settings):
 
     def fit_tiles_to(self, tower: dict[str, Any]) -> None:
         """Make tiles as large as the tower's images, unless their size is given."""
-        size = tower.get("image_size")
-        if isinstance(size, int) and "tile_size" not in self.tiling.model_fields_set:
+        size = tile_side(tower)
+        if size is not None and "tile_size" not in self.tiling.model_fields_set:
             self.tiling = self.tiling.model_copy(update={"tile_size": size})
 
     @property

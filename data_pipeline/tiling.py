@@ -4,6 +4,7 @@ The rule is `data_pipeline.processor.tiling_tokenflex`'s. On top of it, pictures
 an image does not quite fill, and torch may resize them.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Literal
 
@@ -74,11 +75,17 @@ def cut_grid(
             corner; all of it if None. See `data_pipeline.decode`.
         out: the array to write into and return, uint8 [tiles of the grid, 3, tile_size, tile_size].
     """
+    resized = resizer(pixels, extent, resample)
+    return rule.cut_tiles(resized, grid, settings.tile_size, settings.thumbnail, out)
+
+
+def resizer(
+    pixels: Pixels, extent: tuple[float, float] | None, resample: Resample
+) -> Callable[[int, int], np.ndarray]:
+    """What gives a picture in a width and height, uint8 [3, height, width]; see `cut_grid`."""
     if isinstance(pixels, Image.Image) and pixels.mode != "RGB":
         raise ValueError(f"tiles are cut from RGB, got mode {pixels.mode}; convert it")
-    resizer = _resize_torch if resample == "torch" else _resize_pillow
-    resized = partial(resizer, pixels, extent)
-    return rule.cut_tiles(resized, grid, settings.tile_size, settings.thumbnail, out)
+    return partial(_resize_torch if resample == "torch" else _resize_pillow, pixels, extent)
 
 
 def as_image(pixels: Pixels) -> Image.Image:

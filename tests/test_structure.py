@@ -34,6 +34,7 @@ DATA_PIPELINE = (
     *("walk", "processor", "media_claims", "tokenizer", "captions"),
     *(
         "tiling",
+        "native_settings",
         "images",
         "image_header",
         "records",

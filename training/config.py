@@ -16,7 +16,7 @@ from pydantic import (
     model_validator,
 )
 
-from data_pipeline.backbone_config import BackboneConfig
+from data_pipeline.backbone_config import BackboneConfig, tile_side
 from data_pipeline.backbone_folder import as_before, with_architecture
 from data_pipeline.config_file import KeyProblems, Settings, load_settings
 from data_pipeline.files import write_atomically
@@ -471,11 +471,12 @@ class RunConfig(Settings):
     @model_validator(mode="after")
     def _tiles_fit_the_tower(self) -> "RunConfig":
         self.data.fit_tiles_to(self.model.vision.config)
-        image_size = self.model.vision.config.get("image_size")
-        if image_size != self.data.tiling.tile_size:
+        tower = self.model.vision.config
+        if (side := tile_side(tower)) != self.data.tiling.tile_size:
+            key = "num_patches and patch_size make" if "num_patches" in tower else "image_size is"
             raise ValueError(
                 f"data.tiling.tile_size is {self.data.tiling.tile_size} but "
-                f"model.vision.config.image_size is {image_size}; make them equal"
+                f"model.vision.config.{key} {side}; make them equal"
             )
         return self
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from data_pipeline.backbone_config import tile_side
 from data_pipeline.errors import InputError
 
 # Language models of transformers whose MLP has two matrices; that of all others is gated: three.
@@ -80,8 +81,9 @@ class CostModel:
 
         Args:
             vision: the `config.json` of a vision transformer of any family in transformers:
-                hidden_size, intermediate_size or mlp_ratio, num_hidden_layers, image_size,
-                patch_size. A class token is left out, one position beside hundreds of patches.
+                hidden_size, intermediate_size or mlp_ratio, num_hidden_layers, image_size (or
+                num_patches), patch_size. A class token is left out, one position beside hundreds
+                of patches.
             llm: a decoder's: hidden_size, intermediate_size, num_hidden_layers,
                 num_attention_heads, vocab_size; num_key_value_heads, head_dim, sliding_window and
                 layer_types where it has them; of a mixture of experts those that a token uses
@@ -91,7 +93,8 @@ class CostModel:
             InputError: a key is missing, or is not a whole number above 0.
         """
         decoder, tower = decoder_stack(llm), tower_stack(vision)
-        side = _whole(vision, "vision", "image_size") // _whole(vision, "vision", "patch_size")
+        image = tile_side(vision) or _whole(vision, "vision", "image_size")
+        side = image // _whole(vision, "vision", "patch_size")
         return cls(
             llm_parameters=decoder.layers * decoder.weights + head_weights(llm),
             llm_layers=decoder.layers,

@@ -52,6 +52,11 @@ def test_parameters_from_configs_are_those_of_the_models() -> None:
     assert (model.vision_layers, model.vision_width, model.patches_per_tile) == (3, 32, 16)
 
 
+def test_a_tower_of_any_grid_has_tiles_as_its_positions() -> None:
+    native = {k: v for k, v in VISION.items() if k != "image_size"} | {"num_patches": 16}
+    assert CostModel.from_configs(native, LLM) == CostModel.from_configs(VISION, LLM)
+
+
 def test_configs_of_other_kinds() -> None:
     wide_heads = LLM | {"head_dim": 16}
     assert CostModel.from_configs(VISION, wide_heads).llm_width == 128

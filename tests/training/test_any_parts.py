@@ -25,7 +25,8 @@ from training.parameters import freeze
 from training.train import train
 
 TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
-TOWER |= {"num_attention_heads": 2, "image_size": 24, "patch_size": 4}
+TOWER |= {"num_attention_heads": 2, "patch_size": 4}
+TILE = 24
 DECODERS: dict[str, dict[str, Any]] = {
     "qwen2": {"tie_word_embeddings": True, "num_key_value_heads": 2},
     "llama": {"tie_word_embeddings": False, "num_key_value_heads": 4},
@@ -38,7 +39,9 @@ SIZES |= {"num_attention_heads": 4, "max_position_embeddings": 512, "initializer
 def save_tower(folder: Path, kind: str) -> Path:
     """The tower's weights as hubs have them; CLIP's beside those of its text side."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(kind, **TOWER)
+    native = kind == "siglip2_vision_model"
+    size = {"num_patches": (TILE // TOWER["patch_size"]) ** 2} if native else {"image_size": TILE}
+    config = AutoConfig.for_model(kind, **TOWER, **size)
     if kind == "clip_vision_model":
         text = {**SIZES, "vocab_size": 50, "num_attention_heads": 2}
         CLIPModel(CLIPConfig(vision_config=config.to_dict(), text_config=text)).save_pretrained(
@@ -91,7 +94,7 @@ def test_two_lines_give_a_model(
     settings = overrides(digits_corpus, f"data.tokenizer={markers}", "output_dir=unused")
     file = two_lines(tmp_path, vision, llm)
     config = load_config(file, settings)
-    assert config.data.tiling.tile_size == TOWER["image_size"]
+    assert config.data.tiling.tile_size == TILE
     assert load_settings(DataConfig, file, settings).data.tiling == config.data.tiling
     model: Any = build_model(config, tokenizer)
     # The weights are those of the folders, and rows of new tokens the mean of the others.

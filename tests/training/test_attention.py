@@ -23,8 +23,10 @@ def cumulative(lengths: list[int]) -> Tensor:
     return F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int()
 
 
-def segments_of(lengths: list[int], device: torch.device = CPU) -> PackedSegments:
-    return PackedSegments(cumulative(lengths).to(device), max(lengths), device)
+def segments_of(
+    lengths: list[int], device: torch.device = CPU, causal: bool = True
+) -> PackedSegments:
+    return PackedSegments(cumulative(lengths).to(device), max(lengths), device, causal)
 
 
 def make_states(
@@ -47,6 +49,7 @@ def one_by_one(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    causal: bool = True,
 ) -> Tensor:
     """Softmax attention written out, sample by sample: [1, L, H, D]."""
     query, key, value = (s[0] for s in states)
@@ -60,7 +63,7 @@ def one_by_one(
             scores = softcap * (scores / softcap).tanh()
         behind = torch.arange(length, device=scores.device)
         behind = behind[:, None] - behind  # of the query, a key is
-        hidden = (behind < 0) | (behind >= (window or length))
+        hidden = ((behind < 0) | (behind >= (window or length))) & causal
         outputs.append(scores.masked_fill(hidden, -torch.inf).softmax(-1) @ value[:, part])
         start += length
     return torch.cat(outputs, 1).transpose(0, 1)[None]
@@ -74,6 +77,20 @@ def test_packed_equals_one_by_one_with_gradients(key_heads):
     )
     expected = one_by_one(states, LENGTHS, 0.3)
     assert weights is None
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    out_grad = torch.randn(found.shape, dtype=torch.float64)
+    grads = torch.autograd.grad(found, states, out_grad)
+    for grad, wanted in zip(grads, torch.autograd.grad(expected, states, out_grad), strict=True):
+        torch.testing.assert_close(grad, wanted, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("key_heads", [2, 4])
+def test_whole_samples_equal_one_by_one_with_gradients(key_heads):
+    """As a tower's layers ask, which hand on nothing but a mask."""
+    states = [s.requires_grad_() for s in make_states(LENGTHS, torch.float64, 4, key_heads)]
+    segments = segments_of(LENGTHS, causal=False)
+    found, _ = packed_attention(LAYER, *states, segments, scaling=0.3, is_causal=False)
+    expected = one_by_one(states, LENGTHS, 0.3, causal=False)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
     out_grad = torch.randn(found.shape, dtype=torch.float64)
     grads = torch.autograd.grad(found, states, out_grad)
@@ -248,10 +265,11 @@ def test_segments_that_do_not_cover_the_row_are_an_error(bounds):
 def reference_varlen(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, scale, causal, left=-1) -> Tensor:
     """What varlen_attn computes, on [L, heads, D]; left: keys seen before a query's own, -1 all."""
     lengths = cu_seq_q.diff().tolist()
-    assert torch.equal(cu_seq_q, cu_seq_k) and max_q == max_k == max(lengths) and causal
+    assert torch.equal(cu_seq_q, cu_seq_k) and max_q == max_k == max(lengths)
     assert cu_seq_q.dtype == torch.int32
     window = left + 1 if left >= 0 else None
-    return one_by_one([s.transpose(0, 1)[None] for s in (q, k, v)], lengths, scale, window)[0]
+    states = [s.transpose(0, 1)[None] for s in (q, k, v)]
+    return one_by_one(states, lengths, scale, window, causal=causal)[0]
 
 
 def windowed_grouped(
@@ -284,14 +302,15 @@ def unknown(query, key, value, cu_seqlens, mask, scale=None):
     raise AssertionError("must not be called")
 
 
+@pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("function", [windowed_grouped, windowed, flagged])
-def test_every_known_varlen_signature_is_called_right(monkeypatch, function):
+def test_every_known_varlen_signature_is_called_right(monkeypatch, function, causal):
     """FlashAttention needs CUDA; here stand-ins with the signatures of several torch releases."""
     monkeypatch.setattr(attention, "varlen_attn", function)
     states = make_states(LENGTHS)
     q, k, v = (s[0].transpose(0, 1) for s in states)
-    found = attention._varlen_attention(q, k, v, 0.3, segments_of(LENGTHS))
-    torch.testing.assert_close(found[None], one_by_one(states, LENGTHS, 0.3))
+    found = attention._varlen_attention(q, k, v, 0.3, segments_of(LENGTHS, causal=causal))
+    torch.testing.assert_close(found[None], one_by_one(states, LENGTHS, 0.3, causal=causal))
 
 
 @pytest.mark.parametrize("function", [windowed_grouped, windowed])

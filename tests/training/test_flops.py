@@ -137,6 +137,12 @@ CHECKPOINTED = {"gradient_checkpointing": True}
             {"model_type": "gpt_neox", "num_key_value_heads": 8},
             id="CLIP and another decoder",
         ),
+        pytest.param(
+            *(settings(**CHECKPOINTED), MANY, 1),
+            {"model_type": "siglip2_vision_model", "num_patches": 64},
+            {},
+            id="NaFlex",
+        ),
     ],
 )
 def test_counted_as_pytorch_counts(

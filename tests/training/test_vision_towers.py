@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoModel, CLIPConfig, CLIPModel, Dinov2Model
+from transformers.models.siglip2 import image_processing_pil_siglip2 as siglip2
 
 from data_pipeline.corpus import cost_of
 from data_pipeline.errors import InputError
@@ -25,6 +26,7 @@ BLOCK = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 2}
 VISION: dict[str, dict[str, Any]] = {
     "siglip_vision_model": BLOCK | {"intermediate_size": 24},
     "clip_vision_model": BLOCK | {"intermediate_size": 24},
+    "siglip2_vision_model": BLOCK | {"intermediate_size": 24},
     "dinov2": BLOCK | {"mlp_ratio": 3},
 }
 CLIP_VISION = VISION["clip_vision_model"] | {"image_size": 32, "patch_size": 4}
@@ -39,8 +41,14 @@ def vision(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> d
         "dinov2", Dinov2Model, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), leading_tokens=1
     )
     monkeypatch.setitem(FAMILIES, "dinov2", dinov2)
-    sizes = {"image_size": TILE, "patch_size": TILE // GRID}
-    return {"model_type": request.param, **VISION[request.param], **sizes}
+    return {"model_type": request.param, **VISION[request.param], **sized(request.param, TILE)}
+
+
+def sized(family: str, tile: int, patch: int = TILE // GRID) -> dict[str, int]:
+    """Config keys that make tiles of a family so large."""
+    native = family == "siglip2_vision_model"
+    size = {"num_patches": (tile // patch) ** 2} if native else {"image_size": tile}
+    return {**size, "patch_size": patch}
 
 
 def make_model(vision: dict[str, Any]) -> Any:
@@ -73,6 +81,19 @@ def test_patches_are_those_of_the_pixels_in_reading_order(vision: dict[str, Any]
         assert changed.nonzero().flatten().tolist() == [row * GRID + column]
 
 
+def own_patches(tower: Any, pixels: torch.Tensor) -> torch.Tensor:
+    """What the tower itself makes of normalised tiles."""
+    arguments = {"pixel_values": pixels}
+    if tower.config.model_type == "siglip2_vision_model":
+        size = tower.config.patch_size
+        cut = [siglip2.convert_image_to_patches(tile.numpy(), size) for tile in pixels]
+        arguments["pixel_values"] = torch.stack([torch.from_numpy(patches) for patches in cut])
+        arguments["pixel_attention_mask"] = torch.ones(len(pixels), GRID * GRID)
+        arguments["spatial_shapes"] = torch.tensor([[GRID, GRID]] * len(pixels))
+    patches: torch.Tensor = tower(**arguments).last_hidden_state[:, -GRID * GRID :]
+    return patches
+
+
 @torch.no_grad()
 def test_features_are_the_projected_patches_of_the_towers_own_code(vision: dict[str, Any]) -> None:
     model = make_model(vision)
@@ -82,7 +103,7 @@ def test_features_are_the_projected_patches_of_the_towers_own_code(vision: dict[
     tiles = torch.randint(0, 256, (2, 3, TILE, TILE), dtype=torch.uint8)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (model.config.image_mean,
                                                          model.config.image_std))  # fmt: skip
-    patches = tower(pixel_values=(tiles / 255 - mean) / std).last_hidden_state[:, -GRID * GRID :]
+    patches = own_patches(tower, (tiles / 255 - mean) / std)
     p = model.model.projector
     rows = F.layer_norm(patches.flatten(0, 1), (WIDTH,), p.norm_weight, p.norm_bias)
     gated = F.silu(F.linear(rows, p.w1, p.b1)) * F.linear(rows, p.w2, p.b2)
@@ -114,7 +135,7 @@ def test_a_saved_model_is_the_same_model(vision: dict[str, Any], tmp_path: Path)
 def test_pretrained_weights_come_from_a_folder(
     vision: dict[str, Any], digits_corpus: Path, tmp_path: Path
 ) -> None:
-    vision |= {"image_size": 32, "patch_size": 4}
+    vision |= sized(vision["model_type"], 32, 4)
     tower = AutoModel.from_config(AutoConfig.for_model(**vision))
     tower.save_pretrained(tmp_path)
     run = scenarios.tiny_config(digits_corpus, *overrides(config=vision, pretrained=tmp_path))
@@ -146,10 +167,25 @@ def test_a_tower_of_another_family_is_refused(digits_corpus: Path, tmp_path: Pat
         build_model(run, load_tokenizer(digits_corpus / "tokenizer.model"))
 
 
+@pytest.mark.parametrize("family", ["clip_vision_model", "siglip2_vision_model"])
 @pytest.mark.multiprocess
-def test_a_clip_tower_trains_partitioned(two_ranks: RankPool, digits_corpus: Path) -> None:
-    before, after = two_ranks.run(scenarios.train_steps, digits_corpus, 2, clip_overrides())[0]
+def test_a_tower_trains_partitioned(two_ranks: RankPool, digits_corpus: Path, family: str) -> None:
+    vision = {"model_type": family, **VISION[family], **sized(family, 32, 4)}
+    settings = overrides(config=vision)
+    before, after = two_ranks.run(scenarios.train_steps, digits_corpus, 2, settings)[0]
     same = {name for name, value in after.items() if (value == before[name]).all()}
-    # What only the pooled vector passes is not part of the loss.
+    # What only CLIP's pooled vector passes is not part of the loss.
     unused = {f"vision_model.post_layernorm.{kind}" for kind in ("weight", "bias")}
+    unused = unused if family == "clip_vision_model" else set()
     assert unused <= same and not any(name.startswith("vision_model") for name in same - unused)
+
+
+def test_positions_that_are_no_square_and_tiles_of_another_size_are_named(
+    digits_corpus: Path,
+) -> None:
+    vision: dict[str, Any] = {"model_type": "siglip2_vision_model", **BLOCK, "num_patches": 60}
+    with pytest.raises(ValueError, match=r"num_patches 60.* square"):
+        make_model(vision)
+    settings = [*overrides(config=vision | {"num_patches": 64, "patch_size": 4})]
+    with pytest.raises(InputError, match=r"tile_size is 48 .*num_patches and patch_size make 32"):
+        scenarios.tiny_config(digits_corpus, *settings, "data.tiling.tile_size=48")

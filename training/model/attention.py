@@ -1,8 +1,8 @@
 """Attention over packed samples without flash-attn: one function, registered with transformers.
 
-With `segments` given (see `training.model.segments`) every sample of the pack attends, causally, to
-itself only: on CUDA by PyTorch's own FlashAttention (`torch.nn.attention.varlen`), elsewhere by one
-batched call per length bucket. Without segments (vision tower, inference) it is plain
+With `segments` given (see `training.model.segments`) every sample of the pack attends to itself
+only, causally or as a whole: on CUDA by PyTorch's own FlashAttention (`torch.nn.attention.varlen`),
+elsewhere by one batched call per length bucket. Without segments (tiles, inference) it is plain
 scaled-dot-product attention. A layer's sliding window and the soft cap of its scores count on each
 of these paths.
 """
@@ -56,7 +56,7 @@ def packed_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | PackedSegments | None,
     *,
     dropout: float = 0.0,
     scaling: float | None = None,
@@ -69,12 +69,14 @@ def packed_attention(
     """What transformers calls in every attention layer; signature and shapes are its own.
 
     query: [B, H, L, D]. key, value: [B, H_kv, L, D]. B is 1 with segments, which replace the
-    attention_mask. sliding_window: how many keys a query sees, its own the last. softcap: scores
-    become softcap * tanh(score / softcap). Returns [B, L, H, D] and None. Raises InputError for
-    what packs cannot do.
+    attention_mask, or come as it from layers that hand on nothing else. sliding_window: how many
+    keys a query sees, its own the last. softcap: scores become softcap * tanh(score / softcap).
+    Returns [B, L, H, D] and None. Raises InputError for what packs cannot do.
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if isinstance(attention_mask, PackedSegments):
+        segments, attention_mask = attention_mask, None
     if segments is None and softcap is not None:
         return _capped_plain(query, key, value, attention_mask, scale, softcap, causal), None
     if segments is None:
@@ -82,7 +84,7 @@ def packed_attention(
             module, query, key, value, attention_mask, dropout, scaling, is_causal, kwargs
         )
     segments.received(sliding_window, softcap)
-    _check_packed(query, causal, dropout, kwargs)
+    _check_packed(query, causal or not segments.causal, dropout, kwargs)
     # A window that no sample fills is none, so that the same kernel runs as without.
     window = sliding_window if (sliding_window or 0) < segments.max_seqlen else None
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))  # [L, heads, D]
@@ -91,7 +93,7 @@ def packed_attention(
         return _varlen_attention(q, k, v, scale, segments, window)[None], None
     if not on_gpu and q.dtype in _HALF:  # several times faster there, as below
         q, k, v = q.float(), k.float(), v.float()
-    output = bucketed_attention(q, k, v, scale, segments.buckets, window, softcap)
+    output = bucketed_attention(q, k, v, scale, segments.buckets, window, softcap, segments.causal)
     return output[None].to(query.dtype), None
 
 
@@ -183,7 +185,9 @@ def _varlen_attention(
     """q [L, H, D], k and v [L, H_kv, D] -> [L, H, D] by FlashAttention on the packed row."""
     options = varlen_options(varlen_attn)
     assert options is not None  # _can_use_varlen said so
-    if window is not None:
+    if not segments.causal:
+        options = {name: options[name] for name in options if name == "enable_gqa"}
+    elif window is not None:
         options = {**options, "window_size": (window - 1, 0)}
     if "enable_gqa" not in options and (repeats := q.shape[1] // k.shape[1]) > 1:
         k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)

@@ -55,11 +55,13 @@ def bucketed_attention(
     buckets: LengthBuckets,
     window: int | None = None,
     softcap: float | None = None,
+    causal: bool = True,
 ) -> Tensor:
-    """q [L, H, D], k and v [L, H_kv, D] -> [L, H, D]: one batched causal call per bucket.
+    """q [L, H, D], k and v [L, H_kv, D] -> [L, H, D]: one batched call per bucket.
 
     window: the keys that a query sees, its own the last of them; None: all before it.
-    softcap: see `capped_attention`.
+    softcap: see `capped_attention`. causal: false for buckets without padding, whose tokens see all
+        of their sample; they have neither a window nor a soft cap.
     """
     grouped = q.shape[1] != k.shape[1]
     sizes = [samples * capacity for samples, capacity in buckets.blocks]
@@ -85,7 +87,7 @@ def bucketed_attention(
                 k_block,
                 v_block,
                 attn_mask=mask,
-                is_causal=mask is None,
+                is_causal=causal and mask is None,
                 scale=scale,
                 enable_gqa=grouped,
             )

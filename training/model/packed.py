@@ -31,6 +31,7 @@ from training.model.language_models import (
     check_modules,
 )
 from training.model.loss import Supervision, chunked_cross_entropy, find_supervision
+from training.model.native_images import Shapes, native_features
 from training.model.packed_projector import TRAINED_METHODS
 from training.model.segments import PackedSegments, find_segments
 from training.profiling.step_phases import phase
@@ -123,6 +124,7 @@ class PackedTokenFlex(TokenFlexModel, TokenFlexGenerationMixin):
         image_positions: Tensor | None = None,
         supervision: Supervision | None = None,
         loss_chunks: int = 1,
+        image_shapes: Shapes | None = None,
         **kwargs: Any,
     ) -> TokenFlexOutput | CausalLMOutputWithPast:
         """Loss of a pack or of rows; without labels the logits of a pack.
@@ -131,7 +133,8 @@ class PackedTokenFlex(TokenFlexModel, TokenFlexGenerationMixin):
         that restart: as in `TokenFlexModel`, with logits.
 
         input_ids: int64 [B, L]; one <IMG_CONTEXT> per vision token.
-        tile_sides: n of each tile, on the host.
+        tile_sides: n of each tile, on the host. image_shapes: instead, where pixel_values are those
+            of images of any shape; see `native_features`.
         position_ids: int64 [B, L], restarting at 0 per sample.
         cu_seqlens: int32 [S + 1], for packs (B = 1); when None, found from position_ids that
             restart. max_seqlen: the longest sample, on the host.
@@ -151,6 +154,8 @@ class PackedTokenFlex(TokenFlexModel, TokenFlexGenerationMixin):
         row = input_ids if attention_mask is None and find_cache(kwargs) is None else None
         segments = find_segments(row, position_ids, cu_seqlens, max_seqlen)
         if input_ids is None or (supervision is None and segments is None):
+            if image_shapes is not None:
+                raise InputError("image_shapes came without a pack or labels; give one of them")
             return super().forward(
                 input_ids,
                 pixel_values,
@@ -167,7 +172,8 @@ class PackedTokenFlex(TokenFlexModel, TokenFlexGenerationMixin):
             is_image = torch.eq(input_ids, self.config.image_token_id)
             image_positions = is_image.flatten().nonzero().flatten()
         with phase("insert"):
-            embeds = self._insert_images(input_ids, image_positions, pixel_values, tile_sides)
+            images = (pixel_values, tile_sides, image_shapes)
+            embeds = self._insert_images(input_ids, image_positions, *images)
         with phase("decoder"):
             hidden = self._decode(embeds, position_ids, attention_mask, segments)
         if supervision is None:
@@ -217,6 +223,7 @@ class PackedTokenFlex(TokenFlexModel, TokenFlexGenerationMixin):
         image_positions: Tensor,
         pixel_values: Tensor | None,
         tile_sides: Sequence[int] | Tensor | None,
+        image_shapes: Shapes | None,
     ) -> Tensor:
         """Embeddings of the tokens, image features at the image positions: [B, L, D].
 
@@ -229,7 +236,11 @@ class PackedTokenFlex(TokenFlexModel, TokenFlexGenerationMixin):
             size = self.config.tile_size
             blank = torch.zeros(1, 3, size, size, dtype=torch.uint8, device=inputs_embeds.device)
             return inputs_embeds + 0 * self.image_features(blank, [self.config.smallest_side]).sum()
-        features = self.image_features(pixel_values, tile_sides).to(inputs_embeds.dtype)
+        if image_shapes is None:
+            features = self.image_features(pixel_values, tile_sides)
+        else:
+            features = native_features(self, pixel_values, image_shapes)
+        features = features.to(inputs_embeds.dtype)
         _check_count(image_positions, len(features))
         return insert_features(inputs_embeds, image_positions, features)
 
@@ -272,5 +283,6 @@ def _check_count(image_positions: Tensor, features: int) -> None:
     if len(image_positions) != features:
         raise InputError(
             f"input_ids hold {len(image_positions)} image tokens, but the tiles give {features} "
-            "image features; each tile of side n needs n * n <IMG_CONTEXT> tokens"
+            "image features; each tile of side n needs n * n <IMG_CONTEXT> tokens, each image of "
+            "h x w tokens h * w"
         )

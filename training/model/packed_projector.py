@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kernels import token_adaptive_projector
+from kernels import jagged_projector, token_adaptive_projector
 from training.model.hub import METHODS, TokenFlexProjector, TokenMethod
 
 # Name in the released checkpoint, below `projector.mlp.` -> name here, below `projector.`; the
@@ -46,9 +46,13 @@ class TokenAdaptiveProjector(TokenFlexProjector):
     ) -> Tensor:
         """patches [T, H*W, C], one side n per tile -> [sum of n^2, D], tile after tile.
 
+        Or patches [P, C] of images of any grid, H, W, h, w of each -> [sum of h * w, D].
         rows: not needed, the op is in a compiled graph as it is.
         """
-        return token_adaptive_projector(
+        native = patches.ndim == 2
+        options: dict[str, Any] = {} if native else {"grid": self.grid}
+        project: Any = jagged_projector if native else token_adaptive_projector
+        tokens: Tensor = project(
             patches,
             tile_sides,
             self.norm_weight,
@@ -59,12 +63,13 @@ class TokenAdaptiveProjector(TokenFlexProjector):
             self.b2,
             self._matrix("w3"),
             self.b3,
-            grid=self.grid,
             pool=self.pool,
             backward=self.backward_mode,
             impl=self.impl,
             eps=self.eps,
+            **options,
         )
+        return tokens
 
 
 # Of the methods of making tokens this one is the kernels'; the others train as users load them.

@@ -17,14 +17,22 @@ class PackedSegments:
         the host, which saves `buckets` a wait.
     max_seqlen: the longest sample in tokens, on the host; counted (which waits for the device)
         when None.
+    causal: whether a token sees those before it only, or its whole sample.
     used: whether any attention layer has received this. windows, softcaps: what such layers came
         with, without None.
     """
 
-    def __init__(self, cu_seqlens: Tensor, max_seqlen: int | None, device: torch.device) -> None:
+    def __init__(
+        self,
+        cu_seqlens: Tensor,
+        max_seqlen: int | None,
+        device: torch.device,
+        causal: bool = True,
+    ) -> None:
         self._given = cu_seqlens
         self.cu_seqlens = cu_seqlens.to(device, torch.int32, non_blocking=True)
         self.max_seqlen = int(cu_seqlens.diff().max()) if max_seqlen is None else max_seqlen
+        self.causal = causal
         self.used = False
         self.windows: set[int] = set()
         self.softcaps: set[float] = set()
@@ -38,11 +46,14 @@ class PackedSegments:
     @cached_property
     def buckets(self) -> "LengthBuckets":
         """The pack as dense blocks; waits for the device when cu_seqlens came from there."""
-        return LengthBuckets(self._given.cpu().numpy(), self.cu_seqlens.device)
+        ends = self._given.cpu().numpy()
+        return LengthBuckets(ends, self.cu_seqlens.device, self.causal)
 
 
 class LengthBuckets:
     """Samples grouped by length rounded up, each group a dense [samples, capacity] block of slots.
+
+    padded: false groups by the length itself; nothing would hide slots from tokens without a mask.
 
     Slots behind a sample's end repeat its own last token: no value of one sample ever enters
     another's row, and a causal mask hides them from the sample's real queries.
@@ -52,9 +63,9 @@ class LengthBuckets:
     blocks: (samples, capacity) per group, in the order of the slots.
     """
 
-    def __init__(self, cu_seqlens: np.ndarray, device: torch.device) -> None:
+    def __init__(self, cu_seqlens: np.ndarray, device: torch.device, padded: bool = True) -> None:
         starts, lengths = cu_seqlens[:-1].astype(np.int64), np.diff(cu_seqlens).astype(np.int64)
-        capacities = bucket_capacity(lengths)
+        capacities = bucket_capacity(lengths) if padded else lengths
         slot_of_token = np.empty(int(cu_seqlens[-1]), dtype=np.int64)
         token_of_slot, self.blocks, slots = [], [], 0
         for capacity in np.unique(capacities[lengths > 0]).tolist():

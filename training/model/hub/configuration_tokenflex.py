@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # older releases copy from a folder only the files that are n
     from .token_method_tokenflex import TokenMethod  # noqa: F401
     from .unshuffle_tokenflex import UnshuffleProjector  # noqa: F401
     from .vision_clip_tokenflex import CLIP  # noqa: F401
+    from .vision_siglip2_tokenflex import SIGLIP2  # noqa: F401
     from .vision_siglip_tokenflex import SIGLIP  # noqa: F401
 
 
@@ -92,7 +93,7 @@ class TokenFlexConfig(PreTrainedConfig):
     @property
     def tile_size(self) -> int:
         """Side of a square tile in pixels."""
-        return self.vision_config.image_size
+        return self.vision_family.tile_size(self.vision_config)
 
     @property
     def patch_grid(self) -> tuple[int, int]:

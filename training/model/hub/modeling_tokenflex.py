@@ -47,6 +47,7 @@ if TYPE_CHECKING:  # older releases copy from a folder only the files that are n
     from .unshuffle_tokenflex import UnshuffleProjector  # noqa: F401
     from .vision_clip_tokenflex import CLIP  # noqa: F401
     from .vision_family_tokenflex import VisionFamily  # noqa: F401
+    from .vision_siglip2_tokenflex import SIGLIP2  # noqa: F401
     from .vision_siglip_tokenflex import SIGLIP  # noqa: F401
     from .vision_towers_tokenflex import vision_family  # noqa: F401
 

@@ -51,11 +51,16 @@ class VisionFamily:
         # Older releases keep the tower one level deeper: weights have the names of the newer ones.
         return getattr(tower, "vision_model", tower)
 
+    def tile_size(self, config: PreTrainedConfig) -> int:
+        """Side of a square tile in pixels."""
+        size: int = config.image_size
+        return size
+
     def patch_grid(self, config: PreTrainedConfig) -> tuple[int, int]:
         """(rows, columns) of the patches of one tile."""
         side = config.image_size // config.patch_size
         return side, side
 
     def patches(self, tower: PreTrainedModel, pixels: Tensor) -> Tensor:
-        """Normalised pixels [T, 3, image_size, image_size] -> patches [T, H*W, C], row by row."""
+        """Normalised pixels [T, 3, tile_size, tile_size] -> patches [T, H*W, C], row by row."""
         return tower(pixel_values=pixels).last_hidden_state[:, self.leading_tokens :]

@@ -2,9 +2,12 @@
 
 from .vision_clip_tokenflex import CLIP
 from .vision_family_tokenflex import VisionFamily
+from .vision_siglip2_tokenflex import SIGLIP2
 from .vision_siglip_tokenflex import SIGLIP
 
-FAMILIES: dict[str, VisionFamily] = {family.model_type: family for family in (SIGLIP, CLIP)}
+FAMILIES: dict[str, VisionFamily] = {
+    family.model_type: family for family in (SIGLIP, CLIP, SIGLIP2)
+}
 DEFAULT_FAMILY = SIGLIP
 
 
