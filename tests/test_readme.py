@@ -157,6 +157,7 @@ SMALLER: dict[str, str | None] = {
     "make latest": f"{MAKE} -n latest",
     "make pictures": f"{MAKE} -n pictures",
     "make kernel-checks": f"{MAKE} -n kernel-checks",
+    "make cuda-trace": f"{MAKE} -n cuda-trace",
     "make gpu-record": f"{MAKE} -n gpu-record",  # tests/training/test_gpu_record.py
     'make gpu-record ARGS="--within-s 580"': f"{MAKE} -n gpu-record",
     "python -m training.gpu_record --rehearse --list": "",

@@ -73,7 +73,7 @@ def test_a_family_that_fails_is_told(
 
 
 def without_window(real: Any) -> Any:
-    return lambda q, k, v, scale, buckets, window, softcap: real(q, k, v, scale, buckets)
+    return lambda q, k, v, scale, buckets, *options, **named: real(q, k, v, scale, buckets)
 
 
 @pytest.mark.parametrize(
