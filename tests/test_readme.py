@@ -15,6 +15,7 @@ from PIL import Image
 
 from docs import make_pictures
 from tests.pages import MAKE, PAGES, ROOT, commands, copy_repository, prose, run_command
+from training.experiments.flexibility.flexibility_tables import accuracy_table, spent_table
 from training.export.card import UNKNOWN_COUNTS
 
 README = ROOT / "README.md"
@@ -327,6 +328,18 @@ def test_what_is_said_of_untrained_counts_is_the_record(demo: str) -> None:
         spread = sorted({round(100 * c["by_detail"]["k=2"]) for c in own})
         assert " to ".join(str(n) for n in dict.fromkeys((spread[0], spread[-1]))) + " %" in said
     assert [c["num_image_tokens"] for c in found if c["trained"]] == [4, 16, 64]
+
+
+def test_what_is_said_of_arms_over_seeds_is_the_record() -> None:
+    page = (ROOT / "docs/flexibility.md").read_text()
+    record = json.loads((ROOT / "training/results/flexibility.json").read_text())
+    assert all(accuracy_table(record, "samples", detail) in page for detail in ("all", "k=4"))
+    for row in spent_table(record).splitlines():
+        assert row.rsplit("|", 2)[0] + "|" in page  # without times
+    assert record["complete"] is ("not in the record yet" not in page)
+    savings = {(c["arm"], c["says"].split()[1]): c["found"] for c in record["claims"]["savings"]}
+    for arm in ("stochastic 2:3:5", "wide"):
+        assert all(savings[arm, what].strip("- ") in page for what in ("vision", "FLOPs"))
 
 
 def test_what_is_said_of_drawn_counts_is_the_record() -> None:
