@@ -342,6 +342,13 @@ def test_what_is_said_of_arms_over_seeds_is_the_record() -> None:
         assert all(savings[arm, what].strip("- ") in page for what in ("vision", "FLOPs"))
 
 
+def test_what_is_said_of_methods_is_the_record() -> None:
+    record = json.loads((ROOT / "training/results/methods.json").read_text())
+    page = (ROOT / "docs/flexibility.md").read_text()
+    assert all(accuracy_table(record, "samples", detail) in page for detail in ("all", "k=4"))
+    assert {run["seed"] for run in record["runs"]} == {0} and "**one seed**" in page
+
+
 def test_what_is_said_of_drawn_counts_is_the_record() -> None:
     record = json.loads((ROOT / "training/results/drawn_counts.json").read_text())
     short = {None: "", "every token": ", positions of patches", "sines and c": ", places added"}
