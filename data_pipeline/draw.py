@@ -6,6 +6,7 @@ process can compute any part of an epoch alone, in any order, and gets what the 
 
 import hashlib
 import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -36,20 +37,7 @@ class TokenCountSettings(Settings):
     @model_validator(mode="after")
     def _check(self) -> "TokenCountSettings":
         problems = [_not_square(count) for count in self.counts if not _is_square(count)]
-        if len(set(self.counts)) != len(self.counts):
-            problems.append(f"counts {self.counts} names a count twice; name each once")
-        if len(self.probabilities) != len(self.counts):
-            problems.append(
-                f"{len(self.counts)} counts but {len(self.probabilities)} probabilities; give one "
-                "probability per count"
-            )
-        if not all(0 <= p <= 1 for p in self.probabilities):
-            problems.append(f"probabilities {self.probabilities} must each lie in 0..1")
-        elif abs(sum(self.probabilities) - 1) > 1e-6:
-            problems.append(
-                f"probabilities {self.probabilities} sum to {sum(self.probabilities):.6g}; "
-                "they must sum to 1"
-            )
+        problems += choice_problems("count", self.counts, self.probabilities)
         if self.schedule != "stochastic" and self.draw == "pack":
             problems.append(
                 f"draw=pack gives a pack one count, but schedule={self.schedule} puts a sample's "
@@ -112,10 +100,40 @@ def uniform_hash(seed: int, purpose: str, *columns: int | np.ndarray) -> np.ndar
 
 def draw_sides(settings: TokenCountSettings, uniform: np.ndarray) -> np.ndarray:
     """Turn uniform values in [0, 1) into grid sides n, int64 of the same shape."""
-    cumulative = np.cumsum(settings.probabilities)
-    # Divided by its last element: exactly 1, so that no value falls behind the last count.
+    return choose(settings.sides, settings.probabilities, uniform)
+
+
+def choice_problems(
+    kind: str, values: Sequence[int], probabilities: Sequence[float] | None
+) -> list[str]:
+    """What is wrong with values that are drawn, each a `kind`; None: all as likely."""
+    problems = []
+    if len(set(values)) != len(values):
+        problems.append(f"{kind}s {values} names a {kind} twice; name each once")
+    if probabilities is None:
+        return problems
+    if len(probabilities) != len(values):
+        problems.append(
+            f"{len(values)} {kind}s but {len(probabilities)} probabilities; give one "
+            f"probability per {kind}"
+        )
+    if not all(0 <= p <= 1 for p in probabilities):
+        problems.append(f"probabilities {probabilities} must each lie in 0..1")
+    elif abs(sum(probabilities) - 1) > 1e-6:
+        problems.append(
+            f"probabilities {probabilities} sum to {sum(probabilities):.6g}; they must sum to 1"
+        )
+    return problems
+
+
+def choose(
+    values: Sequence[int], probabilities: Sequence[float], uniform: np.ndarray
+) -> np.ndarray:
+    """Turn uniform values in [0, 1) into drawn values, int64 of the same shape."""
+    cumulative = np.cumsum(probabilities)
+    # Divided by its last element: exactly 1, so that no value falls behind the last one.
     chosen = np.searchsorted(cumulative / cumulative[-1], uniform, side="right")
-    return np.asarray(settings.sides, dtype=np.int64)[chosen]
+    return np.asarray(values, dtype=np.int64)[chosen]
 
 
 def _mix(x: np.ndarray) -> np.ndarray:

@@ -12,6 +12,7 @@ import numpy as np
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from data_pipeline.config_file import Settings
+from data_pipeline.draw import choice_problems, choose
 from data_pipeline.processor.native_shapes_tokenflex import check_patches
 
 # Logarithms differ in their last bits from machine to machine; a draw must not.
@@ -67,19 +68,8 @@ class BudgetSettings(Settings):
             raise ValueError(
                 f"budgets {self.budgets} must name at least one, each 1 or more tokens"
             )
-        if len(set(self.budgets)) != len(self.budgets):
-            raise ValueError(f"budgets {self.budgets} names a budget twice; name each once")
-        given = self.probabilities
-        if given is None:
-            return self
-        if len(given) != len(self.budgets):
-            raise ValueError(
-                f"{len(self.budgets)} budgets but {len(given)} probabilities; give one per budget"
-            )
-        if not all(0 <= p <= 1 for p in given) or abs(sum(given) - 1) > 1e-6:
-            raise ValueError(
-                f"probabilities {given} must each lie in 0..1 and sum to 1, found {sum(given):.6g}"
-            )
+        if problems := choice_problems("budget", self.budgets, self.probabilities):
+            raise ValueError("; ".join(problems))
         return self
 
     @property
@@ -96,11 +86,8 @@ def draw_budgets(settings: BudgetSettings, uniform: np.ndarray) -> np.ndarray:
     if isinstance(settings.budgets, BudgetRange):
         least, most = settings.budgets.min, settings.budgets.max
         return least + np.searchsorted(_ends_of_range(least, most), uniform, side="right")
-    count = len(settings.budgets)
-    cumulative = np.cumsum(settings.probabilities or [1.0] * count)
-    # Divided by its last element: exactly 1, so that no value falls behind the last budget.
-    chosen = np.searchsorted(cumulative / cumulative[-1], uniform, side="right")
-    return np.asarray(settings.budgets, dtype=np.int64)[chosen]
+    given = settings.probabilities or [1.0] * len(settings.budgets)
+    return choose(settings.budgets, given, uniform)
 
 
 @lru_cache(maxsize=8)

@@ -23,7 +23,11 @@ UNIFORM = uniform_hash(1, "tokens", np.arange(200_000))
         (BudgetSettings, {"budgets": [64, 0]}, r"\[64, 0\].* 1 or more"),
         (BudgetSettings, {"budgets": [64, 64]}, "a budget twice"),
         (BudgetSettings, LIST | {"probabilities": [1.0]}, "4 budgets but 1 probabilities"),
-        (BudgetSettings, LIST | {"probabilities": [0.4, 0.1, 0.2, 0.2]}, "sum to 1, found 0.9"),
+        (
+            BudgetSettings,
+            LIST | {"probabilities": [0.4, 0.1, 0.2, 0.2]},
+            "sum to 0.9; they must sum to 1",
+        ),
         (BudgetSettings, LIST | {"probabilities": [1.4, -0.4, 0, 0]}, "in 0..1"),
         (BudgetSettings, {"budgets": {"min": 0, "max": 64}}, "greater than or equal to 1"),
         (BudgetSettings, {"budgets": {"min": 65, "max": 64}}, "min 65 is above max 64"),

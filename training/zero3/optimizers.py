@@ -42,10 +42,7 @@ def check_optimizer(config: RunConfig) -> None:
     DeepSpeed trains what stays on the GPU with an AdamW of its own, and does not say so.
     """
     zero = config.deepspeed.extra.get("zero_optimization") or {}
-    ratio, name = (
-        (zero.get("offload_optimizer") or {}).get("ratio", 1.0),
-        config.train.optimizer.name,
-    )
+    ratio, name = (zero.get("offload_optimizer") or {}).get("ratio", 1), config.train.optimizer.name
     if ratio != 1 and name == "muon":
         raise InputError(
             f"train.optimizer.name={name} cannot be offloaded in part (offload_optimizer.ratio="
